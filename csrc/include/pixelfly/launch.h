@@ -1,0 +1,31 @@
+// The launchers: the whole interface between the binding and the CUDA code. Each enqueues work on
+// `stream` and returns without synchronising; T == 0 is a valid no-op (weight gradients are zeroed).
+#pragma once
+
+#include <cstddef>
+#include <string>
+
+#include "pixelfly/params.h"
+#include "pixelfly/status.h"
+
+// A cudaStream_t, without making every includer see the CUDA headers.
+struct CUstream_st;
+
+namespace pixelfly {
+
+using Stream = CUstream_st*;
+
+Status device_info(int32_t device_index, DeviceInfo* out);
+
+Status launch_low_rank(const LowRankParams& p, const DeviceInfo& device, Stream stream);
+Status launch_product(const ProductParams& p, const DeviceInfo& device, Stream stream);
+size_t weight_grad_workspace(const WeightGradParams& p, const DeviceInfo& device);
+Status launch_weight_grad(const WeightGradParams& p, const DeviceInfo& device, Stream stream);
+Status launch_activation_grad(const ActivationGradParams& p, const DeviceInfo& device, Stream stream);
+
+// Names of the kernels that would serve a call, for ops.explain: e.g. "product_sm90<b=64, resident>".
+std::string explain_product(const ProductParams& p, const DeviceInfo& device);
+std::string explain_weight_grad(const WeightGradParams& p, const DeviceInfo& device);
+std::string explain_low_rank(const LowRankParams& p, const DeviceInfo& device);
+
+}  // namespace pixelfly

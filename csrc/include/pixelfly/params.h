@@ -1,0 +1,106 @@
+// Launch parameters: plain pointers, sizes, and strides in elements. A contiguous last dimension is
+// assumed everywhere. Letters: T tokens, K in_features, N out_features, b block size, r rank.
+#pragma once
+
+#include <cstdint>
+
+#include "pixelfly/dtype.h"
+#include "pixelfly/schedule.h"
+
+namespace pixelfly {
+
+// The device a launch goes to; filled once per device by launch/device_info.
+struct DeviceInfo {
+  int32_t index = 0;
+  int32_t arch = 0;  // 10 * major + minor
+  int32_t num_sms = 0;
+  int32_t max_shared_bytes = 0;  // opt-in limit per thread block
+};
+
+// t = x · vᵀ, or s = dz · u when `transposed` (factor is then [features, rank]).
+struct LowRankParams {
+  DType dtype;
+  bool allow_tf32;  // fp32 only: single-pass TF32; otherwise 3xTF32
+  bool transposed;
+  int64_t tokens;
+  int32_t features;  // contraction length: K (forward) or N (transposed)
+  int32_t rank;
+  const void* x;  // [T, features]
+  int64_t x_stride;
+  const void* factor;  // v: [rank, K] row-major; transposed: u: [N, rank] row-major
+  int64_t factor_stride;
+  void* t;  // [T, rank], row stride t_stride (a multiple of 8 elements)
+  int64_t t_stride;
+};
+
+// y = act(x · Bᵀ + t · uᵀ + bias) + residual             (transposed == false)
+// dx = (dz · B + s · v) ⊙ act'(z)                        (transposed == true; ⊙ only if z given)
+struct ProductParams {
+  DType dtype;
+  bool allow_tf32;
+  bool transposed;
+  int64_t tokens;
+  int32_t in_features;   // contraction features: K, or N when transposed
+  int32_t out_features;  // result features: N, or K when transposed
+  const void* x;         // [T, in_features]
+  int64_t x_stride;
+  const void* blocks;  // [nnz, b, b]: out x in inside a block, whatever `transposed` is
+  const void* t;       // [T, rank] or null
+  int64_t t_stride;
+  const void* factor;  // u: [N, rank]; transposed: v: [rank, K]; null without low rank
+  int64_t factor_stride;
+  const void* bias;      // [out_features] or null
+  const void* residual;  // [T, out_features] or null
+  int64_t residual_stride;
+  const void* z;  // [T, out_features] pre-activation whose derivative scales the result, or null
+  int64_t z_stride;
+  Activation activation;  // applied to the result, or differentiated at z when z is given
+  void* y;                // [T, out_features]
+  int64_t y_stride;
+  void* preact;  // [T, out_features]: x · Bᵀ + t · uᵀ + bias before the activation, or null
+  int64_t preact_stride;
+  const PlanHeader* header;  // host
+  const int32_t* plan;       // device
+};
+
+// dB[k] = dzᵀ_i x_j for every kept block, du = dzᵀ t, dv = sᵀ x, dbias = Σ_T dz. Null outputs are skipped.
+// Sums are fp32; results are rounded once to `dtype`.
+struct WeightGradParams {
+  DType dtype;
+  bool allow_tf32;
+  bool deterministic;
+  int64_t tokens;
+  int32_t in_features;
+  int32_t out_features;
+  const void* dz;  // [T, N]
+  int64_t dz_stride;
+  const void* x;  // [T, K]
+  int64_t x_stride;
+  const void* t;  // [T, rank] or null
+  int64_t t_stride;
+  const void* s;  // [T, rank] or null
+  int64_t s_stride;
+  void* dblocks;  // [nnz, b, b] contiguous
+  void* du;       // [N, rank] contiguous
+  void* dv;       // [rank, K] contiguous
+  void* dbias;    // [N]
+  void* workspace;  // weight_grad_workspace() bytes, 256-byte aligned, uninitialised
+  const PlanHeader* header;
+  const int32_t* plan;
+};
+
+// dz = dy ⊙ act'(z), elementwise over [T, N].
+struct ActivationGradParams {
+  DType dtype;
+  Activation activation;
+  int64_t tokens;
+  int32_t features;
+  const void* dy;
+  int64_t dy_stride;
+  const void* z;
+  int64_t z_stride;
+  void* dz;
+  int64_t dz_stride;
+};
+
+}  // namespace pixelfly

@@ -1,0 +1,98 @@
+// The plan: everything a kernel needs to know about a block layout, as one int32 array.
+//
+// The planner (host C++) writes it once per (layout, rank); a copy lives on the device and is an
+// ordinary tensor argument of the operators; the first kPlanHeaderSize integers also travel as a
+// host int[] so that launchers can choose grids and kernels without a device read.
+// All `*_offset` fields count int32 elements from the start of the array.
+//
+// Low rank is a border of the sparse matrix: with rank r and block size b, `rank_tiles = ceil(r / b)`
+// extra block columns (the tensor t = x vᵀ) follow the real ones, and in the transposed product the
+// same number of extra block columns (the tensor s = dy u) follow the block rows. A column index
+// `>= num_cols` in a step therefore means "tile (index - num_cols) of t", and a block id `>= nnz`
+// means "the low-rank factor's tile for this output row".
+#pragma once
+
+#include <cstdint>
+
+namespace pixelfly {
+
+constexpr int32_t kPlanMagic = 0x70666c79;  // "pfly"
+constexpr int32_t kPlanVersion = 1;
+constexpr int kPlanHeaderSize = 64;
+
+// One step of a row group: a tile of x columns and the weight blocks that multiply it.
+struct GroupStep {
+  int32_t col;       // block column of x; >= num_cols: tile (col - num_cols) of t
+  int32_t block[2];  // block id for rows[0] and rows[1]; -1: that row does not use this column;
+                     // >= nnz: low-rank factor tile (block - nnz) of that row
+  int32_t slot;      // number of weight blocks in the group's earlier steps (the smem slot when
+                     // all weights of the group are kept resident)
+};
+
+// Two output block rows computed together so that they share tiles of x.
+struct RowGroup {
+  int32_t rows[2];     // output block rows; rows[1] == -1: a single row
+  int32_t step_begin;  // into the section's steps
+  int32_t step_end;
+};
+
+// A set of row groups covering every output block row exactly once (rows with no blocks included).
+struct GroupSection {
+  int32_t num_groups;
+  int32_t groups_offset;  // RowGroup[num_groups]
+  int32_t steps_offset;   // GroupStep[...]
+  int32_t max_steps;      // over groups
+  int32_t max_blocks;     // weight blocks (low-rank tiles included) of the largest group
+};
+
+// Gradient outputs one thread block accumulates: up to two rows of dy (one per warpgroup), each
+// against up to kGradOutputs tiles out of up to kGradTiles tiles of [x | t].
+constexpr int kGradTiles = 12;
+constexpr int kGradOutputs = 6;
+struct GradChunk {
+  int32_t num_tiles;
+  int32_t tile_col[kGradTiles];           // block column of x; >= num_cols: tile of t
+  int32_t row[2];                         // block row of dy; >= num_rows: tile of s; -1: idle
+  int32_t num_outputs[2];
+  int32_t output_tile[2][kGradOutputs];   // index into tile_col
+  int32_t output_block[2][kGradOutputs];  // block id; for low-rank tiles see grad_chunks.h
+};
+
+struct GradSection {
+  int32_t num_chunks;
+  int32_t chunks_offset;  // GradChunk[num_chunks]
+};
+
+struct PlanHeader {
+  int32_t magic;
+  int32_t version;
+  int32_t size;  // int32 elements in the whole plan
+  int32_t out_features;
+  int32_t in_features;
+  int32_t block_size;
+  int32_t num_rows;  // block rows = ceil(out_features / block_size)
+  int32_t num_cols;  // block columns = ceil(in_features / block_size)
+  int32_t nnz;
+  int32_t rank;
+  int32_t rank_tiles;
+
+  // Blocks are stored in row-major order of the layout, so block ids of row i are row_ptr[i] ..
+  // row_ptr[i + 1] - 1.
+  int32_t row_ptr_offset;  // [num_rows + 1]
+  int32_t col_idx_offset;  // [nnz]
+  int32_t row_idx_offset;  // [nnz]
+  int32_t col_ptr_offset;  // [num_cols + 1], the transposed index
+  int32_t t_row_offset;    // [nnz] block row of each block, column-major order
+  int32_t t_block_offset;  // [nnz] block id of each block, column-major order
+  int32_t max_row_blocks;
+  int32_t max_col_blocks;
+
+  GroupSection forward;     // output rows = block rows, contraction over block columns
+  GroupSection transposed;  // output rows = block columns, contraction over block rows (dx)
+  GradSection grad;
+
+  int32_t reserved[kPlanHeaderSize - 19 - 2 * 5 - 2];
+};
+static_assert(sizeof(PlanHeader) == kPlanHeaderSize * sizeof(int32_t), "header layout");
+
+}  // namespace pixelfly

@@ -1,0 +1,61 @@
+// Host planner: block layout -> plan (see pixelfly/schedule.h for the array it writes).
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "pixelfly/schedule.h"
+
+namespace pixelfly {
+
+// A block layout in row-major order: block k sits at (row_idx[k], col_idx[k]).
+struct LayoutView {
+  int32_t out_features;
+  int32_t in_features;
+  int32_t block_size;
+  int32_t rank;
+  std::vector<int32_t> row_idx;
+  std::vector<int32_t> col_idx;
+
+  int32_t num_rows() const { return (out_features + block_size - 1) / block_size; }
+  int32_t num_cols() const { return (in_features + block_size - 1) / block_size; }
+  int32_t nnz() const { return static_cast<int32_t>(row_idx.size()); }
+  int32_t rank_tiles() const { return (rank + block_size - 1) / block_size; }
+};
+
+// The int32 array under construction: a header followed by sections.
+class PlanBuilder {
+ public:
+  PlanBuilder() : words_(kPlanHeaderSize, 0) {}
+
+  // Appends `count` records of a trivially copyable T made of int32 fields; returns their offset.
+  // Sections start at multiples of 4 words so that kernels can read records as int4.
+  template <typename T>
+  int32_t append(const std::vector<T>& records) {
+    static_assert(sizeof(T) % sizeof(int32_t) == 0, "records are made of int32 fields");
+    words_.resize((words_.size() + 3) / 4 * 4, 0);
+    const auto offset = static_cast<int32_t>(words_.size());
+    const auto* first = reinterpret_cast<const int32_t*>(records.data());
+    words_.insert(words_.end(), first, first + records.size() * (sizeof(T) / sizeof(int32_t)));
+    return offset;
+  }
+
+  std::vector<int32_t> finish(PlanHeader header);
+
+ private:
+  std::vector<int32_t> words_;
+};
+
+// Returns the plan; throws std::invalid_argument if the layout is malformed (indices out of range,
+// not strictly row-major, more than 2^31 words).
+std::vector<int32_t> build_plan(const LayoutView& layout);
+
+// Groups of output rows for the product kernels. `transposed` plans dx: output rows are the
+// layout's block columns.
+GroupSection append_row_groups(PlanBuilder& builder, const LayoutView& layout, bool transposed);
+
+// Work list of the weight-gradient kernel.
+GradSection append_grad_chunks(PlanBuilder& builder, const LayoutView& layout);
+
+}  // namespace pixelfly
