@@ -1,0 +1,132 @@
+"""Sustained, interleaved GPU timing.
+
+Every candidate is captured into a CUDA graph that walks over several buffer sets (so that inputs do
+not sit in L2), all candidates are loaded for 0.3 s first (a cool chip flatters), and then replayed
+in turn, so that drift in clocks and temperature falls on all of them alike.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import subprocess
+from collections.abc import Callable
+
+import torch
+
+L2_ROTATION_BYTES = 256 * 2**20  # several times the 50 MB of an H100's L2
+WARM_SECONDS = 0.3
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """Milliseconds per call: the median over replays, and the quartiles as its spread."""
+
+    median: float
+    low: float
+    high: float
+    samples: int
+
+    def as_dict(self) -> dict[str, float]:
+        return dataclasses.asdict(self)
+
+
+def num_buffer_sets(bytes_per_set: int) -> int:
+    """How many buffer sets make one walk larger than L2 (2 at least, 8 at most)."""
+    return max(2, min(8, -(-L2_ROTATION_BYTES // max(bytes_per_set, 1))))
+
+
+def capture(call: Callable[[int], object], sets: int, calls: int) -> torch.cuda.CUDAGraph:
+    """Returns a graph of `calls` calls, the i-th on buffer set `i % sets`, after a warm-up."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for i in range(sets):
+            call(i)
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        for i in range(calls):
+            call(i % sets)
+    return graph
+
+
+def time_all(
+    candidates: dict[str, Callable[[int], object]], sets: int, *, rounds: int = 9
+) -> dict[str, Timing | str]:
+    """Times every candidate in one sustained, interleaved run.
+
+    Args:
+        candidates: name -> callable of the buffer-set index.
+        sets: number of buffer sets the callables accept.
+        rounds: replays per candidate that are timed.
+
+    Returns:
+        name -> `Timing`, or the error text of a candidate that could not run.
+    """
+    graphs: dict[str, torch.cuda.CUDAGraph] = {}
+    calls: dict[str, int] = {}
+    out: dict[str, Timing | str] = {}
+    for name, call in candidates.items():
+        try:
+            calls[name] = max(sets, 8)
+            graphs[name] = capture(call, sets, calls[name])
+        except Exception as error:  # a peer that cannot run is a row in the table, not a crash
+            torch.cuda.synchronize()
+            out[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:160]}"
+    start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+
+    def replay(name: str) -> float:
+        start.record()
+        graphs[name].replay()
+        stop.record()
+        stop.synchronize()
+        return start.elapsed_time(stop) / calls[name]
+
+    loaded = 0.0
+    while graphs and loaded < WARM_SECONDS * 1e3:
+        for name in graphs:
+            loaded += replay(name) * calls[name]
+    samples: dict[str, list[float]] = {name: [] for name in graphs}
+    for _ in range(rounds):
+        for name in graphs:
+            samples[name].append(replay(name))
+    for name, values in samples.items():
+        quartiles = statistics.quantiles(values, n=4)
+        out[name] = Timing(statistics.median(values), quartiles[0], quartiles[2], len(values))
+    return out
+
+
+def environment() -> dict[str, object]:
+    """What a results file says about where it was measured."""
+    properties = torch.cuda.get_device_properties(0)
+
+    def query(field: str) -> str:
+        command = ["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader", "-i", "0"]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+        except (OSError, subprocess.TimeoutExpired):
+            return "unknown"
+        return done.stdout.strip()
+
+    return {
+        "device": properties.name,
+        "sms": properties.multi_processor_count,
+        "driver": query("driver_version"),
+        "sm_clock_max": query("clocks.max.sm"),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "sha": git_sha(),
+    }
+
+
+def git_sha() -> str:
+    """Short commit id of the source tree, or "unknown" outside a checkout."""
+    try:
+        done = subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, timeout=20
+        )
+        return done.stdout.strip() or "unknown"
+    except (OSError, subprocess.TimeoutExpired):
+        return "unknown"
