@@ -124,7 +124,7 @@ WORKLOADS = {
 
 
 def step_times(model: nn.Module, loss: Loss, steps: int, profile: bool) -> dict:
-    """Runs training steps; returns the median step time, peak memory and, if asked, where it went."""
+    """Runs training steps: median step time, peak memory and, if asked, where the time went."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
     def step() -> None:

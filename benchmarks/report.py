@@ -1,0 +1,131 @@
+"""Writes the README's tables from the results files, and from nothing else.
+
+    python benchmarks/report.py            # rewrite README.md in place
+    python benchmarks/report.py --check    # exit 1 if README.md is out of date
+
+A table lives between `<!-- results:NAME -->` and `<!-- /results -->`; NAME is a file of
+benchmarks/results without its ending.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pathlib
+import re
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+MARKED = re.compile(r"(<!-- results:(\w+) -->\n)(.*?)(<!-- /results -->)", re.DOTALL)
+
+
+def markdown(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def source(meta: dict) -> str:
+    return (
+        f"Measured on {meta['device']}, torch {meta['torch']}, CUDA {meta['cuda']}, "
+        f"commit {meta['sha']}.\n\n"
+    )
+
+
+def ms(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"
+
+
+def operator_table(data: dict) -> str:
+    """One row per shape and kind: forward, and forward + backward, beside dense and the floor."""
+    cases: dict[tuple, dict[str, dict]] = {}
+    for r in data["records"]:
+        cases.setdefault((r["T"], r["K"], r["N"], r["kind"]), {})[r["direction"]] = r
+    rows = []
+    for (tokens, k, n, kind), found in cases.items():
+        cells = [f"{tokens}, {k}→{n}", kind, f"{100 * next(iter(found.values()))['density']:.0f} %"]
+        for direction in ("forward", "forward_backward"):
+            r = found.get(direction)
+            if r is None or r["ratio"] is None:
+                cells += ["–"] * 4
+                continue
+            times = [ms(r["dense_ms"]), ms(r["floor_ms"]), ms(r["ours_ms"])]
+            cells += [*times, f"**{r['ratio']:.2f}×**"]
+        rows.append(cells)
+    header = ["T, K→N", "pattern", "density"]
+    for name in ("forward", "fwd + bwd"):
+        header += [f"{name}: dense ms", "floor", "ours", "speed-up"]
+    return source(data["meta"]) + markdown(header, rows)
+
+
+def model_table(data: dict) -> str:
+    rows = [
+        [
+            f"{r['model']} ({r['batch']})",
+            r["mode"],
+            r["form"],
+            f"{r['dense_params'] / 1e6:.1f} → {r['ours_params'] / 1e6:.1f} M",
+            f"{r['dense_ms']:.1f}",
+            f"{r['ours_ms']:.1f}",
+            f"**{r['ratio']:.2f}×**",
+            f"{r['dense_mem_gb']:.1f} → {r['ours_mem_gb']:.1f} GB",
+        ]
+        for r in data["records"]
+    ]
+    names = [
+        "model",
+        "mode",
+        "form",
+        "parameters",
+        "dense ms",
+        "ours ms",
+        "speed-up",
+        "peak memory",
+    ]
+    return source(data["meta"]) + markdown(names, rows)
+
+
+def training_table(data: dict) -> str:
+    rows = [
+        [
+            r["name"],
+            f"{100 * r['accuracy']:.2f} %",
+            f"{r['params'] / 1e6:.2f} M",
+            f"{r['macs'] / 1e6:.0f} M",
+            f"{r['step_ms']:.2f}",
+        ]
+        for r in data["records"]
+    ]
+    header = ["model", "test accuracy", "parameters", "MACs", "step ms"]
+    return source(data["meta"]) + markdown(header, rows)
+
+
+TABLES = {"op": operator_table, "models": model_table, "train": training_table}
+
+
+def render(text: str) -> str:
+    """Returns `text` with every marked table rewritten; a missing file leaves its table empty."""
+
+    def fill(match: re.Match) -> str:
+        begin, name, _, end = match.groups()
+        path = RESULTS / f"{name}.json"
+        if not path.exists():
+            return begin + end
+        return begin + TABLES[name.split("_")[0]](json.loads(path.read_text())) + end
+
+    return MARKED.sub(fill, text)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true")
+    args = parser.parse_args()
+    readme = ROOT / "README.md"
+    before = readme.read_text()
+    after = render(before)
+    if args.check:
+        raise SystemExit(0 if before == after else "README.md is out of date: run report.py")
+    readme.write_text(after)
+
+
+if __name__ == "__main__":
+    main()
