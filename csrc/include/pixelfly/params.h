@@ -45,7 +45,9 @@ struct ProductParams {
   const void* x;         // [T, in_features]
   int64_t x_stride;
   const void* blocks;  // [nnz, b, b]: out x in inside a block, whatever `transposed` is
-  const void* t;       // [T, rank] or null
+  const void* factor_in;  // v: [rank, K]; transposed: u: [N, rank]; null: t is given or rank is 0
+  int64_t factor_in_stride;
+  void* t;  // [T, rank] or null: written if factor_in is given (t = x · vᵀ), else read
   int64_t t_stride;
   const void* factor;  // u: [N, rank]; transposed: v: [rank, K]; null without low rank
   int64_t factor_stride;
