@@ -1,0 +1,17 @@
+"""The operator: `butterfly_lowrank_mm`, its specification and its registrations."""
+
+from __future__ import annotations
+
+import torch
+
+from .. import _C  # noqa: F401 (loading it defines the operators' schemas)
+from . import autograd, cpu
+from .functional import butterfly_lowrank_mm
+from .reference import butterfly_lowrank_mm_reference
+
+__all__ = ["butterfly_lowrank_mm", "butterfly_lowrank_mm_reference"]
+
+# Registrations live as long as this object.
+_library = torch.library.Library("pixelfly", "IMPL")
+cpu.register(_library)
+autograd.register()

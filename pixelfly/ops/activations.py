@@ -1,0 +1,37 @@
+"""The activations the operator fuses, and their numbers in the dispatcher schema."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+# The numbering is csrc/include/pixelfly/dtype.h's.
+ACTIVATIONS: dict[str | None, int] = {None: 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}
+NONE, RELU, GELU, GELU_TANH, SILU = range(5)
+
+
+def apply_activation(z: torch.Tensor, activation: int) -> torch.Tensor:
+    """Returns `act(z)` for an activation number."""
+    if activation == NONE:
+        return z
+    if activation == RELU:
+        return F.relu(z)
+    if activation == GELU:
+        return F.gelu(z)
+    if activation == GELU_TANH:
+        return F.gelu(z, approximate="tanh")
+    return F.silu(z)
+
+
+def activation_grad(dy: torch.Tensor, z: torch.Tensor, activation: int) -> torch.Tensor:
+    """Returns `dy ⊙ act'(z)` for an activation number."""
+    aten = torch.ops.aten
+    if activation == NONE:
+        return dy
+    if activation == RELU:
+        return aten.threshold_backward(dy, z, 0)
+    if activation == GELU:
+        return aten.gelu_backward(dy, z)
+    if activation == GELU_TANH:
+        return aten.gelu_backward(dy, z, approximate="tanh")
+    return aten.silu_backward(dy, z)

@@ -1,0 +1,132 @@
+"""Fakes, gradients and FLOP counts of the dispatcher operators `pixelfly::forward` and `backward`.
+
+Schemas are defined in csrc/torch/library.cpp, CUDA kernels beside them, CPU kernels in cpu.py.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import register_flop_formula
+
+from .activations import NONE, RELU
+from .plan import Header
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
+
+
+def _forward_fake(
+    x, blocks, u, v, bias, residual, plan, header, activation, save_preact, allow_tf32
+):
+    n = Header.parse(header).out_features
+    rank = 0 if u is None else u.shape[1]
+    y = x.new_empty(x.shape[0], n)
+    # Rows of t are padded to 16 bytes so that kernels can read them as vectors.
+    t = x.new_empty(x.shape[0], _round_up(rank, 8))[:, :rank]
+    preact = x.new_empty(x.shape[0], n) if save_preact else x.new_empty(0)
+    return y, t, preact
+
+
+def _backward_fake(
+    dy, x, blocks, u, v, t, preact, plan, header, activation, allow_tf32, deterministic,
+    need_dx, need_dblocks, need_du, need_dv, need_dbias,
+):  # fmt: skip
+    def like(shape, needed):
+        return x.new_empty(shape if needed else (0,))
+
+    h = Header.parse(header)
+    return (
+        like((x.shape[0], h.in_features), need_dx),
+        like(blocks.shape, need_dblocks),
+        like((0,) if u is None else u.shape, need_du),
+        like((0,) if v is None else v.shape, need_dv),
+        like((h.out_features,), need_dbias),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+    x, blocks, u, v, _, residual, plan, header, activation, save_preact, allow_tf32 = inputs
+    y, t, preact = output
+    ctx.mark_non_differentiable(t, preact)
+    # Unused outputs then come as None instead of as tensors of zeros.
+    ctx.set_materialize_grads(False)
+    if activation != NONE and not save_preact:
+        raise RuntimeError(
+            "pixelfly::forward: save_preact must be True when an activation is to be "
+            "differentiated, got False"
+        )
+    ctx.save_for_backward(x, blocks, u, v, t, preact, plan)
+    ctx.header, ctx.activation, ctx.allow_tf32 = header, activation, allow_tf32
+
+
+def _forward_backward(ctx: Any, dy: torch.Tensor | None, *_: Any) -> tuple[Any, ...]:
+    none = (None,) * 11
+    if dy is None:
+        return none
+    x, blocks, u, v, t, preact, plan = ctx.saved_tensors
+    need_dx, need_dblocks, need_du, need_dv, need_dbias, need_dresidual = ctx.needs_input_grad[:6]
+    grads: list[torch.Tensor | None] = [None] * 5
+    needs = [need_dx, need_dblocks, need_du, need_dv, need_dbias]
+    if any(needs):
+        # Gradients arrive expanded (from a sum) or transposed: the kernels want rows.
+        rows = dy
+        if dy.stride(1) != 1 or dy.stride(0) < dy.shape[1]:
+            rows = dy.contiguous()
+        outputs = torch.ops.pixelfly.backward(
+            rows, x, blocks, u, v, t, preact, plan, ctx.header, ctx.activation, ctx.allow_tf32,
+            torch.are_deterministic_algorithms_enabled(), *needs,
+        )  # fmt: skip
+        grads = [g if needed else None for g, needed in zip(outputs, needs, strict=True)]
+    return (*grads, dy if need_dresidual else None, *none[6:])
+
+
+def _backward_backward(ctx: Any, *_: Any) -> None:
+    raise RuntimeError(
+        "butterfly_lowrank_mm: double backward is not implemented; for gradients of gradients "
+        "use pixelfly.ops.reference.butterfly_lowrank_mm_reference, which torch differentiates "
+        "any number of times"
+    )
+
+
+def _backward_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    del ctx, inputs, output
+
+
+def _kept_weights(header: list[int], rank: int) -> int:
+    h = Header.parse(header)
+    return h.nnz * h.block_size**2 + rank * (h.out_features + h.in_features)
+
+
+def _forward_flops(x_shape, blocks_shape, u_shape, v_shape, bias_shape, residual_shape,
+                   plan_shape, header, *args, out_shape=None, **kwargs) -> int:  # fmt: skip
+    rank = 0 if u_shape is None else u_shape[1]
+    return 2 * x_shape[0] * _kept_weights(header, rank)
+
+
+def _backward_flops(dy_shape, x_shape, blocks_shape, u_shape, v_shape, t_shape, preact_shape,
+                    plan_shape, header, activation, allow_tf32, deterministic, need_dx,
+                    need_dblocks, need_du, need_dv, *args, out_shape=None,
+                    **kwargs) -> int:  # fmt: skip
+    h = Header.parse(header)
+    tokens, rank = x_shape[0], 0 if u_shape is None else u_shape[1]
+    block_flops = 2 * tokens * h.nnz * h.block_size**2
+    thin = [2 * tokens * rank * width for width in (h.out_features, h.in_features)]
+    flops = block_flops * (need_dx + need_dblocks)
+    flops += thin[0] * (bool(need_dx or need_dv) + need_du)  # s = dz · u, du
+    return flops + thin[1] * (need_dx + need_dv)  # s · v, dv
+
+
+def register() -> None:
+    """Attaches fakes, autograd and FLOP formulas to the operators; called once, on import."""
+    forward, backward = "pixelfly::forward", "pixelfly::backward"
+    torch.library.register_fake(forward, _forward_fake)
+    torch.library.register_fake(backward, _backward_fake)
+    torch.library.register_autograd(forward, _forward_backward, setup_context=_setup_context)
+    torch.library.register_autograd(
+        backward, _backward_backward, setup_context=_backward_setup_context
+    )
+    register_flop_formula(torch.ops.pixelfly.forward)(_forward_flops)
+    register_flop_formula(torch.ops.pixelfly.backward)(_backward_flops)

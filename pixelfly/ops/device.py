@@ -1,0 +1,36 @@
+"""Which devices can run the operator, and what to tell the user of one that cannot."""
+
+from __future__ import annotations
+
+import torch
+
+from .._build import build_info
+
+MIN_CAPABILITY = (8, 0)
+
+
+def check_device(device: torch.device) -> None:
+    """Raises RuntimeError if this build has no kernels for `device`."""
+    if device.type in ("cpu", "meta"):
+        return
+    built = build_info()
+    if device.type != "cuda":
+        raise RuntimeError(
+            f"butterfly_lowrank_mm: expected tensors on cpu or cuda, got {device}; pixelfly has "
+            "no kernels for this device"
+        )
+    name = torch.cuda.get_device_name(device)
+    major, minor = torch.cuda.get_device_capability(device)
+    if not built.get("cuda"):
+        raise RuntimeError(
+            f"butterfly_lowrank_mm: got tensors on {device} ({name}, sm_{major}{minor}), but "
+            "this pixelfly was built without CUDA; install the CUDA toolkit (nvcc), then run "
+            "PIXELFLY_FORCE_CUDA=1 pip install --force-reinstall --no-deps ."
+        )
+    if (major, minor) < MIN_CAPABILITY:
+        raise RuntimeError(
+            f"butterfly_lowrank_mm: expected a GPU of compute capability 8.0 or newer, got "
+            f"{device} ({name}, sm_{major}{minor}); this pixelfly was built for "
+            f"{built.get('arch_list', built.get('archs'))}. Older GPUs have no kernels: move the "
+            "tensors to the CPU"
+        )

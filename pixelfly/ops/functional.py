@@ -1,0 +1,123 @@
+"""`butterfly_lowrank_mm`: the one entry point of the operator."""
+
+from __future__ import annotations
+
+import torch
+
+from ..masks import BlockLayout
+from . import validation
+from .activations import ACTIVATIONS, NONE
+from .plan import device_plan, layout_sizes, plan_header
+
+
+@torch.compiler.assume_constant_result
+def _matmul_allows_tf32() -> bool:
+    # Dynamo's global guard watches this setting, so a constant is safe in a traced program.
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+def _autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
+    """Returns the dtype autocast asks for, or None outside autocast and for float64."""
+    device_type = x.device.type
+    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
+        return None
+    # As torch's own autocast does, leave float64 and integers alone.
+    if not x.is_floating_point() or x.dtype == torch.float64:
+        return None
+    return torch.get_autocast_dtype(device_type)
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    """Flattens the leading dims; copies only if the last dim is strided or rows overlap."""
+    x = x.reshape(-1, x.shape[-1])
+    if x.stride(1) != 1 or x.stride(0) < x.shape[1]:
+        return x.contiguous()
+    return x
+
+
+def butterfly_lowrank_mm(
+    x: torch.Tensor,
+    blocks: torch.Tensor,
+    layout: BlockLayout,
+    u: torch.Tensor | None = None,
+    v: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    *,
+    activation: str | None = None,
+    residual: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Applies a linear layer whose weight is `block butterfly + low rank`.
+
+    Computes `act(x · Bᵀ + (x · vᵀ) · uᵀ + bias) + residual`, where B is the `[N, K]` matrix whose
+    kept blocks are `blocks`. Differentiable once with respect to every tensor; works under
+    `torch.compile`, autocast and CUDA graphs (after one warm-up call).
+
+    Args:
+        x: `[..., K]` bfloat16, float16, float32 (TF32 follows torch's matmul precision setting)
+            or, on the CPU, float64.
+        blocks: `[nnz, b, b]`, row-major over the layout, out x in inside a block. What lies past
+            `N` or `K` in the blocks of the last row or column must be finite and has no effect.
+        layout: which blocks are kept; the same object or an equal one at every call.
+        u: `[N, r]` low-rank factor, or None. Comes together with `v`; `r` may be 0.
+        v: `[r, K]` low-rank factor, or None.
+        bias: `[N]` or None.
+        activation: None, "relu", "gelu", "gelu_tanh" or "silu".
+        residual: `[..., N]`, added after the activation, or None.
+
+    Returns:
+        `[..., N]` in x's dtype (autocast's inside an autocast region).
+
+    Raises:
+        TypeError: an argument's type or dtype is wrong, or the dtypes differ outside autocast.
+        ValueError: a shape, a device or the activation is wrong.
+        RuntimeError: this build or this device has no kernel for the call.
+
+    Source: Pixelated Butterfly (Chen et al., ICLR 2022), section 3: `W = γB + (1−γ)UVᵀ` with the
+        scalars left to the caller.
+
+    Example:
+        >>> import torch
+        >>> from pixelfly.masks import flat_block_butterfly
+        >>> layout = flat_block_butterfly(256, 256, block_size=32)
+        >>> blocks = torch.randn(layout.nnz, 32, 32) / 16
+        >>> u, v = torch.randn(256, 8) / 16, torch.randn(8, 256) / 16
+        >>> butterfly_lowrank_mm(torch.randn(2, 5, 256), blocks, layout, u, v).shape
+        torch.Size([2, 5, 256])
+    """
+    optional = {"u": u, "v": v, "bias": bias, "residual": residual}
+    validation.check_types(x, blocks, layout, optional, activation)
+    dtype = _autocast_dtype(x)
+    if dtype is not None:
+        x, blocks = x.to(dtype), blocks.to(dtype)
+        optional = {k: None if t is None else t.to(dtype) for k, t in optional.items()}
+    validation.check_dtypes_and_devices(x, blocks, optional)
+    sizes = layout_sizes(layout)
+    validation.check_shapes(x, blocks, sizes, optional)
+    u, v, bias, residual = optional.values()
+
+    rank = 0 if u is None else u.shape[1]
+    if rank == 0:
+        u = v = None
+    plan = device_plan(layout, rank, x.device)
+    header = plan_header(layout, rank)
+    kind = ACTIVATIONS[activation]
+    y, _, _ = torch.ops.pixelfly.forward(
+        _rows(x),
+        blocks.contiguous(),
+        None if u is None else u.contiguous(),
+        None if v is None else v.contiguous(),
+        None if bias is None else bias.contiguous(),
+        None if residual is None else _rows(residual),
+        plan,
+        header,
+        kind,
+        kind != NONE and _needs_grad(x, blocks, u, v, bias),
+        x.dtype == torch.float32 and x.is_cuda and _matmul_allows_tf32(),
+    )
+    return y.reshape(*x.shape[:-1], sizes[0])
+
+
+def _needs_grad(*tensors: torch.Tensor | None) -> bool:
+    if not torch.is_grad_enabled():
+        return False
+    return any(t is not None and t.requires_grad for t in tensors)

@@ -1,0 +1,109 @@
+"""The plan of a layout as an operator argument: a device tensor and a list of integers.
+
+`torch.compile` must neither trace the planner nor upload the plan at every call. So the functions
+below are marked as constants of the traced program: dynamo runs them once while tracing, keeps the
+tensor as a constant of the graph, and guards on the layout. `BlockLayout` is registered with
+`torch.utils._pytree.register_constant`, which makes that guard an equality: layers with equal
+layouts share one compiled graph.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import _disable_current_modes
+
+from ..masks import BlockLayout
+from .device import check_device
+
+HEADER_SIZE = 64
+
+if not pytree.is_constant_class(BlockLayout):
+    pytree.register_constant(BlockLayout)
+
+
+class Header(NamedTuple):
+    """The scalar fields that open a plan (PlanHeader in csrc/include/pixelfly/schedule.h)."""
+
+    magic: int
+    version: int
+    size: int
+    out_features: int
+    in_features: int
+    block_size: int
+    num_rows: int
+    num_cols: int
+    nnz: int
+    rank: int
+    rank_tiles: int
+    row_ptr_offset: int
+    col_idx_offset: int
+    row_idx_offset: int
+    col_ptr_offset: int
+    t_row_offset: int
+    t_block_offset: int
+    max_row_blocks: int
+    max_col_blocks: int
+
+    @classmethod
+    def parse(cls, words: list[int]) -> Header:
+        return cls(*words[: len(cls._fields)])
+
+
+@functools.cache
+def host_plan(layout: BlockLayout, rank: int) -> np.ndarray:
+    """Returns the planner's int32 array for a layout and a rank."""
+    return np.asarray(layout.plan(rank), dtype=np.int32)
+
+
+# Keyed by (layout, rank, device) and never emptied: a captured CUDA graph holds the address of its
+# plan, so a plan must outlive every module and layout object that used it. One takes tens of KB.
+_device_plans: dict[tuple[BlockLayout, int, torch.device], torch.Tensor] = {}
+
+
+def _upload(layout: BlockLayout, rank: int, device: torch.device) -> torch.Tensor:
+    check_device(device)
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "butterfly_lowrank_mm: the first call with a layout, rank and device uploads the "
+            "layout's plan, which a CUDA graph cannot capture; make one warm-up call before the "
+            f"capture (layout {layout.out_features}x{layout.in_features}, rank {rank}, {device})"
+        )
+    # Whatever mode the caller is in (fake tensors while exporting, inference mode), the plan is a
+    # plain tensor that later calls in other modes can use.
+    with _disable_current_modes(), torch.inference_mode(False), torch.no_grad():
+        plan = torch.from_numpy(host_plan(layout, rank).copy()).to(device)
+        # The address never changes: torch.compile's CUDA graphs need not copy it at each replay.
+        torch._dynamo.mark_static_address(plan, guard=False)
+    return plan
+
+
+@torch.compiler.assume_constant_result
+def device_plan(layout: BlockLayout, rank: int, device: torch.device) -> torch.Tensor:
+    """Returns the layout's plan as an int32 tensor on `device`, uploaded at the first call."""
+    key = (layout, rank, device)
+    plan = _device_plans.get(key)
+    if plan is None:
+        plan = _device_plans[key] = _upload(layout, rank, device)
+    return plan
+
+
+@torch.compiler.assume_constant_result
+def plan_header(layout: BlockLayout, rank: int) -> list[int]:
+    """Returns the plan's header as the list of integers the operators take."""
+    return _plan_header(layout, rank)
+
+
+@functools.cache
+def _plan_header(layout: BlockLayout, rank: int) -> list[int]:
+    return host_plan(layout, rank)[:HEADER_SIZE].tolist()
+
+
+@torch.compiler.assume_constant_result
+def layout_sizes(layout: BlockLayout) -> tuple[int, int, int, int]:
+    """Returns `(out_features, in_features, block_size, nnz)` as constants of a traced program."""
+    return layout.out_features, layout.in_features, layout.block_size, layout.nnz

@@ -1,0 +1,110 @@
+"""Argument checks of the operator: each names the argument, what was expected and what came."""
+
+from __future__ import annotations
+
+import torch
+
+from ..masks import BlockLayout
+from .activations import ACTIVATIONS
+
+BLOCK_SIZES = (16, 32, 64, 128)
+DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+OP = "butterfly_lowrank_mm"
+
+
+def check_types(
+    x: torch.Tensor,
+    blocks: torch.Tensor,
+    layout: BlockLayout,
+    optional: dict[str, torch.Tensor | None],
+    activation: str | None,
+) -> None:
+    """Checks what does not depend on shapes; raises TypeError or ValueError."""
+    if not isinstance(layout, BlockLayout):
+        raise TypeError(f"{OP}: layout must be a BlockLayout, got {type(layout).__name__}")
+    for name, tensor in (("x", x), ("blocks", blocks)):
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"{OP}: {name} must be a Tensor, got {type(tensor).__name__}")
+    for name, tensor in optional.items():
+        if tensor is not None and not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"{OP}: {name} must be a Tensor or None, got {type(tensor).__name__}")
+    if (optional["u"] is None) != (optional["v"] is None):
+        given, missing = ("u", "v") if optional["v"] is None else ("v", "u")
+        raise ValueError(f"{OP}: u and v must be given together, got {given} without {missing}")
+    if activation not in ACTIVATIONS:
+        raise ValueError(
+            f"{OP}: activation must be one of {', '.join(map(repr, ACTIVATIONS))}, "
+            f"got {activation!r}"
+        )
+
+
+def check_dtypes_and_devices(
+    x: torch.Tensor, blocks: torch.Tensor, optional: dict[str, torch.Tensor | None]
+) -> None:
+    """Checks that everything shares x's device and (after autocast) x's dtype."""
+    if x.dtype not in DTYPES:
+        raise TypeError(
+            f"{OP}: x.dtype must be bfloat16, float16, float32 or float64, got {x.dtype}"
+        )
+    if x.dtype == torch.float64 and x.is_cuda:
+        raise TypeError(
+            f"{OP}: float64 runs on the CPU only; on {x.device} x.dtype must be bfloat16, "
+            "float16 or float32"
+        )
+    for name, tensor in (("blocks", blocks), *optional.items()):
+        if tensor is None:
+            continue
+        if tensor.dtype != x.dtype:
+            raise TypeError(
+                f"{OP}: {name}.dtype must be x.dtype={x.dtype} (outside autocast), "
+                f"got {tensor.dtype}"
+            )
+        if tensor.device != x.device:
+            raise ValueError(
+                f"{OP}: {name}.device must be x.device={x.device}, got {tensor.device}"
+            )
+
+
+def check_shapes(
+    x: torch.Tensor,
+    blocks: torch.Tensor,
+    sizes: tuple[int, int, int, int],
+    optional: dict[str, torch.Tensor | None],
+) -> None:
+    """Checks every shape against the layout's `(out_features, in_features, block_size, nnz)`."""
+    n, k, b, nnz = sizes
+    if b not in BLOCK_SIZES:
+        raise ValueError(f"{OP}: layout.block_size must be one of {BLOCK_SIZES}, got {b}")
+    if n % 8 or k % 8:
+        raise ValueError(
+            f"{OP}: layout.out_features and in_features must be multiples of 8, got {n} and {k}"
+        )
+    if x.dim() == 0:
+        raise ValueError(f"{OP}: x must have shape [..., in_features={k}], got a 0-d tensor")
+    if x.shape[-1] != k:
+        raise ValueError(f"{OP}: x.shape[-1] must be in_features={k}, got {x.shape[-1]}")
+    if blocks.dim() != 3 or blocks.shape[1] != b or blocks.shape[2] != b or blocks.shape[0] != nnz:
+        raise ValueError(
+            f"{OP}: blocks.shape must be [nnz, b, b] = {[nnz, b, b]} for this layout, "
+            f"got {list(blocks.shape)}"
+        )
+    u, v = optional["u"], optional["v"]
+    if u is not None and v is not None:
+        if u.dim() != 2 or u.shape[0] != n:
+            raise ValueError(
+                f"{OP}: u.shape must be [out_features={n}, rank], got {list(u.shape)}"
+            )
+        rank = u.shape[1]
+        if v.dim() != 2 or v.shape[0] != rank or v.shape[1] != k:
+            raise ValueError(
+                f"{OP}: v.shape must be [rank={rank}, in_features={k}] (rank is u.shape[1]), "
+                f"got {list(v.shape)}"
+            )
+    bias, residual = optional["bias"], optional["residual"]
+    if bias is not None and (bias.dim() != 1 or bias.shape[0] != n):
+        raise ValueError(f"{OP}: bias.shape must be [out_features={n}], got {list(bias.shape)}")
+    if residual is not None and residual.shape != (*x.shape[:-1], n):
+        raise ValueError(
+            f"{OP}: residual.shape must be y's shape {[*x.shape[:-1], n]}, "
+            f"got {list(residual.shape)}"
+        )
