@@ -192,11 +192,12 @@ def backward(
         s = None
         if u is not None and (need_dx or need_dv):
             s = dz.to(dtype) @ u.to(dtype)
-        none = x.new_empty(0)
-        dx = _input_grad(dz, blocks, s, None if v is None else v.to(dtype), plan, h) \
-            if need_dx else none  # fmt: skip
-        dblocks = _block_grad(dz, x, blocks, plan, h) if need_dblocks else none
-        du = dv = dbias = none
+        # One empty tensor each: the outputs of an operator must not alias.
+        dx, dblocks, du, dv, dbias = (x.new_empty(0) for _ in range(5))
+        if need_dx:
+            dx = _input_grad(dz, blocks, s, None if v is None else v.to(dtype), plan, h)
+        if need_dblocks:
+            dblocks = _block_grad(dz, x, blocks, plan, h)
         if need_du:
             du = (dz.to(dtype).t() @ t.to(dtype)).to(x.dtype)
         if need_dv:

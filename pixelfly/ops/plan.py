@@ -10,6 +10,7 @@ layouts share one compiled graph.
 from __future__ import annotations
 
 import functools
+import types
 from typing import NamedTuple
 
 import numpy as np
@@ -60,9 +61,13 @@ def host_plan(layout: BlockLayout, rank: int) -> np.ndarray:
     return np.asarray(layout.plan(rank), dtype=np.int32)
 
 
-# Keyed by (layout, rank, device) and never emptied: a captured CUDA graph holds the address of its
-# plan, so a plan must outlive every module and layout object that used it. One takes tens of KB.
-_device_plans: dict[tuple[BlockLayout, int, torch.device], torch.Tensor] = {}
+# Uploaded plans, one attribute each. Attributes, not a dict: dynamo copies a dict's keys when it first
+# meets it and would miss plans uploaded while it traces; an attribute it looks up when asked, and the
+# plan becomes an input of the graph. None is ever dropped: a captured CUDA graph holds the address of
+# its plan, so a plan must outlive every module and layout that used it. One takes tens of KB.
+_uploaded = types.SimpleNamespace()
+_names: dict[tuple[BlockLayout, int, torch.device], str] = {}
+_headers: dict[tuple[BlockLayout, int], list[int]] = {}
 
 
 def _upload(layout: BlockLayout, rank: int, device: torch.device) -> torch.Tensor:
@@ -75,7 +80,7 @@ def _upload(layout: BlockLayout, rank: int, device: torch.device) -> torch.Tenso
         )
     # Whatever mode the caller is in (fake tensors while exporting, inference mode), the plan is a
     # plain tensor that later calls in other modes can use.
-    with _disable_current_modes(), torch.inference_mode(False), torch.no_grad():
+    with _disable_current_modes(), torch.inference_mode(False):
         plan = torch.from_numpy(host_plan(layout, rank).copy()).to(device)
         # The address never changes: torch.compile's CUDA graphs need not copy it at each replay.
         torch._dynamo.mark_static_address(plan, guard=False)
@@ -83,27 +88,39 @@ def _upload(layout: BlockLayout, rank: int, device: torch.device) -> torch.Tenso
 
 
 @torch.compiler.assume_constant_result
+def _plan_name(key: tuple[BlockLayout, int, torch.device]) -> str:
+    name = _names.get(key)
+    if name is None:
+        name = f"plan_{len(_names)}"
+        setattr(_uploaded, name, _upload(*key))
+        _names[key] = name
+    return name
+
+
 def device_plan(layout: BlockLayout, rank: int, device: torch.device) -> torch.Tensor:
     """Returns the layout's plan as an int32 tensor on `device`, uploaded at the first call."""
-    key = (layout, rank, device)
-    plan = _device_plans.get(key)
-    if plan is None:
-        plan = _device_plans[key] = _upload(layout, rank, device)
-    return plan
+    return getattr(_uploaded, _plan_name((layout, rank, device)))
 
 
-@torch.compiler.assume_constant_result
 def plan_header(layout: BlockLayout, rank: int) -> list[int]:
     """Returns the plan's header as the list of integers the operators take."""
-    return _plan_header(layout, rank)
-
-
-@functools.cache
-def _plan_header(layout: BlockLayout, rank: int) -> list[int]:
-    return host_plan(layout, rank)[:HEADER_SIZE].tolist()
+    return _plan_header((layout, rank))
 
 
 @torch.compiler.assume_constant_result
+def _plan_header(key: tuple[BlockLayout, int]) -> list[int]:
+    header = _headers.get(key)
+    if header is None:
+        header = _headers[key] = host_plan(*key)[:HEADER_SIZE].tolist()
+    return header
+
+
 def layout_sizes(layout: BlockLayout) -> tuple[int, int, int, int]:
     """Returns `(out_features, in_features, block_size, nnz)` as constants of a traced program."""
+    return _layout_sizes((layout,))
+
+
+@torch.compiler.assume_constant_result
+def _layout_sizes(key: tuple[BlockLayout]) -> tuple[int, int, int, int]:
+    (layout,) = key
     return layout.out_features, layout.in_features, layout.block_size, layout.nnz
