@@ -53,7 +53,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor
     ctx.mark_non_differentiable(t, preact)
     # Unused outputs then come as None instead of as tensors of zeros.
     ctx.set_materialize_grads(False)
-    if activation != NONE and not save_preact:
+    if activation == RELU and residual is None:
+        preact = y  # positive where the pre-activation is, and somebody keeps it anyway
+    elif activation != NONE and not save_preact and any(ctx.needs_input_grad[:5]):
         raise RuntimeError(
             "pixelfly::forward: save_preact must be True when an activation is to be "
             "differentiated, got False"

@@ -6,7 +6,7 @@ import torch
 
 from ..masks import BlockLayout
 from . import validation
-from .activations import ACTIVATIONS, NONE
+from .activations import ACTIVATIONS, NONE, RELU
 from .plan import device_plan, layout_sizes, plan_header
 
 
@@ -111,10 +111,15 @@ def butterfly_lowrank_mm(
         plan,
         header,
         kind,
-        kind != NONE and _needs_grad(x, blocks, u, v, bias),
+        _derivative_needs_preact(kind, residual) and _needs_grad(x, blocks, u, v, bias),
         x.dtype == torch.float32 and x.is_cuda and _matmul_allows_tf32(),
     )
     return y.reshape(*x.shape[:-1], sizes[0])
+
+
+def _derivative_needs_preact(activation: int, residual: torch.Tensor | None) -> bool:
+    # ReLU's derivative can be read off its output, unless a residual hides it.
+    return activation != NONE and not (activation == RELU and residual is None)
 
 
 def _needs_grad(*tensors: torch.Tensor | None) -> bool:

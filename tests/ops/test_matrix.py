@@ -1,0 +1,138 @@
+"""The operator and every gradient against the reference, over layouts, dtypes and options."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from .helpers import (
+    ACTIVATIONS,
+    BLOCK_SIZES,
+    DEVICES,
+    check_call,
+    make_call,
+    make_layout,
+    named_grids,
+)
+
+GRIDS = named_grids()
+RANKS = (0, 8, 64, 72)
+TOKENS = (7, 129, (2, 3, 11))
+CPU_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+CUDA_DTYPES = CPU_DTYPES[1:]
+
+
+def _cases():
+    """Every layout x block size x dtype; the other options take turns at mutually prime periods."""
+    for device, dtypes in (("cpu", CPU_DTYPES), ("cuda", CUDA_DTYPES)):
+        turn = itertools.count()
+        for name, b, dtype in itertools.product(GRIDS, BLOCK_SIZES, dtypes):
+            i = next(turn)
+            options = {
+                "rank": RANKS[i % 4],
+                "activation": ACTIVATIONS[i % 5],
+                "residual": i % 3 == 0,
+                "bias": i % 7 != 0,
+                "tokens": TOKENS[(i // 2) % 3],
+            }
+            # Features that are multiples of 8 but not of the block size, every other case.
+            tail = ((8, b - 8), (0, 0), (b - 8, 8), (0, 8))[(i // 3) % 4]
+            marks = [pytest.mark.gpu] if device == "cuda" else []
+            label = f"{device}-{name}-b{b}-{str(dtype).removeprefix('torch.')}-{i}"
+            yield pytest.param(device, name, b, dtype, tail, options, id=label, marks=marks)
+
+
+@pytest.mark.parametrize(("device", "name", "b", "dtype", "tail", "options"), list(_cases()))
+def test_matches_reference(device, name, b, dtype, tail, options):
+    layout = make_layout(GRIDS[name], b, tail)
+    check_call(make_call(layout, device=device, dtype=dtype, **options))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("rank", [0, 16])
+def test_every_epilogue(device, activation, residual, bias, rank):
+    layout = make_layout(GRIDS["butterfly"], 32)
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    check_call(
+        make_call(
+            layout, tokens=65, rank=rank, bias=bias, activation=activation, residual=residual,
+            device=device, dtype=dtype,
+        )
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("tokens", [0, 1, 7, 129, 4097])
+@pytest.mark.parametrize("rank", [0, 64])
+def test_token_counts(device, tokens, rank):
+    layout = make_layout(GRIDS["butterfly"], 64)
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    call = make_call(layout, tokens=tokens, rank=rank, activation="gelu", residual=True,
+                     device=device, dtype=dtype)  # fmt: skip
+    if tokens:
+        check_call(call)
+        return
+    results = call.run()
+    assert results["y"].shape == (0, layout.out_features)
+    for name, value in results.items():
+        assert torch.count_nonzero(value) == 0, f"{name} must be zero when there are no tokens"
+        if name != "y":
+            assert value.shape == call.inputs[name[1:]].shape
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("rank", [8, 24, 40, 136, 200])
+def test_ranks(device, rank):
+    layout = make_layout(GRIDS["ragged"], 32, (8, 16))
+    dtype = torch.float32 if device == "cpu" else torch.float16
+    check_call(make_call(layout, tokens=33, rank=rank, device=device, dtype=dtype))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_each_gradient_alone(device):
+    """needs_input_grad decides what runs; what runs must not depend on what else is wanted."""
+    layout = make_layout(GRIDS["ragged"], 16, (8, 0))
+    call = make_call(layout, tokens=19, rank=8, activation="silu", residual=True,
+                     device=device, dtype=torch.float32)  # fmt: skip
+    for name in ("x", "blocks", "u", "v", "bias", "residual"):
+        check_call(call, needs=(name,))
+    check_call(call, needs=("x", "u"))
+    check_call(call, needs=("blocks", "v"))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_deterministic_mode(device):
+    """Deterministic mode also fills torch.empty with NaN: what nobody writes is seen."""
+    layout = make_layout(GRIDS["global"], 32, (8, 8))
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    torch.use_deterministic_algorithms(True)
+    try:
+        call = make_call(layout, tokens=700, rank=24, activation="gelu_tanh", device=device,
+                         dtype=dtype)  # fmt: skip
+        check_call(call)
+        first, second = call.run(), call.run()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), f"{name} differs between two equal runs"
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_nan_and_inf_propagate(device, bad):
+    """As with a dense layer, what reads a NaN or an Inf is not finite, and nothing else is."""
+    layout = make_layout(GRIDS["butterfly"], 32)
+    call = make_call(layout, tokens=40, rank=0, device=device, dtype=torch.float32, grad=False)
+    call.inputs["x"][3, 70] = bad
+    finite = call.run()["y"].isfinite()
+    reads = layout.grid[:, 70 // 32].repeat_interleave(32).to(finite.device)
+    assert not finite[3][reads].any()
+    others = finite.clone()
+    others[3] = True
+    assert others.all()
+    assert finite[3][~reads].all()
