@@ -1,0 +1,179 @@
+"""Bad input: an exception of the right type that names the argument, what was expected, what came."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+
+from pixelfly.masks import BlockLayout
+from pixelfly.ops import butterfly_lowrank_mm
+
+from .helpers import DEVICES, make_call, make_layout, xor_grid
+
+
+@pytest.fixture
+def arguments() -> dict:
+    layout = make_layout(xor_grid(4, 2), 16)  # 64 <- 32, 4 blocks
+    call = make_call(layout, tokens=(2, 3), rank=8, residual=True, dtype=torch.float32, grad=False)
+    return {"layout": layout, **call.inputs}
+
+
+def zeros(*shape: int, **kwargs) -> torch.Tensor:
+    return torch.zeros(*shape, **kwargs)
+
+
+CASES = {
+    "x last dim": (
+        {"x": zeros(3, 40)}, ValueError, ["x.shape[-1]", "in_features=32", "got 40"]),
+    "x 0-d": ({"x": zeros(())}, ValueError, ["x must have shape", "in_features=32", "0-d"]),
+    "x integer": (
+        {"x": zeros(2, 3, 32, dtype=torch.int64)}, TypeError, ["x.dtype", "float32", "int64"]),
+    "x bool": ({"x": zeros(2, 3, 32).bool()}, TypeError, ["x.dtype", "torch.bool"]),
+    "x complex": ({"x": zeros(2, 3, 32).cfloat()}, TypeError, ["x.dtype", "complex64"]),
+    "x not a tensor": ({"x": [1.0] * 32}, TypeError, ["x must be a Tensor", "list"]),
+    "x dtype": (
+        {"x": zeros(2, 3, 32).bfloat16()}, TypeError,
+        ["blocks.dtype", "x.dtype=torch.bfloat16", "outside autocast", "got torch.float32"]),
+    "x device": (
+        {"x": zeros(2, 3, 32, device="meta")}, ValueError, ["blocks.device", "meta", "got cpu"]),
+    "blocks nnz": (
+        {"blocks": zeros(7, 16, 16)}, ValueError, ["blocks.shape", "[8, 16, 16]", "[7, 16, 16]"]),
+    "blocks size": (
+        {"blocks": zeros(8, 32, 32)}, ValueError, ["blocks.shape", "[8, 16, 16]", "[8, 32, 32]"]),
+    "blocks 2-d": ({"blocks": zeros(8, 256)}, ValueError, ["blocks.shape", "[8, 256]"]),
+    "blocks none": ({"blocks": None}, TypeError, ["blocks must be a Tensor", "NoneType"]),
+    "u without v": ({"v": None}, ValueError, ["u and v", "u without v"]),
+    "v without u": ({"u": None}, ValueError, ["u and v", "v without u"]),
+    "u features": ({"u": zeros(32, 8)}, ValueError, ["u.shape", "out_features=64", "[32, 8]"]),
+    "u 1-d": ({"u": zeros(64)}, ValueError, ["u.shape", "[64]"]),
+    "v rank": ({"v": zeros(16, 32)}, ValueError, ["v.shape", "rank=8", "[16, 32]"]),
+    "v features": ({"v": zeros(8, 64)}, ValueError, ["v.shape", "in_features=32", "[8, 64]"]),
+    "v dtype": ({"v": zeros(8, 32).double()}, TypeError, ["v.dtype", "float32", "float64"]),
+    "bias length": ({"bias": zeros(32)}, ValueError, ["bias.shape", "[out_features=64]", "[32]"]),
+    "bias 2-d": ({"bias": zeros(1, 64)}, ValueError, ["bias.shape", "[1, 64]"]),
+    "bias number": ({"bias": 0.5}, TypeError, ["bias must be a Tensor or None", "float"]),
+    "bias device": (
+        {"bias": zeros(64, device="meta")}, ValueError, ["bias.device", "cpu", "got meta"]),
+    "activation": (
+        {"activation": "tanh"}, ValueError, ["activation", "'gelu_tanh'", "got 'tanh'"]),
+    "activation type": ({"activation": torch.relu}, ValueError, ["activation", "built-in"]),
+    "residual shape": (
+        {"residual": zeros(3, 64)}, ValueError, ["residual.shape", "[2, 3, 64]", "[3, 64]"]),
+    "residual features": (
+        {"residual": zeros(2, 3, 32)}, ValueError, ["residual.shape", "[2, 3, 64]", "[2, 3, 32]"]),
+    "layout type": (
+        {"layout": torch.ones(4, 2).bool()}, TypeError, ["layout", "BlockLayout", "Tensor"]),
+    "layout of another shape": (
+        {"layout": make_layout(xor_grid(2, 4), 16)}, ValueError,
+        ["x.shape[-1]", "in_features=64", "got 32"]),
+    "layout of other blocks": (
+        {"layout": make_layout(torch.ones(4, 2).bool().tril(), 16)}, ValueError,
+        ["blocks.shape", "[7, 16, 16]"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_names_argument_expected_and_got(arguments, case):
+    changes, exception, fragments = CASES[case]
+    with pytest.raises(exception, match="^butterfly_lowrank_mm: ") as info:
+        butterfly_lowrank_mm(**{**arguments, **changes})
+    for fragment in fragments:
+        assert fragment in str(info.value), f"{fragment!r} missing in: {info.value}"
+
+
+def test_good_arguments_pass(arguments):
+    assert butterfly_lowrank_mm(**arguments).shape == (2, 3, 64)
+
+
+def test_rank_zero_is_no_low_rank(arguments):
+    without = butterfly_lowrank_mm(**{**arguments, "u": None, "v": None})
+    rank_zero = {**arguments, "u": zeros(64, 0), "v": zeros(0, 32)}
+    assert torch.equal(butterfly_lowrank_mm(**rank_zero), without)
+
+
+@pytest.mark.parametrize("size", [8, 48, 256])
+def test_block_size_not_in_the_list(size):
+    grid = torch.eye(2, dtype=torch.bool)
+    with pytest.raises(ValueError, match="block_size"):
+        layout = BlockLayout.from_grid(grid, size)
+        butterfly_lowrank_mm(zeros(1, 2 * size), zeros(2, size, size), layout)
+
+
+def test_features_not_multiples_of_eight():
+    grid = torch.eye(2, dtype=torch.bool)
+    with pytest.raises(ValueError, match="multiple"):
+        layout = BlockLayout.from_grid(grid, 16, 28, 32)
+        butterfly_lowrank_mm(zeros(1, 32), zeros(2, 16, 16), layout)
+
+
+def test_double_backward_is_an_error():
+    call = make_call(make_layout(xor_grid(2, 2), 16), rank=8, activation="gelu")
+    inputs = {name: t.requires_grad_() for name, t in call.inputs.items()}
+    x, blocks = inputs.pop("x"), inputs.pop("blocks")
+    y = butterfly_lowrank_mm(x, blocks, call.layout, activation="gelu", **inputs)
+    (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="double backward is not implemented.*reference"):
+        dx.square().sum().backward()
+
+
+def test_torch_func_is_an_error_or_right():
+    """vmap loops (torch warns that it is slow); functional gradients raise."""
+    call = make_call(make_layout(xor_grid(2, 2), 16), tokens=(3, 5), grad=False)
+    x, blocks = call.inputs["x"], call.inputs["blocks"]
+
+    def layer(row, blocks):
+        return butterfly_lowrank_mm(row, blocks, call.layout)
+
+    batched = torch.func.vmap(layer, in_dims=(0, None))(x, blocks)
+    torch.testing.assert_close(batched, layer(x, blocks))
+    with pytest.raises(RuntimeError, match="functorch|setup_context"):
+        torch.func.grad(lambda w: layer(x, w).sum())(blocks)
+
+
+@pytest.mark.parametrize("device", DEVICES[1:])
+class TestOnCuda:
+    def test_x_on_another_device(self, device, arguments):
+        with pytest.raises(ValueError, match=re.escape("blocks.device must be x.device=cuda:0")):
+            butterfly_lowrank_mm(**{**arguments, "x": arguments["x"].to(device)})
+
+    def test_float64(self, device, arguments):
+        on_gpu = {
+            name: t if name == "layout" else t.double().to(device) for name, t in arguments.items()
+        }
+        with pytest.raises(TypeError, match="float64 runs on the CPU only"):
+            butterfly_lowrank_mm(**on_gpu)
+
+
+class TestDevicesWithoutKernels:
+    """The checks of ops.device with a faked build and GPU: no such machine is at hand."""
+
+    @pytest.fixture
+    def fake(self, monkeypatch):
+        from pixelfly.ops import device
+
+        def configure(cuda, capability):
+            monkeypatch.setattr(device, "build_info", lambda: {"cuda": cuda, "archs": "80 90a"})
+            monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Some GPU")
+            monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+            return device.check_device
+
+        return configure
+
+    def test_cpu_only_build(self, fake):
+        check = fake(None, (9, 0))
+        with pytest.raises(RuntimeError, match="built without CUDA.*nvcc.*PIXELFLY_FORCE_CUDA=1"):
+            check(torch.device("cuda", 0))
+
+    def test_gpu_too_old(self, fake):
+        check = fake("13.0", (7, 5))
+        with pytest.raises(RuntimeError, match=r"8\.0 or newer, got cuda:0 \(Some GPU, sm_75\)"):
+            check(torch.device("cuda", 0))
+
+    def test_other_device_types(self, fake):
+        with pytest.raises(RuntimeError, match="cpu or cuda, got mps"):
+            fake("13.0", (8, 0))(torch.device("mps"))
+
+    def test_good_gpu(self, fake):
+        fake("13.0", (8, 0))(torch.device("cuda", 0))
