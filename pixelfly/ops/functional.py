@@ -7,10 +7,10 @@ import torch
 from ..masks import BlockLayout
 from . import validation
 from .activations import ACTIVATIONS, NONE, RELU
-from .plan import device_plan, layout_sizes, plan_header
+from .plan import device_plan, layout_sizes, plan_header, traced_constant
 
 
-@torch.compiler.assume_constant_result
+@traced_constant
 def _matmul_allows_tf32() -> bool:
     # Dynamo's global guard watches this setting, so a constant is safe in a traced program.
     return torch.backends.cuda.matmul.fp32_precision == "tf32"
@@ -33,6 +33,15 @@ def _rows(x: torch.Tensor) -> torch.Tensor:
     if x.stride(1) != 1 or x.stride(0) < x.shape[1]:
         return x.contiguous()
     return x
+
+
+def _constant_int(size: int) -> int:
+    """Returns a size as a plain integer, which tracing may have made symbolic."""
+    if torch.compiler.is_compiling():
+        from torch.fx.experimental.symbolic_shapes import guard_scalar
+
+        return guard_scalar(size)
+    return size
 
 
 def butterfly_lowrank_mm(
@@ -95,7 +104,7 @@ def butterfly_lowrank_mm(
     validation.check_shapes(x, blocks, sizes, optional)
     u, v, bias, residual = optional.values()
 
-    rank = 0 if u is None else u.shape[1]
+    rank = 0 if u is None else _constant_int(u.shape[1])
     if rank == 0:
         u = v = None
     plan = device_plan(layout, rank, x.device)

@@ -1,0 +1,132 @@
+"""CUDA graphs, streams, devices and sizes beyond 32 bits."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pixelfly.ops import butterfly_lowrank_mm, butterfly_lowrank_mm_reference
+
+from .helpers import check_against, check_call, make_call, make_layout, xor_grid
+
+pytestmark = pytest.mark.gpu
+
+
+def _call(**options):
+    layout = options.pop("layout", None) or make_layout(xor_grid(8, 8), 64)
+    return make_call(layout, **{"tokens": 256, "rank": 64, "activation": "gelu", "device": "cuda",
+                                "dtype": torch.bfloat16, **options})  # fmt: skip
+
+
+def test_graph_capture_and_replay():
+    call = _call(residual=True)
+    expected = call.run()
+    static = {name: t.clone().requires_grad_() for name, t in call.inputs.items()}
+    dy = call.dy.clone()
+
+    def step():
+        y = butterfly_lowrank_mm(**static, layout=call.layout, activation="gelu")
+        return (y, *torch.autograd.grad(y, list(static.values()), dy))
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = step()
+    for scale in (1.0, -2.0, 0.5):
+        with torch.no_grad():
+            static["x"].copy_(call.inputs["x"] * scale)
+        for t in outputs:
+            t.detach().fill_(float("nan"))
+        graph.replay()
+        got = dict(zip(expected, outputs, strict=True))
+        call_scaled = _scaled(call, scale)
+        for name, value in call_scaled.run().items():
+            torch.testing.assert_close(got[name].detach(), value, msg=f"{name} x{scale}")
+
+
+def _scaled(call, scale):
+    inputs = dict(call.inputs)
+    inputs["x"] = inputs["x"] * scale
+    return type(call)(call.layout, inputs, call.activation, call.dy)
+
+
+def test_capture_without_warm_up_says_what_to_do():
+    call = _call(layout=make_layout(torch.eye(5).bool(), 32), rank=8, grad=False)
+    torch.cuda.synchronize()
+    with pytest.raises(RuntimeError, match="warm-up call"):
+        with torch.cuda.graph(torch.cuda.CUDAGraph()):
+            butterfly_lowrank_mm(**call.inputs, layout=call.layout)
+
+
+def test_side_stream():
+    """The operator must run on the current stream: a copy queued before it there is seen."""
+    call = _call(tokens=4096, grad=False)
+    expected = call.run()["y"]
+    x = torch.empty_like(call.inputs["x"])
+    options = {k: v for k, v in call.inputs.items() if k != "x"}
+    stream = torch.cuda.Stream()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(20_000_000)
+        x.copy_(call.inputs["x"])
+        y = butterfly_lowrank_mm(x, **options, layout=call.layout, activation="gelu")
+        y = y.clone()
+    stream.synchronize()
+    torch.testing.assert_close(y, expected)
+
+
+def test_first_call_on_a_side_stream_then_another_stream():
+    """The plan is complete for every stream once the first call returned."""
+    layout = make_layout(torch.rand(7, 9) < 0.4, 32)
+    call = _call(layout=layout, rank=8)
+    with torch.cuda.stream(torch.cuda.Stream()):
+        torch.cuda._sleep(20_000_000)
+        call.run()
+    check_call(call)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_second_device():
+    call = _call(grad=True)
+    expected = call.run()
+    inputs = {k: v.to("cuda:1") for k, v in call.inputs.items()}
+    got = type(call)(call.layout, inputs, call.activation, call.dy.to("cuda:1")).run()
+    for name, value in got.items():
+        assert value.device == torch.device("cuda", 1)
+        torch.testing.assert_close(value.cpu(), expected[name].cpu())
+
+
+def _free_gigabytes() -> float:
+    return torch.cuda.mem_get_info()[0] / 2**30 if torch.cuda.is_available() else 0.0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 64])
+def test_more_than_two_to_the_31_elements(rank):
+    """T · K and T · N beyond 2^31: the last tokens must be as right as the first."""
+    if _free_gigabytes() < 60:
+        pytest.skip("needs 60 GB of GPU memory")
+    layout = make_layout(xor_grid(16, 16), 64)
+    k = layout.in_features
+    tokens = 2**31 // k + 1000
+    call = make_call(layout, tokens=8, rank=rank, device="cuda", dtype=torch.bfloat16)
+    x = torch.randn(4096, k, device="cuda", dtype=torch.bfloat16)
+    x = x.repeat(tokens // 4096 + 1, 1)[:tokens].requires_grad_()
+    options = {n: t.requires_grad_() for n, t in call.inputs.items() if n != "x"}
+    y = butterfly_lowrank_mm(x, **options, layout=layout)
+    dy = torch.zeros_like(y)
+    dy[-500:] = torch.randn(500, y.shape[1], device="cuda", dtype=y.dtype)
+    grads = dict(zip(("x", *options), torch.autograd.grad(y, (x, *options.values()), dy),
+                     strict=True))  # fmt: skip
+    tail = type(call)(layout, {"x": x.detach()[-500:], **options}, None, dy[-500:])
+    same = tail.run(butterfly_lowrank_mm_reference)
+    exact = tail.to(torch.float64).run(butterfly_lowrank_mm_reference)
+    for name in exact:
+        got = y.detach()[-500:] if name == "y" else grads[name[1:]]
+        got = got[-500:] if name == "dx" else got
+        check_against(got, same[name], exact[name], name, 64)
+    assert torch.equal(y[:4096], y[4096:8192])
