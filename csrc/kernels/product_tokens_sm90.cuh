@@ -5,14 +5,15 @@
 // blocks walk the weights in the same order, which L2 serves at about twice the rate of distinct
 // data. Any layout balances: every thread block does all output tiles.
 //
-//   shared memory: x tiles [num_x_tiles][64 tokens][64], t tile [64][64], one ring of 8 KB weight
-//   tiles and one 8 KB staging tile per consumer warpgroup; every tile in the 128-byte swizzle.
+//   shared memory: x tiles [num_x_tiles][64 tokens][64], t tile [64][64], and one ring of 8 KB weight
+//   tiles per consumer warpgroup; every tile in the 128-byte swizzle. The slot of a row's last
+//   weight tile becomes the staging tile of the row's epilogue before it goes back to the ring.
 //
 //   roles: consumer warpgroups 0 .. W-1, each with its own list of output tiles (TokenStep);
 //          the last warpgroup produces: warp w feeds ring w, warp 3 loads x.
 //   x_full[j]:  producer -> consumers, x tile j has landed      x_empty[j]: its users -> producer
 //   w_full/w_empty[w][s]: the same for slot s of ring w
-//   t_full: warpgroup 0 (which forms t) -> consumers            t_empty: users of t -> warpgroup 0
+//   the same pair for the t tile, which warpgroup 0 forms and everyone reads
 //
 // The weight tile is wgmma's A (M = 64 output features), tokens are N: the accumulator holds yᵀ, bias
 // is two values a thread, and stmatrix.trans turns it into rows of tokens for one TMA store.
@@ -21,6 +22,8 @@
 
 #include <cuda.h>
 #include <cuda_runtime.h>
+
+#include <cstddef>
 
 #include "device/epilogue_math.cuh"
 #include "device/mbarrier.cuh"
@@ -48,6 +51,7 @@ struct TokenArgs {
   const void* bias;
   int32_t token_tiles;
   int32_t out_features;
+  int32_t stages[kTokenWarpgroups];  // ring slots of each warpgroup
   Activation activation;
   bool has_rank;
   bool has_preact;
@@ -58,68 +62,109 @@ struct TokenArgs {
 constexpr int kTokenTileBytes = kTokenTile * kTokenTile * 2;
 constexpr int kTokenThreads = 128 * (kTokenWarpgroups + 1);
 constexpr int kMaxXTiles = 20;
+constexpr int kMaxTokenStages = 8;
 
-struct TokenBarriers {
-  uint64_t x_full[kMaxXTiles], x_empty[kMaxXTiles];
-  uint64_t w_full[kTokenWarpgroups][8], w_empty[kTokenWarpgroups][8];
+// What a ring slot holds: the producer writes it before the weight tile is announced, so consumers
+// never read the plan from global memory.
+struct TokenSlot {
+  int32_t x_tile;
+  int32_t flags;
+};
+
+struct TokenShared {
+  uint64_t x_full[kMaxXTiles + 1], x_empty[kMaxXTiles + 1];  // the last one is the t tile's
+  uint64_t w_full[kTokenWarpgroups][kMaxTokenStages];
+  uint64_t w_empty[kTokenWarpgroups][kMaxTokenStages];
   uint64_t aux_full[kTokenWarpgroups];
-  uint64_t t_full, t_empty;
+  TokenSlot slots[kTokenWarpgroups][kMaxTokenStages];
 };
 
 namespace tokens {
 
+// Shared-memory addresses of the bookkeeping, from one opaque base: the compiler would otherwise
+// recompute the base, a slow special-register read, at every use.
+struct Addresses {
+  uint32_t base;
+  __device__ explicit Addresses(TokenShared& shared) {
+    asm volatile("mov.u32 %0, %1;" : "=r"(base) : "r"(device::smem_address(&shared)));
+  }
+  __device__ uint32_t x_full(int x) const { return base + offsetof(TokenShared, x_full) + x * 8; }
+  __device__ uint32_t x_empty(int x) const { return base + offsetof(TokenShared, x_empty) + x * 8; }
+  __device__ uint32_t w_full(int w, int s) const {
+    return base + offsetof(TokenShared, w_full) + (w * kMaxTokenStages + s) * 8;
+  }
+  __device__ uint32_t w_empty(int w, int s) const {
+    return base + offsetof(TokenShared, w_empty) + (w * kMaxTokenStages + s) * 8;
+  }
+  __device__ uint32_t aux_full(int w) const {
+    return base + offsetof(TokenShared, aux_full) + w * 8;
+  }
+  __device__ uint32_t slot(int w, int s) const {
+    return base + offsetof(TokenShared, slots) + (w * kMaxTokenStages + s) * 8;
+  }
+};
+
 // Walks a ring: slot index and the parity of the phase that the next use of the slot completes.
-template <int kStages>
 struct Ring {
+  int stages;
   int slot = 0;
   uint32_t phase = 0;
   __device__ void advance() {
-    if (++slot == kStages) {
+    if (++slot == stages) {
       slot = 0;
       phase ^= 1;
     }
   }
 };
 
-template <int kStages>
-__device__ void produce_weights(const TokenMaps& maps, const TokenArgs& args, int ring_index,
-                                uint32_t ring_base, TokenBarriers& bars) {
+// A whole warp: each lane fetches one step of the next 32, then lane 0 issues them one by one.
+__device__ inline void produce_weights(const TokenMaps& maps, const TokenArgs& args, int ring_index,
+                                       uint32_t ring_base, Addresses at) {
   int first = args.section.steps_offset;
   for (int w = 0; w < ring_index; ++w) first += 4 * args.section.num_steps[w];
   const int4* steps = reinterpret_cast<const int4*>(args.plan + first);
   const int count = args.section.num_steps[ring_index];
   if (count == 0) return;
-  Ring<kStages> ring;
+  const int lane = threadIdx.x % 32;
+  Ring ring{args.stages[ring_index]};
+  int4 ahead = __ldg(steps + min(lane, count - 1));
   for (int tile = blockIdx.x; tile < args.token_tiles; tile += gridDim.x) {
-    int4 next = __ldg(steps);
-    for (int i = 0; i < count; ++i) {
-      const int4 step = next;
-      if (i + 1 < count) next = __ldg(steps + i + 1);
-      if (step.w & kTokenNoProduct) continue;
-      const uint32_t full = device::smem_address(&bars.w_full[ring_index][ring.slot]);
-      device::mbarrier_wait(device::smem_address(&bars.w_empty[ring_index][ring.slot]),
-                            ring.phase ^ 1);
-      device::mbarrier_expect_tx(full, kTokenTileBytes);
-      const CUtensorMap* map = (step.w & kTokenFactorIn)    ? &maps.factor_in
-                               : (step.w & kTokenFactorOut) ? &maps.factor_out
-                                                            : &maps.blocks;
-      device::tma_load_2d(ring_base + ring.slot * kTokenTileBytes, map, full, step.y, step.z);
-      ring.advance();
+    for (int begin = 0; begin < count; begin += 32) {
+      const int4 mine = ahead;
+      const int next = begin + 32 < count ? begin + 32 : 0;
+      ahead = __ldg(steps + min(next + lane, count - 1));
+      for (int i = 0; i < min(32, count - begin); ++i) {
+        const int x_tile = __shfl_sync(0xffffffffu, mine.x, i);
+        const int w_col = __shfl_sync(0xffffffffu, mine.y, i);
+        const int w_row = __shfl_sync(0xffffffffu, mine.z, i);
+        const int flags = __shfl_sync(0xffffffffu, mine.w, i);
+        if (lane == 0) {
+          const uint32_t full = at.w_full(ring_index, ring.slot);
+          device::mbarrier_wait(at.w_empty(ring_index, ring.slot), ring.phase ^ 1);
+          device::store_shared(at.slot(ring_index, ring.slot), x_tile, flags);
+          device::mbarrier_expect_tx(full, kTokenTileBytes);
+          const CUtensorMap* map = (flags & kTokenFactorIn)    ? &maps.factor_in
+                                   : (flags & kTokenFactorOut) ? &maps.factor_out
+                                                               : &maps.blocks;
+          device::tma_load_2d(ring_base + ring.slot * kTokenTileBytes, map, full, w_col, w_row);
+        }
+        ring.advance();
+        __syncwarp();
+      }
     }
   }
 }
 
 __device__ inline void produce_x(const TokenMaps& maps, const TokenArgs& args, uint32_t x_base,
-                                 TokenBarriers& bars) {
+                                 Addresses at) {
   const int2* loads = reinterpret_cast<const int2*>(args.plan + args.section.loads_offset);
   uint32_t phase = 0;
   for (int tile = blockIdx.x; tile < args.token_tiles; tile += gridDim.x, phase ^= 1) {
     for (int i = 0; i < args.section.num_loads; ++i) {
       const int x = __ldg(loads + i).x;
-      const uint32_t full = device::smem_address(&bars.x_full[x]);
-      device::mbarrier_wait(device::smem_address(&bars.x_empty[x]), phase ^ 1);
-      device::mbarrier_expect_tx(full, kTokenTileBytes);
-      device::tma_load_2d(x_base + x * kTokenTileBytes, &maps.x, full, x * kTokenTile,
+      device::mbarrier_wait(at.x_empty(x), phase ^ 1);
+      device::mbarrier_expect_tx(at.x_full(x), kTokenTileBytes);
+      device::tma_load_2d(x_base + x * kTokenTileBytes, &maps.x, at.x_full(x), x * kTokenTile,
                           tile * kTokenTile);
     }
   }
@@ -164,15 +209,17 @@ __device__ void combine_tile(float (&acc)[32], uint32_t tile, F f) {
 }
 
 // One consumer warpgroup. `bar` is its named barrier; `leader` its one thread that talks to TMA.
-template <typename T, bool kTransposed, int kStages>
+template <typename T, bool kTransposed>
 struct Consumer {
   const TokenMaps& maps;
   const TokenArgs& args;
-  TokenBarriers& bars;
+  Addresses at;
   int warpgroup;
-  uint32_t x_base, t_tile, ring_base, staging;
+  uint32_t x_base, t_tile, ring_base;
   bool leader;
   uint32_t aux_phase = 0;
+  uint32_t staging = 0;        // the ring slot that the current epilogue writes
+  uint32_t staging_empty = 0;  // its barrier, while TMA may still be reading the slot
 
   __device__ void sync() { device::named_barrier_sync(1 + warpgroup, 128); }
 
@@ -191,9 +238,19 @@ struct Consumer {
     sync();
   }
 
+  // Gives the last epilogue's slot back to the ring.
+  __device__ void release_staging() {
+    if (staging_empty == 0) return;
+    if (leader) {
+      device::tma_store_wait_read<0>();
+      device::mbarrier_arrive_n(staging_empty, 4);
+    }
+    staging_empty = 0;
+  }
+
   __device__ void load_aux(int feature, int token) {
     drain();
-    const uint32_t bar = device::smem_address(&bars.aux_full[warpgroup]);
+    const uint32_t bar = at.aux_full(warpgroup);
     if (leader) {
       device::mbarrier_expect_tx(bar, kTokenTileBytes);
       device::tma_load_2d(staging, &maps.aux, bar, feature, token);
@@ -206,9 +263,9 @@ struct Consumer {
     const int feature = out_tile * kTokenTile;
     const Activation activation = args.activation;
     if (args.has_preact) {
-      drain();
       store_tile<T>(acc, staging);
       store(&maps.preact, staging, feature, token);
+      drain();
     }
     if (args.has_z) {
       load_aux(feature, token);
@@ -222,96 +279,98 @@ struct Consumer {
       load_aux(feature, token);
       combine_tile<T>(acc, staging, [](float a, float b) { return a + b; });
     }
-    drain();
+    if (args.has_z || args.has_residual) sync();  // everyone has read the auxiliary tile
     store_tile<T>(acc, staging);
     store(&maps.y, staging, feature, token);
   }
 
   // The finished t goes to shared memory for everyone and to global memory for the backward pass.
   __device__ void publish_t(const float (&acc)[32], int token, uint32_t phase) {
-    device::mbarrier_wait(device::smem_address(&bars.t_empty), phase ^ 1);
-    drain();
+    device::mbarrier_wait(at.x_empty(args.section.num_x_tiles), phase ^ 1);
     store_tile<T>(acc, t_tile);
     store(&maps.t, t_tile, 0, token);
-    device::mbarrier_arrive(device::smem_address(&bars.t_full));
+    device::mbarrier_arrive(at.x_full(args.section.num_x_tiles));
   }
 
-  __device__ void begin_row(float (&acc)[32], int flags) {
-    float low = 0.f, high = 0.f;
-    if (args.bias != nullptr && !(flags & kTokenFactorIn)) {
-      const int m = (flags >> kTokenRowShift) * kTokenTile + threadIdx.x % 128 / 32 * 16 +
-                    threadIdx.x % 32 / 4;
-      const T* bias = static_cast<const T*>(args.bias);
-      if (m < args.out_features) low = device::to_float(bias[m]);
-      if (m + 8 < args.out_features) high = device::to_float(bias[m + 8]);
-    }
+  // The bias of this thread's two output features, requested when a row begins and converted when
+  // it ends, so that its latency hides behind the row's products.
+  __device__ void load_bias(int flags, T (&bias)[2]) const {
+    if (args.bias == nullptr || (flags & kTokenFactorIn)) return;
+    const int m = (flags >> kTokenRowShift) * kTokenTile + threadIdx.x % 128 / 32 * 16 +
+                  threadIdx.x % 32 / 4;
+    const T* values = static_cast<const T*>(args.bias);
+    if (m < args.out_features) bias[0] = values[m];
+    if (m + 8 < args.out_features) bias[1] = values[m + 8];
+  }
+
+  // acc (+)= weight tile · x tile, asynchronously. Descriptors count 16-byte units; a k16 step is 32
+  // bytes along a K-major row, or 16 rows of 128 bytes of an MN-major tile.
+  __device__ void multiply(float (&acc)[32], uint32_t weight, uint32_t x, bool accumulate) {
+    const uint64_t a =
+        kTransposed ? device::descriptor_mn_major(weight, 0) : device::descriptor_k_major(weight);
+    const uint64_t b = device::descriptor_k_major(x);
+    constexpr int kStepA = kTransposed ? 128 : 2;
+    device::wgmma_fence();
 #pragma unroll
-    for (int i = 0; i < 32; i += 4) {
-      acc[i] = acc[i + 1] = low;
-      acc[i + 2] = acc[i + 3] = high;
+    for (int k = 0; k < 4; ++k) {
+      device::wgmma_m64n64<T, kTransposed, false>(acc, a + k * kStepA, b + k * 2,
+                                                  accumulate || k > 0);
     }
+    device::wgmma_commit();
   }
 
   __device__ void run() {
-    int first = args.section.steps_offset;
-    for (int w = 0; w < warpgroup; ++w) first += 4 * args.section.num_steps[w];
-    const int4* steps = reinterpret_cast<const int4*>(args.plan + first);
     const int count = args.section.num_steps[warpgroup];
     if (count == 0) return;
     const bool warp_leader = threadIdx.x % 32 == 0;
-    Ring<kStages> ring;
+    Ring ring{args.stages[warpgroup]};
     uint32_t phase = 0;  // of x and t: one per token tile
     float acc[32];
     for (int tile = blockIdx.x; tile < args.token_tiles; tile += gridDim.x, phase ^= 1) {
-      // What the previous step's products still read: released once they are known to be done.
-      uint32_t held_slot = 0, held_x = 0;
-      auto release = [&] {
-        if (held_slot != 0 && warp_leader) device::mbarrier_arrive(held_slot);
-        if (held_x != 0 && warp_leader) device::mbarrier_arrive(held_x);
-        held_slot = held_x = 0;
-      };
-      int4 next = __ldg(steps);
-      for (int i = 0; i < count;) {
-        const int row = next.w;
-        begin_row(acc, row);
-        if (row & kTokenNoProduct) {
-          if (++i < count) next = __ldg(steps + i);
-        } else {
-          int4 step;
-          do {
-            step = next;
-            if (++i < count) next = __ldg(steps + i);
-            const bool is_t = step.w & kTokenFactorOut;
-            uint64_t* x_full = is_t ? &bars.t_full : &bars.x_full[step.x];
-            uint64_t* x_empty = is_t ? &bars.t_empty : &bars.x_empty[step.x];
-            device::mbarrier_wait(device::smem_address(x_full), phase);
-            device::mbarrier_wait(device::smem_address(&bars.w_full[warpgroup][ring.slot]),
-                                  ring.phase);
-            const uint32_t a = ring_base + ring.slot * kTokenTileBytes;
-            const uint32_t b = is_t ? t_tile : x_base + step.x * kTokenTileBytes;
-            const uint64_t a_desc =
-                kTransposed ? device::descriptor_mn_major(a, 0) : device::descriptor_k_major(a);
-            const uint64_t b_desc = device::descriptor_k_major(b);
-            constexpr int kStepA = kTransposed ? 128 : 2;  // descriptor units of 16 bytes per k16
-            device::wgmma_fence();
+      uint32_t ready = 0;  // x tiles already known to have landed
+      for (int done = 0; done < count;) {
+        int flags;
+        T bias[2] = {T(0.f), T(0.f)};
+        bool begin = true;
+        do {
+          const uint32_t slot = ring_base + ring.slot * kTokenTileBytes;
+          const uint32_t slot_empty = at.w_empty(warpgroup, ring.slot);
+          device::mbarrier_wait(at.w_full(warpgroup, ring.slot), ring.phase);
+          const int2 info = device::load_shared_int2(at.slot(warpgroup, ring.slot));
+          ring.advance();
+          ++done;
+          const int x_tile = info.x;
+          flags = info.y;
+          if (begin) load_bias(flags, bias);
+          if (!(flags & kTokenNoProduct)) {
+            if (!(ready >> x_tile & 1)) device::mbarrier_wait(at.x_full(x_tile), phase);
+            ready |= 1u << x_tile;
+            const uint32_t x = x_base + x_tile * kTokenTileBytes;  // t follows the x tiles
+            multiply(acc, slot, x, !begin);
+            if (!begin || (flags & kTokenRowEnd)) release_staging();
+            device::wgmma_wait<0>();
+            if ((flags & kTokenRelease) && warp_leader) device::mbarrier_arrive(at.x_empty(x_tile));
+          } else {
+            release_staging();
 #pragma unroll
-            for (int k = 0; k < 4; ++k) {
-              device::wgmma_m64n64<T, kTransposed, false>(acc, a_desc + k * kStepA, b_desc + k * 2);
-            }
-            device::wgmma_commit();
-            device::wgmma_wait<1>();
-            release();
-            held_slot = device::smem_address(&bars.w_empty[warpgroup][ring.slot]);
-            if (step.w & kTokenRelease) held_x = device::smem_address(x_empty);
-            ring.advance();
-          } while (!(step.w & kTokenRowEnd));
-          device::wgmma_wait<0>();
-          release();
-        }
-        if (row & kTokenFactorIn) {
+            for (float& a : acc) a = 0.f;
+          }
+          if (flags & kTokenRowEnd) {
+            staging = slot;
+            staging_empty = slot_empty;
+          } else if (warp_leader) {
+            device::mbarrier_arrive(slot_empty);
+          }
+          begin = false;
+        } while (!(flags & kTokenRowEnd));
+        sync();  // every warp's products have read the slot that the epilogue overwrites
+        if (flags & kTokenFactorIn) {
           publish_t(acc, tile * kTokenTile, phase);
         } else {
-          epilogue(acc, row >> kTokenRowShift, tile * kTokenTile);
+          const float low = device::to_float(bias[0]), high = device::to_float(bias[1]);
+#pragma unroll
+          for (int i = 0; i < 32; ++i) acc[i] += i % 4 < 2 ? low : high;
+          epilogue(acc, flags >> kTokenRowShift, tile * kTokenTile);
         }
       }
     }
@@ -321,54 +380,53 @@ struct Consumer {
 
 }  // namespace tokens
 
-template <typename T, bool kTransposed, int kStages>
+template <typename T, bool kTransposed>
 __global__ void __launch_bounds__(kTokenThreads, 1)
     product_tokens_sm90(const __grid_constant__ TokenMaps maps,
                         const __grid_constant__ TokenArgs args) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   extern __shared__ uint8_t raw[];
-  __shared__ TokenBarriers bars;
+  __shared__ TokenShared shared;
+  const tokens::Addresses at(shared);
   const uint32_t base = (device::smem_address(raw) + 1023) & ~1023u;
-  const uint32_t t_tile = base + args.section.num_x_tiles * kTokenTileBytes;
+  const int num_tiles = args.section.num_x_tiles;
+  const uint32_t t_tile = base + num_tiles * kTokenTileBytes;
   const uint32_t rings = t_tile + (args.has_rank ? kTokenTileBytes : 0);
-  constexpr int kPerWarpgroup = (kStages + 1) * kTokenTileBytes;  // ring and staging
 
   if (threadIdx.x == 0) {
     const int2* loads = reinterpret_cast<const int2*>(args.plan + args.section.loads_offset);
     for (int i = 0; i < args.section.num_loads; ++i) {
       const int2 load = __ldg(loads + i);
-      device::mbarrier_init(device::smem_address(&bars.x_full[load.x]), 1);
-      device::mbarrier_init(device::smem_address(&bars.x_empty[load.x]), 4 * load.y);
+      device::mbarrier_init(at.x_full(load.x), 1);
+      device::mbarrier_init(at.x_empty(load.x), 4 * load.y);
     }
     for (int w = 0; w < kTokenWarpgroups; ++w) {
-      for (int s = 0; s < kStages; ++s) {
-        device::mbarrier_init(device::smem_address(&bars.w_full[w][s]), 1);
-        device::mbarrier_init(device::smem_address(&bars.w_empty[w][s]), 4);
+      for (int s = 0; s < args.stages[w]; ++s) {
+        device::mbarrier_init(at.w_full(w, s), 1);
+        device::mbarrier_init(at.w_empty(w, s), 4);
       }
-      device::mbarrier_init(device::smem_address(&bars.aux_full[w]), 1);
+      device::mbarrier_init(at.aux_full(w), 1);
     }
-    device::mbarrier_init(device::smem_address(&bars.t_full), 128);
-    device::mbarrier_init(device::smem_address(&bars.t_empty), max(1, 4 * args.section.t_users));
+    device::mbarrier_init(at.x_full(num_tiles), 128);
+    device::mbarrier_init(at.x_empty(num_tiles), max(1, 4 * args.section.t_users));
     device::mbarrier_init_fence();
   }
   __syncthreads();
 
   const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);
-  if (warpgroup == kTokenWarpgroups) {
-    const int warp = threadIdx.x / 32 % 4;
-    if (threadIdx.x % 32 == 0) {
-      if (warp == 3) {
-        tokens::produce_x(maps, args, base, bars);
-      } else if (warp < kTokenWarpgroups) {
-        tokens::produce_weights<kStages>(maps, args, warp, rings + warp * kPerWarpgroup, bars);
-      }
-    }
-  } else {
-    const uint32_t ring = rings + warpgroup * kPerWarpgroup;
-    tokens::Consumer<T, kTransposed, kStages> consumer{
-        maps, args, bars, warpgroup, base, t_tile, ring, ring + kStages * kTokenTileBytes,
-        threadIdx.x % 128 == 0};
+  const int ring_index = warpgroup == kTokenWarpgroups ? threadIdx.x / 32 % 4 : warpgroup;
+  uint32_t ring = rings;
+  for (int w = 0; w < min(ring_index, kTokenWarpgroups); ++w) {
+    ring += args.stages[w] * kTokenTileBytes;
+  }
+  if (warpgroup < kTokenWarpgroups) {
+    tokens::Consumer<T, kTransposed> consumer{
+        maps, args, at, warpgroup, base, t_tile, ring, threadIdx.x % 128 == 0};
     consumer.run();
+  } else if (ring_index < kTokenWarpgroups) {
+    tokens::produce_weights(maps, args, ring_index, ring, at);
+  } else if (ring_index == 3 && threadIdx.x % 32 == 0) {
+    tokens::produce_x(maps, args, base, at);
   }
 #endif
 }

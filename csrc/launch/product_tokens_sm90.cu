@@ -12,38 +12,28 @@
 namespace pixelfly {
 namespace {
 
-constexpr int kSharedSlack = 1024 + 512;  // alignment of the first tile; static barriers
+constexpr int kSharedSlack = 1024 + sizeof(TokenShared);  // alignment of the first tile
 
 const TokenSection& section_of(const ProductParams& p) {
   return p.transposed ? p.header->tokens_transposed : p.header->tokens_forward;
 }
 
-// Ring stages per warpgroup that fit beside x, t and the staging tiles.
-int stages_that_fit(const ProductParams& p, const DeviceInfo& device) {
-  const int fixed = section_of(p).num_x_tiles + (p.header->rank > 0 ? 1 : 0) + kTokenWarpgroups;
-  const int room = (device.max_shared_bytes - kSharedSlack) / kTokenTileBytes - fixed;
-  return std::min(room / kTokenWarpgroups, 6);
+// Weight tiles that fit beside x and t; each warpgroup's ring gets its share.
+int weight_slots(const ProductParams& p, const DeviceInfo& device) {
+  const int fixed = section_of(p).num_x_tiles + (p.header->rank > 0 ? 1 : 0);
+  return (device.max_shared_bytes - kSharedSlack) / kTokenTileBytes - fixed;
 }
 
-template <typename T, bool kTransposed, int kStages>
+template <typename T, bool kTransposed>
 Status launch(const TokenMaps& maps, const TokenArgs& args, int grid, Stream stream) {
-  auto kernel = product_tokens_sm90<T, kTransposed, kStages>;
-  const int tiles = args.section.num_x_tiles + (args.has_rank ? 1 : 0) +
-                    kTokenWarpgroups * (kStages + 1);
+  auto kernel = product_tokens_sm90<T, kTransposed>;
+  int tiles = args.section.num_x_tiles + (args.has_rank ? 1 : 0);
+  for (int stages : args.stages) tiles += stages;
   const int bytes = tiles * kTokenTileBytes + 1024;
   PIXELFLY_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
   kernel<<<grid, kTokenThreads, bytes, stream>>>(maps, args);
   PIXELFLY_CUDA(cudaGetLastError());
   return Status::success();
-}
-
-template <typename T, bool kTransposed>
-Status launch_stages(int stages, const TokenMaps& maps, const TokenArgs& args, int grid,
-                     Stream stream) {
-  if (stages >= 6) return launch<T, kTransposed, 6>(maps, args, grid, stream);
-  if (stages >= 4) return launch<T, kTransposed, 4>(maps, args, grid, stream);
-  if (stages == 3) return launch<T, kTransposed, 3>(maps, args, grid, stream);
-  return launch<T, kTransposed, 2>(maps, args, grid, stream);
 }
 
 }  // namespace
@@ -62,7 +52,7 @@ bool product_tokens_sm90_supports(const ProductParams& p, const DeviceInfo& devi
          aligned(p.factor_in, p.factor_in_stride) && aligned(p.factor, p.factor_stride) &&
          aligned(p.t, p.t_stride) && aligned(p.residual, p.residual_stride) &&
          aligned(p.z, p.z_stride) && aligned(p.y, p.y_stride) &&
-         aligned(p.preact, p.preact_stride) && stages_that_fit(p, device) >= 2;
+         aligned(p.preact, p.preact_stride) && weight_slots(p, device) >= 3 * kTokenWarpgroups;
 }
 
 Status launch_product_tokens_sm90(const ProductParams& p, const DeviceInfo& device,
@@ -104,13 +94,17 @@ Status launch_product_tokens_sm90(const ProductParams& p, const DeviceInfo& devi
   args.has_z = p.z != nullptr;
 
   const int grid = std::min(args.token_tiles, device.num_sms);
-  const int stages = stages_that_fit(p, device);
-  if (p.dtype == DType::kBFloat16) {
-    return p.transposed ? launch_stages<__nv_bfloat16, true>(stages, maps, args, grid, stream)
-                        : launch_stages<__nv_bfloat16, false>(stages, maps, args, grid, stream);
+  const int slots = weight_slots(p, device);
+  for (int w = 0; w < kTokenWarpgroups; ++w) {
+    const int share = slots / kTokenWarpgroups + (w < slots % kTokenWarpgroups ? 1 : 0);
+    args.stages[w] = std::min(share, kMaxTokenStages);
   }
-  return p.transposed ? launch_stages<__half, true>(stages, maps, args, grid, stream)
-                      : launch_stages<__half, false>(stages, maps, args, grid, stream);
+  if (p.dtype == DType::kBFloat16) {
+    return p.transposed ? launch<__nv_bfloat16, true>(maps, args, grid, stream)
+                        : launch<__nv_bfloat16, false>(maps, args, grid, stream);
+  }
+  return p.transposed ? launch<__half, true>(maps, args, grid, stream)
+                      : launch<__half, false>(maps, args, grid, stream);
 }
 
 }  // namespace pixelfly

@@ -1,0 +1,143 @@
+// pixelfly::backward on CUDA: the gradients of pixelfly::forward that are asked for.
+#include <tuple>
+
+#include "torch/checks.h"
+#include "torch/stream.h"
+
+namespace pixelfly {
+namespace {
+
+constexpr const char* kOp = "pixelfly::backward";
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
+    Tensor dy, Tensor x, Tensor blocks, OptionalTensor u, OptionalTensor v, Tensor t,
+    Tensor preact, Tensor plan, std::vector<int64_t> header_words, int64_t activation_index,
+    bool allow_tf32, bool deterministic, bool need_dx, bool need_dblocks, bool need_du,
+    bool need_dv, bool need_dbias) {
+  const PlanHeader h = parse_header(header_words, plan, kOp);
+  const DType dtype = dtype_of(x, kOp);
+  const auto activation = static_cast<Activation>(activation_index);
+  STD_TORCH_CHECK(x.dim() == 2, kOp, ": x must be [T, in_features], got ", shape_string(x));
+  const int64_t tokens = x.size(0), k = h.in_features, n = h.out_features, b = h.block_size;
+  check_operand(kOp, "x", x, x, {tokens, k});
+  check_operand(kOp, "dy", dy, x, {tokens, n});
+  check_operand(kOp, "blocks", blocks, x, {h.nnz, b, b});
+  STD_TORCH_CHECK(blocks.is_contiguous(), kOp, ": blocks must be contiguous");
+  STD_TORCH_CHECK(u.has_value() == (h.rank > 0) && v.has_value() == (h.rank > 0), kOp,
+                  ": u and v must be given exactly if the plan has a rank (", h.rank, ")");
+  if (h.rank > 0) {
+    check_operand(kOp, "u", *u, x, {n, h.rank});
+    check_operand(kOp, "v", *v, x, {h.rank, k});
+    check_operand(kOp, "t", t, x, {tokens, h.rank});
+  }
+  if (activation != Activation::kNone) check_operand(kOp, "preact", preact, x, {tokens, n});
+
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  const DeviceInfo device = device_of(x, kOp);
+  const Stream stream = current_stream(x.get_device_index());
+  auto output = [&](bool needed, torch::headeronly::IntHeaderOnlyArrayRef shape) {
+    return needed ? torch::stable::new_empty(x, shape) : torch::stable::new_empty(x, {0});
+  };
+  Tensor dx = output(need_dx, {tokens, k});
+  Tensor dblocks = output(need_dblocks, {h.nnz, b, b});
+  Tensor du = output(need_du && h.rank > 0, {n, h.rank});
+  Tensor dv = output(need_dv && h.rank > 0, {h.rank, k});
+  Tensor dbias = output(need_dbias, {n});
+
+  Tensor dz = dy;
+  if (activation != Activation::kNone && tokens > 0) {
+    dz = torch::stable::new_empty(x, {tokens, n});
+    ActivationGradParams a{};
+    a.dtype = dtype;
+    a.activation = activation;
+    a.tokens = tokens;
+    a.features = h.out_features;
+    a.dy = dy.data_ptr();
+    a.dy_stride = dy.stride(0);
+    a.z = preact.data_ptr();
+    a.z_stride = preact.stride(0);
+    a.dz = dz.data_ptr();
+    a.dz_stride = n;
+    raise_if_error(launch_activation_grad(a, device, stream), kOp);
+  }
+  const Matrix dz_rows = matrix(dz), x_rows = matrix(x);
+  const Matrix u_rows = matrix(u), v_rows = matrix(v);
+
+  // s = dz · u: formed on the way to dx if dx is wanted, else alone for dv.
+  const bool need_s = h.rank > 0 && (need_dx || need_dv) && tokens > 0;
+  Tensor s = padded_rows(x, need_s ? tokens : 0, h.rank);
+  const Matrix s_rows = matrix(s);
+  if (need_dx && tokens > 0) {
+    ProductParams p{};
+    p.dtype = dtype;
+    p.allow_tf32 = allow_tf32;
+    p.transposed = true;
+    p.tokens = tokens;
+    p.in_features = h.out_features;
+    p.out_features = h.in_features;
+    p.x = dz_rows.data;
+    p.x_stride = dz_rows.stride;
+    p.blocks = matrix(blocks).data;
+    p.factor_in = u_rows.data;
+    p.factor_in_stride = u_rows.stride;
+    p.factor = v_rows.data;
+    p.factor_stride = v_rows.stride;
+    p.t = s_rows.data;
+    p.t_stride = s_rows.stride;
+    p.y = dx.data_ptr();
+    p.y_stride = k;
+    p.header = &h;
+    p.plan = static_cast<const int32_t*>(plan.data_ptr());
+    raise_if_error(launch_product(p, device, stream), kOp);
+  } else if (need_s) {
+    LowRankParams p{};
+    p.dtype = dtype;
+    p.allow_tf32 = allow_tf32;
+    p.transposed = true;
+    p.tokens = tokens;
+    p.features = h.out_features;
+    p.rank = h.rank;
+    p.x = dz_rows.data;
+    p.x_stride = dz_rows.stride;
+    p.factor = u_rows.data;
+    p.factor_stride = u_rows.stride;
+    p.t = s_rows.data;
+    p.t_stride = s_rows.stride;
+    raise_if_error(launch_low_rank(p, device, stream), kOp);
+  }
+
+  if (need_dblocks || need_dbias || (h.rank > 0 && (need_du || need_dv))) {
+    const Matrix t_rows = matrix(t);
+    WeightGradParams p{};
+    p.dtype = dtype;
+    p.allow_tf32 = allow_tf32;
+    p.deterministic = deterministic;
+    p.tokens = tokens;
+    p.in_features = h.in_features;
+    p.out_features = h.out_features;
+    p.dz = dz_rows.data;
+    p.dz_stride = dz_rows.stride;
+    p.x = x_rows.data;
+    p.x_stride = x_rows.stride;
+    p.t = t_rows.data;
+    p.t_stride = t_rows.stride;
+    p.s = s_rows.data;
+    p.s_stride = s_rows.stride;
+    p.dblocks = matrix(dblocks).data;
+    p.du = matrix(du).data;
+    p.dv = matrix(dv).data;
+    p.dbias = matrix(dbias).data;
+    p.header = &h;
+    p.plan = static_cast<const int32_t*>(plan.data_ptr());
+    const auto bytes = static_cast<int64_t>(weight_grad_workspace(p, device));
+    Tensor workspace = torch::stable::new_empty(x, {bytes}, ScalarType::Byte);
+    p.workspace = bytes > 0 ? workspace.data_ptr() : nullptr;
+    raise_if_error(launch_weight_grad(p, device, stream), kOp);
+  }
+  return {dx, dblocks, du, dv, dbias};
+}
+
+}  // namespace
+}  // namespace pixelfly
+
+STABLE_TORCH_LIBRARY_IMPL(pixelfly, CUDA, m) { m.impl("backward", TORCH_BOX(&pixelfly::backward)); }

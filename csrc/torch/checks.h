@@ -1,0 +1,108 @@
+// Argument checks and conversions between torch tensors and launch parameters.
+#pragma once
+
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <cstring>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "pixelfly/launch.h"
+
+namespace pixelfly {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+inline std::string shape_string(const Tensor& t) {
+  std::string s = "[";
+  for (int64_t i = 0; i < t.dim(); ++i) s += (i ? ", " : "") + std::to_string(t.size(i));
+  return s + "]";
+}
+
+inline void raise_if_error(const Status& status, const char* op) {
+  STD_TORCH_CHECK(status.ok(), op, ": ", status.message);
+}
+
+inline DType dtype_of(const Tensor& t, const char* op) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float: return DType::kFloat32;
+    case ScalarType::BFloat16: return DType::kBFloat16;
+    case ScalarType::Half: return DType::kFloat16;
+    default: break;
+  }
+  STD_TORCH_CHECK(false, op,
+                  ": the CUDA kernels expect float32, bfloat16 or float16; got another dtype "
+                  "(float64 runs on the CPU)");
+  return DType::kFloat32;
+}
+
+// Checks one operand against x: same device, same dtype, the shape given, contiguous last dimension.
+inline void check_operand(const char* op, const char* name, const Tensor& t, const Tensor& x,
+                          std::initializer_list<int64_t> shape) {
+  STD_TORCH_CHECK(t.is_cuda() && t.get_device_index() == x.get_device_index(), op, ": ", name,
+                  " must be on x's device (cuda:", x.get_device_index(), ")");
+  STD_TORCH_CHECK(t.scalar_type() == x.scalar_type(), op, ": ", name, " must have x's dtype");
+  bool same = t.dim() == static_cast<int64_t>(shape.size());
+  std::string expected = "[";
+  int64_t i = 0;
+  for (int64_t size : shape) {
+    same = same && t.size(i) == size;
+    expected += (i++ ? ", " : "") + std::to_string(size);
+  }
+  STD_TORCH_CHECK(same, op, ": ", name, " must have shape ", expected, "], got ", shape_string(t));
+  STD_TORCH_CHECK(t.dim() == 0 || t.size(t.dim() - 1) <= 1 || t.stride(t.dim() - 1) == 1, op, ": ",
+                  name, " must be contiguous in its last dimension");
+}
+
+inline PlanHeader parse_header(const std::vector<int64_t>& words, const Tensor& plan,
+                               const char* op) {
+  STD_TORCH_CHECK(words.size() == kPlanHeaderSize, op, ": header must hold ", kPlanHeaderSize,
+                  " integers, got ", words.size());
+  int32_t raw[kPlanHeaderSize];
+  for (int i = 0; i < kPlanHeaderSize; ++i) raw[i] = static_cast<int32_t>(words[i]);
+  PlanHeader header;
+  std::memcpy(&header, raw, sizeof(header));
+  STD_TORCH_CHECK(header.magic == kPlanMagic && header.version == kPlanVersion, op,
+                  ": header was not written by this version's planner");
+  STD_TORCH_CHECK(plan.is_cuda() && plan.scalar_type() == ScalarType::Int &&
+                      plan.numel() == header.size && plan.is_contiguous(),
+                  op, ": plan must be a contiguous int32 CUDA tensor of ", header.size,
+                  " elements, got ", plan.numel());
+  return header;
+}
+
+// Data pointer and row stride of an optional matrix; a vector's stride is irrelevant.
+struct Matrix {
+  void* data = nullptr;
+  int64_t stride = 0;
+};
+inline Matrix matrix(const Tensor& t) {
+  if (t.numel() == 0) return {};
+  return {t.data_ptr(), t.dim() == 2 ? t.stride(0) : 0};
+}
+inline Matrix matrix(const OptionalTensor& t) { return t.has_value() ? matrix(*t) : Matrix{}; }
+
+// A [rows, cols] tensor like x whose row stride is a multiple of 8 elements, so that kernels can
+// read its rows as 16-byte vectors.
+inline Tensor padded_rows(const Tensor& x, int64_t rows, int64_t cols) {
+  Tensor full = torch::stable::new_empty(x, {rows, (cols + 7) / 8 * 8});
+  return torch::stable::narrow(full, 1, 0, cols);
+}
+
+inline DeviceInfo device_of(const Tensor& x, const char* op) {
+  DeviceInfo info;
+  raise_if_error(device_info(x.get_device_index(), &info), op);
+  STD_TORCH_CHECK(info.arch >= 80, op, ": needs a GPU of compute capability 8.0 or newer, got ",
+                  info.arch / 10, ".", info.arch % 10);
+  return info;
+}
+
+}  // namespace pixelfly

@@ -1,0 +1,159 @@
+"""Builds pixelfly._C: host planner, operator schemas and, where nvcc is found, the CUDA kernels.
+
+Environment:
+    PIXELFLY_FORCE_CUDA=1   fail if nvcc is missing instead of building the CPU package
+    PIXELFLY_CPU_ONLY=1     skip the CUDA kernels
+    TORCH_CUDA_ARCH_LIST    e.g. "8.0;9.0a"; default "8.0;9.0a+PTX"
+    MAX_JOBS                parallel compilers; default: the number of cores
+    CUDA_HOME               toolkit to use; default: the one nvcc on PATH belongs to
+
+The kernels do not depend on torch, and the operators only on torch's stable ABI, so one build serves
+every torch from 2.11 on, CPU or CUDA, and compiles where there is no GPU.
+"""
+
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = pathlib.Path(__file__).resolve().parent
+VERSION = re.search(r'^version = "(.+)"', (ROOT / "pyproject.toml").read_text(), re.M)[1]
+TORCH_TARGET = "0x020b000000000000"  # stable ABI of torch 2.11
+DEFAULT_ARCHS = "8.0;9.0a+PTX"
+
+
+def flag(name: str) -> bool:
+    return os.environ.get(name, "0") not in ("", "0")
+
+
+def find_nvcc() -> str | None:
+    """Path of nvcc, or None for a CPU build."""
+    if flag("PIXELFLY_CPU_ONLY"):
+        return None
+    home = os.environ.get("CUDA_HOME")
+    nvcc = str(pathlib.Path(home) / "bin" / "nvcc") if home else shutil.which("nvcc")
+    if nvcc and os.path.exists(nvcc):
+        return nvcc
+    if flag("PIXELFLY_FORCE_CUDA"):
+        raise SystemExit(
+            "PIXELFLY_FORCE_CUDA=1 but nvcc was not found: put the CUDA toolkit's bin folder on "
+            "PATH or set CUDA_HOME"
+        )
+    print(
+        "pixelfly: nvcc was not found, so this is a CPU-only build: everything runs, on the CPU.\n"
+        "pixelfly: for the CUDA kernels install the CUDA toolkit (12.8 or newer), put nvcc on PATH,\n"
+        "pixelfly: and run: PIXELFLY_FORCE_CUDA=1 pip install --force-reinstall --no-deps .",
+        file=sys.stderr,
+    )
+    return None
+
+
+def gencode(source: str) -> list[str] | None:
+    """nvcc's target flags for one file; None if no requested architecture wants it.
+
+    Files named *_sm90* use Hopper-only instructions and are compiled for sm_90a alone. The others
+    serve every GPU from sm_80 on; "+PTX" (or the newest architecture) lets later GPUs run them.
+    """
+    archs = re.split(r"[; ,]+", os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_ARCHS)
+    if "_sm90" in pathlib.Path(source).name:
+        hopper = any(a.startswith("9.0") for a in archs)
+        return ["-gencode=arch=compute_90a,code=sm_90a"] if hopper else None
+    flags = []
+    for arch in archs:
+        number = re.sub(r"[^0-9]", "", arch.removesuffix("+PTX"))
+        flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
+        if arch.endswith("+PTX"):
+            flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
+    return flags
+
+
+class NinjaBuild(build_ext):
+    """Writes a build.ninja for the one extension and runs it."""
+
+    def build_extension(self, ext: Extension) -> None:
+        import ninja
+        import pybind11
+        import torch
+
+        work = pathlib.Path(self.build_temp).resolve()
+        work.mkdir(parents=True, exist_ok=True)
+        output = pathlib.Path(self.get_ext_fullpath(ext.name)).resolve()
+        output.parent.mkdir(parents=True, exist_ok=True)
+        nvcc = find_nvcc()
+        torch_home = pathlib.Path(torch.__file__).parent
+        python_include = os.environ.get("PIXELFLY_PYTHON_INCLUDE", sysconfig.get_path("include"))
+        ours = [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc/include'}"]
+        theirs = [
+            f"-isystem{path}"
+            for path in (python_include, pybind11.get_include(), torch_home / "include")
+        ]
+        defines = [
+            f"-DTORCH_TARGET_VERSION={TORCH_TARGET}",
+            f'-DPIXELFLY_VERSION=\\"{VERSION}\\"',
+            f'-DPIXELFLY_TORCH_VERSION=\\"{torch.__version__}\\"',
+        ]
+        link = [f"-L{torch_home / 'lib'}", "-ltorch_cpu", "-ldl", "-lpthread"]
+        sources = sorted(ROOT.glob("csrc/planner/*.cpp")) + [
+            ROOT / "csrc/module.cpp",
+            ROOT / "csrc/torch/library.cpp",
+        ]
+        if nvcc:
+            home = pathlib.Path(nvcc).resolve().parent.parent
+            text = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+            release = re.search(r"release ([\d.]+)", text)[1]
+            archs = os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_ARCHS
+            theirs.append(f"-isystem{home / 'include'}")
+            defines += ["-DPIXELFLY_WITH_CUDA", "-DUSE_CUDA"]
+            defines += [f'-DPIXELFLY_CUDA_VERSION=\\"{release}\\"']
+            defines += [f"-DPIXELFLY_ARCHS='\"{archs}\"'"]
+            link += [f"-L{home / 'lib64'}", "-lcudart_static", "-lrt"]
+            sources += sorted(ROOT.glob("csrc/torch/*.cpp")) + sorted(ROOT.glob("csrc/launch/*.cpp"))
+            sources += sorted(ROOT.glob("csrc/launch/*.cu"))
+        sources = list(dict.fromkeys(sources))
+
+        cxx = os.environ.get("CXX", "c++")
+        cflags = ["-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
+        nvflags = ["-std=c++17", "-O3", "-lineinfo", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+        nvflags += ["-Xptxas", "-v", "--expt-relaxed-constexpr"]
+        lines = [
+            "ninja_required_version = 1.3",
+            "rule cxx",
+            f"  command = {cxx} -MMD -MF $out.d {' '.join(cflags + defines + ours + theirs)} "
+            "-c $in -o $out",
+            "  depfile = $out.d",
+            "  deps = gcc",
+            "rule nvcc",
+            f"  command = {nvcc} -MD -MF $out.d {' '.join(nvflags + ours)} $arch -c $in -o $out "
+            "> $out.log 2>&1 || (cat $out.log; exit 1)",
+            "  depfile = $out.d",
+            "  deps = gcc",
+            "rule link",
+            f"  command = {cxx} -shared -s $in -o $out {' '.join(link)}",
+        ]
+        objects = []
+        for source in sources:
+            name = work / (str(source.relative_to(ROOT)).replace(os.sep, "_") + ".o")
+            if source.suffix == ".cu":
+                target = gencode(str(source))
+                if target is None:
+                    continue
+                lines += [f"build {name}: nvcc {source}", f"  arch = {' '.join(target)}"]
+            else:
+                lines.append(f"build {name}: cxx {source}")
+            objects.append(str(name))
+        lines.append(f"build {output}: link {' '.join(objects)}")
+        (work / "build.ninja").write_text("\n".join(lines) + "\n")
+        command = [os.path.join(ninja.BIN_DIR, "ninja"), "-C", str(work)]
+        if os.environ.get("MAX_JOBS"):
+            command += ["-j", os.environ["MAX_JOBS"]]
+        if subprocess.run(command).returncode:
+            raise SystemExit("pixelfly: the extension did not compile; the errors are above")
+
+
+setup(ext_modules=[Extension("pixelfly._C", sources=[])], cmdclass={"build_ext": NinjaBuild})
