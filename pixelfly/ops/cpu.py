@@ -7,6 +7,7 @@ bfloat16 and float16 are computed in float32 and rounded once at the end.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 
 import torch
@@ -16,15 +17,21 @@ from .activations import NONE, activation_grad, apply_activation
 from .cpu_schedule import Batch, Schedule, forward_schedule, transposed_schedule
 from .plan import Header
 
-# Measured on 2 cores with 1 MiB of second-level cache each (4096 -> 4096, 11 %, float32): any size
-# from 0.5 to 4 MiB is within 10 %, no chunks at all is 2.7 times slower.
+# Measured on 2 cores with 1 MiB of second-level cache each (4096 -> 4096, 11 %, float32): gathers of
+# 1 to 4 MiB and chunks of 128 to 512 tokens are within 20 %; no chunks at all is 2.7 times slower.
 GATHER_BYTES = 2 << 20
-FORWARD_TOKENS = 256
-GRAD_TOKENS = 512
+CHUNK_TOKENS = 256
 
 
 def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _without_autocast() -> contextlib.AbstractContextManager[object]:
+    # Autocast reaches into an operator's kernel and would round the float32 products again.
+    if torch.is_autocast_enabled("cpu"):
+        return torch.autocast("cpu", enabled=False)
+    return contextlib.nullcontext()
 
 
 def _pad(x: torch.Tensor, width: int) -> torch.Tensor:
@@ -50,6 +57,13 @@ def _class_columns(x: torch.Tensor, batch: Batch, first: int, last: int) -> torc
     c = batch.cols
     x = _gather(x, batch.col_index, batch.col_start, first * c, last * c)
     return x.reshape(x.shape[0], last - first, -1).transpose(0, 1)
+
+
+def _class_rows(dz: torch.Tensor, batch: Batch, first: int, last: int) -> torch.Tensor:
+    """Returns what classes `first:last` write of `dz [T, R, b]`, as `[classes, rows · b, T]`."""
+    r = batch.rows
+    dz = _gather(dz, batch.row_index, batch.row_start, first * r, last * r)
+    return dz.reshape(dz.shape[0], last - first, -1).permute(1, 2, 0)
 
 
 def _class_weights(
@@ -98,7 +112,7 @@ def _product(
 def forward(
     x, blocks, u, v, bias, residual, plan, header, activation, save_preact, allow_tf32
 ):  # noqa: D103 (the schema in csrc/torch/library.cpp documents it)
-    with torch.autocast("cpu", enabled=False):
+    with _without_autocast():
         h = Header.parse(header)
         tokens, n, b = x.shape[0], h.out_features, h.block_size
         dtype = _compute_dtype(x.dtype)
@@ -110,9 +124,9 @@ def forward(
         weights = [_class_weights(blocks, batch, dtype, False) for batch in schedule.batches]
         bias, u, v = (None if p is None else p.to(dtype) for p in (bias, u, v))
         direct = dtype == x.dtype and n == h.num_rows * b
-        buffer = None if direct else x.new_empty(FORWARD_TOKENS, h.num_rows * b, dtype=dtype)
-        for begin in range(0, tokens, FORWARD_TOKENS):
-            rows = slice(begin, min(begin + FORWARD_TOKENS, tokens))
+        buffer = None if direct else x.new_empty(CHUNK_TOKENS, h.num_rows * b, dtype=dtype)
+        for begin in range(0, tokens, CHUNK_TOKENS):
+            rows = slice(begin, min(begin + CHUNK_TOKENS, tokens))
             xc = x[rows].to(dtype)
             z = y[rows] if direct else buffer[: xc.shape[0]]
             _product(_pad(xc, h.num_cols * b), z, weights, schedule, b)
@@ -142,9 +156,9 @@ def _input_grad(dz, blocks, s, v, plan, h: Header) -> torch.Tensor:
     schedule = transposed_schedule(plan, h)
     weights = [_class_weights(blocks, batch, dtype, True) for batch in schedule.batches]
     direct = dtype == dz.dtype and k == h.num_cols * b
-    buffer = None if direct else dz.new_empty(FORWARD_TOKENS, h.num_cols * b, dtype=dtype)
-    for begin in range(0, tokens, FORWARD_TOKENS):
-        rows = slice(begin, min(begin + FORWARD_TOKENS, tokens))
+    buffer = None if direct else dz.new_empty(CHUNK_TOKENS, h.num_cols * b, dtype=dtype)
+    for begin in range(0, tokens, CHUNK_TOKENS):
+        rows = slice(begin, min(begin + CHUNK_TOKENS, tokens))
         dzc = dz[rows].to(dtype)
         out = dx[rows] if direct else buffer[: dzc.shape[0]]
         _product(_pad(dzc, h.num_rows * b), out, weights, schedule, b)
@@ -159,25 +173,33 @@ def _input_grad(dz, blocks, s, v, plan, h: Header) -> torch.Tensor:
 def _block_grad(dz, x, blocks, plan, h: Header) -> torch.Tensor:
     """Returns `dB[k] = dzᵀ_i x_j` for every kept block `k = (i, j)`."""
     b, dtype = h.block_size, _compute_dtype(x.dtype)
+    schedule = forward_schedule(plan, h)
+    transposed = transposed_schedule(plan, h)
+    # Both schedules partition the blocks; take the one that gathers less.
+    if swap := transposed.gathered < schedule.gathered:
+        schedule = transposed
+    sums = [
+        x.new_zeros(batch.classes, batch.rows * b, batch.cols * b, dtype=dtype)
+        for batch in schedule.batches
+    ]
+    for begin in range(0, x.shape[0], CHUNK_TOKENS):
+        rows = slice(begin, begin + CHUNK_TOKENS)
+        xc = _pad(x[rows].to(dtype), h.num_cols * b).unflatten(1, (-1, b))
+        dzc = _pad(dz[rows].to(dtype), h.num_rows * b).unflatten(1, (-1, b))
+        left, right = (xc, dzc) if swap else (dzc, xc)
+        for batch, total in zip(schedule.batches, sums, strict=True):
+            for first, last in _class_ranges(batch, left.shape[0], b, dtype.itemsize):
+                total[first:last].baddbmm_(
+                    _class_rows(left, batch, first, last), _class_columns(right, batch, first, last)
+                )
     grad = torch.empty_like(blocks, memory_format=torch.contiguous_format)
-    for batch in forward_schedule(plan, h).batches:
-        r, c = batch.rows, batch.cols
-        for first, last in _class_ranges(batch, GRAD_TOKENS, b, dtype.itemsize):
-            classes = last - first
-            total = x.new_zeros(classes, r * b, c * b, dtype=dtype)
-            for begin in range(0, x.shape[0], GRAD_TOKENS):
-                rows = slice(begin, begin + GRAD_TOKENS)
-                xc = _pad(x[rows], h.num_cols * b).to(dtype).unflatten(1, (-1, b))
-                dzc = _pad(dz[rows], h.num_rows * b).to(dtype).unflatten(1, (-1, b))
-                dzc = _gather(dzc, batch.row_index, batch.row_start, first * r, last * r)
-                dzc = dzc.reshape(dzc.shape[0], classes, r * b).permute(1, 2, 0)
-                total.baddbmm_(dzc, _class_columns(xc, batch, first, last))
-            out = total.view(classes, r, b, c, b).transpose(2, 3).reshape(-1, b, b)
-            ids = batch.block_index[first * r * c : last * r * c]
-            if batch.blocks_in_order:
-                grad[first * r * c : last * r * c] = out
-            else:
-                grad.index_copy_(0, ids, out.to(grad.dtype))
+    for batch, total in zip(schedule.batches, sums, strict=True):
+        total = total.view(batch.classes, batch.rows, b, batch.cols, b)
+        total = total.permute(0, 1, 3, 4, 2) if swap else total.transpose(2, 3)
+        if batch.blocks_in_order:
+            grad.view(total.shape).copy_(total)
+        else:
+            grad.index_copy_(0, batch.block_index, total.reshape(-1, b, b).to(grad.dtype))
     return grad
 
 
@@ -185,7 +207,7 @@ def backward(
     dy, x, blocks, u, v, t, preact, plan, header, activation, allow_tf32, deterministic,
     need_dx, need_dblocks, need_du, need_dv, need_dbias,
 ):  # noqa: D103  # fmt: skip
-    with torch.autocast("cpu", enabled=False):
+    with _without_autocast():
         h = Header.parse(header)
         dtype = _compute_dtype(x.dtype)
         dz = activation_grad(dy, preact, activation)

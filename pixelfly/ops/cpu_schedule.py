@@ -45,6 +45,11 @@ class Schedule:
     batches: tuple[Batch, ...]
     empty_rows: torch.Tensor | None
 
+    @property
+    def gathered(self) -> int:
+        """Block columns that a weight gradient over this schedule gathers from both sides."""
+        return sum(batch.classes * (batch.rows + batch.cols) for batch in self.batches)
+
 
 def _run_start(index: np.ndarray) -> int | None:
     consecutive = len(index) > 0 and bool((np.diff(index) == 1).all())

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 
 from ..masks import BlockLayout
 from . import validation
 from .activations import ACTIVATIONS, NONE, RELU
+from .autograd import call_forward
 from .plan import device_plan, layout_sizes, plan_header, traced_constant
 
 
@@ -105,12 +107,17 @@ def butterfly_lowrank_mm(
     u, v, bias, residual = optional.values()
 
     rank = 0 if u is None else _constant_int(u.shape[1])
-    if rank == 0:
+    if rank == 0 or u is None or v is None:
         u = v = None
+    elif rank % 8 and x.is_cuda:
+        # The kernels read rows of u in 16-byte pieces; columns of zeros change nothing.
+        pad = -rank % 8
+        u, v = F.pad(u, (0, pad)), F.pad(v, (0, 0, 0, pad))
+        rank += pad
     plan = device_plan(layout, rank, x.device)
     header = plan_header(layout, rank)
     kind = ACTIVATIONS[activation]
-    y, _, _ = torch.ops.pixelfly.forward(
+    y, _, _ = call_forward(
         _rows(x),
         blocks.contiguous(),
         None if u is None else u.contiguous(),
@@ -122,6 +129,7 @@ def butterfly_lowrank_mm(
         kind,
         _derivative_needs_preact(kind, residual) and _needs_grad(x, blocks, u, v, bias),
         x.dtype == torch.float32 and x.is_cuda and _matmul_allows_tf32(),
+        needs_grad=_needs_grad(x, blocks, u, v, bias, residual),
     )
     return y.reshape(*x.shape[:-1], sizes[0])
 

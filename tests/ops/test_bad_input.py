@@ -128,7 +128,7 @@ def test_torch_func_is_an_error_or_right():
 
     batched = torch.func.vmap(layer, in_dims=(0, None))(x, blocks)
     torch.testing.assert_close(batched, layer(x, blocks))
-    with pytest.raises(RuntimeError, match="functorch|setup_context"):
+    with pytest.raises(RuntimeError, match="torch.func are not implemented.*reference"):
         torch.func.grad(lambda w: layer(x, w).sum())(blocks)
 
 
