@@ -35,6 +35,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   const DeviceInfo device = device_of(x, kOp);
   const Stream stream = current_stream(x.get_device_index());
+  dy = aligned(dy);
+  x = aligned(x);
+  blocks = aligned(blocks);
+  u = aligned(u);
+  v = aligned(v);
   auto output = [&](bool needed, torch::headeronly::IntHeaderOnlyArrayRef shape) {
     return needed ? torch::stable::new_empty(x, shape) : torch::stable::new_empty(x, {0});
   };

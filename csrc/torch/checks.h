@@ -97,6 +97,20 @@ inline Tensor padded_rows(const Tensor& x, int64_t rows, int64_t cols) {
   return torch::stable::narrow(full, 1, 0, cols);
 }
 
+// The tensor itself if it starts at, and its rows are, multiples of 16 bytes; else a copy that does.
+// Slices of wider tensors and views into flat parameters may start anywhere; kernels read vectors.
+inline Tensor aligned(const Tensor& t) {
+  const int64_t size = t.scalar_type() == ScalarType::Float ? 4 : 2;
+  const bool start = reinterpret_cast<uintptr_t>(t.data_ptr()) % 16 == 0;
+  const bool rows = t.dim() != 2 || (t.stride(0) * size) % 16 == 0;
+  if (t.numel() == 0 || (start && rows)) return t;
+  Tensor copy = t.dim() == 2 ? padded_rows(t, t.size(0), t.size(1)) : torch::stable::empty_like(t);
+  return torch::stable::copy_(copy, t);
+}
+inline OptionalTensor aligned(const OptionalTensor& t) {
+  return t.has_value() ? OptionalTensor(aligned(*t)) : t;
+}
+
 inline DeviceInfo device_of(const Tensor& x, const char* op) {
   DeviceInfo info;
   raise_if_error(device_info(x.get_device_index(), &info), op);

@@ -30,6 +30,12 @@ std::tuple<Tensor, Tensor, Tensor> forward(Tensor x, Tensor blocks, OptionalTens
 
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   const DeviceInfo device = device_of(x, kOp);
+  x = aligned(x);
+  blocks = aligned(blocks);
+  u = aligned(u);
+  v = aligned(v);
+  bias = aligned(bias);
+  residual = aligned(residual);
   Tensor y = torch::stable::new_empty(x, {tokens, n});
   Tensor t = padded_rows(x, tokens, h.rank);
   Tensor preact = save_preact ? torch::stable::new_empty(x, {tokens, n})

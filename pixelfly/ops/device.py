@@ -21,7 +21,7 @@ def check_device(device: torch.device) -> None:
         )
     name = torch.cuda.get_device_name(device)
     major, minor = torch.cuda.get_device_capability(device)
-    if not built.get("cuda"):
+    if not built["cuda"]:
         raise RuntimeError(
             f"butterfly_lowrank_mm: got tensors on {device} ({name}, sm_{major}{minor}), but "
             "this pixelfly was built without CUDA; install the CUDA toolkit (nvcc), then run "
@@ -31,6 +31,6 @@ def check_device(device: torch.device) -> None:
         raise RuntimeError(
             f"butterfly_lowrank_mm: expected a GPU of compute capability 8.0 or newer, got "
             f"{device} ({name}, sm_{major}{minor}); this pixelfly was built for "
-            f"{built.get('arch_list', built.get('archs'))}. Older GPUs have no kernels: move the "
+            f"{built["archs"]}. Older GPUs have no kernels: move the "
             "tensors to the CPU"
         )
