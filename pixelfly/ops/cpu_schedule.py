@@ -2,9 +2,9 @@
 
 Output block rows that read the same block columns form a *class*: its blocks are one small dense
 matrix `[rows · b, cols · b]`. Classes of one size form a *batch*, which is one `torch.bmm` over
-gathered columns. A flat butterfly on a square grid is one batch of `R` classes of one row; stretched
-to `N > K` it is one batch of taller classes; a dense layout is a single class; ragged layouts give
-one batch per distinct row count. Every output is written by exactly one product.
+gathered columns. A flat butterfly on a square grid is one batch of `R` classes of one row;
+stretched to `N > K` it is one batch of taller classes; a dense layout is a single class; ragged
+layouts give one batch per distinct row count. Every output is written by exactly one product.
 """
 
 from __future__ import annotations

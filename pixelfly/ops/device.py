@@ -31,6 +31,6 @@ def check_device(device: torch.device) -> None:
         raise RuntimeError(
             f"butterfly_lowrank_mm: expected a GPU of compute capability 8.0 or newer, got "
             f"{device} ({name}, sm_{major}{minor}); this pixelfly was built for "
-            f"{built["archs"]}. Older GPUs have no kernels: move the "
+            f"{built['archs']}. Older GPUs have no kernels: move the "
             "tensors to the CPU"
         )

@@ -72,10 +72,11 @@ def host_plan(layout: BlockLayout, rank: int) -> np.ndarray:
     return np.asarray(layout.plan(rank), dtype=np.int32)
 
 
-# Uploaded plans, one attribute each. Attributes, not a dict: dynamo copies a dict's keys when it first
-# meets it and would miss plans uploaded while it traces; an attribute it looks up when asked, and the
-# plan becomes an input of the graph. None is ever dropped: a captured CUDA graph holds the address of
-# its plan, so a plan must outlive every module and layout that used it. One takes tens of KB.
+# Uploaded plans, one attribute each. Attributes, not a dict: dynamo copies a dict's keys when it
+# first meets it and would miss plans uploaded while it traces; an attribute it looks up when asked,
+# and the plan becomes an input of the graph. None is ever dropped: a captured CUDA graph holds the
+# address of its plan, so a plan must outlive every module and layout that used it. One takes tens
+# of KB.
 _uploaded = types.SimpleNamespace()
 _names: dict[tuple[BlockLayout, int, torch.device], str] = {}
 _headers: dict[tuple[BlockLayout, int], list[int]] = {}

@@ -91,9 +91,7 @@ def check_shapes(
     u, v = optional["u"], optional["v"]
     if u is not None and v is not None:
         if u.dim() != 2 or u.shape[0] != n:
-            raise ValueError(
-                f"{OP}: u.shape must be [out_features={n}, rank], got {list(u.shape)}"
-            )
+            raise ValueError(f"{OP}: u.shape must be [out_features={n}, rank], got {list(u.shape)}")
         rank = u.shape[1]
         if v.dim() != 2 or v.shape[0] != rank or v.shape[1] != k:
             raise ValueError(

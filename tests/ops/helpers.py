@@ -48,9 +48,7 @@ def named_grids() -> dict[str, torch.Tensor]:
     return {name: grid.bool() for name, grid in grids.items()}
 
 
-def make_layout(
-    grid: torch.Tensor, block_size: int, tail: tuple[int, int] = (0, 0)
-) -> BlockLayout:
+def make_layout(grid: torch.Tensor, block_size: int, tail: tuple[int, int] = (0, 0)) -> BlockLayout:
     """Returns a layout whose last block row and column stick out by `tail` features."""
     rows, cols = grid.shape
     return BlockLayout.from_grid(

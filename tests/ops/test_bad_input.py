@@ -1,4 +1,4 @@
-"""Bad input: an exception of the right type that names the argument, what was expected, what came."""
+"""Bad input: an exception that names the argument, what was expected and what came."""
 
 from __future__ import annotations
 

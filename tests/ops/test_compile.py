@@ -126,7 +126,7 @@ def test_copies_of_a_module_share_a_graph():
 
 
 def test_rank_that_varies():
-    """u and v as plain tensors: dynamo makes their rank symbolic; the plan is still the right one."""
+    """u and v as plain tensors: dynamo makes their rank symbolic; the plan must still fit."""
     layout = make_layout(xor_grid(4, 4), 16)
     compiled = torch.compile(
         lambda x, b, u, v: butterfly_lowrank_mm(x, b, layout, u, v),
@@ -214,7 +214,7 @@ def test_opcheck(device, rank, activation):
 
 @pytest.mark.gpu
 def test_reduce_overhead_replays_without_copies():
-    """CUDA graphs of torch.compile: right results, and the plan is not an input copied each time."""
+    """CUDA graphs of torch.compile give the right results, step after step."""
     network = Network("cuda")
     compiled = torch.compile(network, mode="reduce-overhead", fullgraph=True)
     for _ in range(4):
