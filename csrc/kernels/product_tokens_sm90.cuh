@@ -25,9 +25,10 @@
 
 #include <cstddef>
 
+#include "device/convert.cuh"
 #include "device/epilogue_math.cuh"
+#include "device/ldmatrix.cuh"
 #include "device/mbarrier.cuh"
-#include "device/stmatrix.cuh"
 #include "device/tma.cuh"
 #include "device/wgmma.cuh"
 #include "pixelfly/params.h"
@@ -141,7 +142,7 @@ __device__ inline void produce_weights(const TokenMaps& maps, const TokenArgs& a
         if (lane == 0) {
           const uint32_t full = at.w_full(ring_index, ring.slot);
           device::mbarrier_wait(at.w_empty(ring_index, ring.slot), ring.phase ^ 1);
-          device::store_shared(at.slot(ring_index, ring.slot), x_tile, flags);
+          device::store_shared_int2(at.slot(ring_index, ring.slot), x_tile, flags);
           device::mbarrier_expect_tx(full, kTokenTileBytes);
           const CUtensorMap* map = (flags & kTokenFactorIn)    ? &maps.factor_in
                                    : (flags & kTokenFactorOut) ? &maps.factor_out
@@ -198,7 +199,7 @@ __device__ void combine_tile(float (&acc)[32], uint32_t tile, F f) {
 #pragma unroll
   for (int j = 0; j < 4; ++j) {
     uint32_t r[4];
-    device::ldmatrix_x4_trans(fragment_address(tile, j), r);
+    device::ldmatrix_x4_trans(r, fragment_address(tile, j));
 #pragma unroll
     for (int h = 0; h < 4; ++h) {
       const float2 a = device::unpack2<T>(r[h]);
@@ -243,7 +244,7 @@ struct Consumer {
     if (staging_empty == 0) return;
     if (leader) {
       device::tma_store_wait_read<0>();
-      device::mbarrier_arrive_n(staging_empty, 4);
+      device::mbarrier_arrive(staging_empty, 4);
     }
     staging_empty = 0;
   }
@@ -261,7 +262,6 @@ struct Consumer {
 
   __device__ void epilogue(float (&acc)[32], int out_tile, int token) {
     const int feature = out_tile * kTokenTile;
-    const Activation activation = args.activation;
     if (args.has_preact) {
       store_tile<T>(acc, staging);
       store(&maps.preact, staging, feature, token);
@@ -269,11 +269,16 @@ struct Consumer {
     }
     if (args.has_z) {
       load_aux(feature, token);
-      combine_tile<T>(acc, staging, [=](float a, float z) {
-        return a * device::activation_derivative(activation, z);
+      device::dispatch_activation(args.activation, [&](auto tag) {
+        combine_tile<T>(acc, staging, [](float a, float z) {
+          return a * device::derivative<decltype(tag)::value, false>(z);
+        });
       });
     } else {
-      device::activate(activation, acc);
+      device::dispatch_activation(args.activation, [&](auto tag) {
+#pragma unroll
+        for (float& a : acc) a = device::activate<decltype(tag)::value, false>(a);
+      });
     }
     if (args.has_residual) {
       load_aux(feature, token);
@@ -313,8 +318,7 @@ struct Consumer {
     device::wgmma_fence();
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
-      device::wgmma_m64n64<T, kTransposed, false>(acc, a + k * kStepA, b + k * 2,
-                                                  accumulate || k > 0);
+      device::wgmma<T, kTransposed, false>(acc, a + k * kStepA, b + k * 2, accumulate || k > 0);
     }
     device::wgmma_commit();
   }

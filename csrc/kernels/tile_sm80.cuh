@@ -1,0 +1,157 @@
+// Shared by the sm_80 kernels: a masked 2-D tile loader and warp-level products out of padded
+// shared-memory tiles.
+//
+// A tile is [rows][kCols] elements with every row padded by kPad bytes, which makes ldmatrix (16-bit
+// types) and scalar fragment loads (fp32) free of bank conflicts or nearly so.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "device/convert.cuh"
+#include "device/cp_async.cuh"
+#include "device/ldmatrix.cuh"
+#include "device/mma.cuh"
+
+namespace pixelfly::sm80 {
+
+template <typename T>
+constexpr int kPad = sizeof(T) == 4 ? 32 : 16;
+
+template <typename T, int kRows, int kCols>
+struct Tile {
+  static constexpr int kRowBytes = kCols * sizeof(T) + kPad<T>;
+  static constexpr int kBytes = kRows * kRowBytes;
+  static constexpr int kVec = 16 / sizeof(T);
+  static constexpr int kChunks = kCols / kVec;  // 16-byte chunks in a row
+};
+
+// Loads rows [0, valid_rows) x columns [0, valid_cols) of a row-major matrix into a tile, zeros
+// elsewhere. `vectors` says that rows are 16-byte aligned and valid_cols is a multiple of the vector:
+// then copies are asynchronous; otherwise elements are loaded one by one (rare shapes).
+template <typename T, int kRows, int kCols, int kThreads>
+__device__ __forceinline__ void load_tile(uint32_t tile, const T* source, int64_t stride,
+                                          int valid_rows, int valid_cols, bool vectors) {
+  using Shape = Tile<T, kRows, kCols>;
+#pragma unroll 4
+  for (int i = threadIdx.x; i < kRows * Shape::kChunks; i += kThreads) {
+    const int row = i / Shape::kChunks, col = i % Shape::kChunks * Shape::kVec;
+    const uint32_t to = tile + row * Shape::kRowBytes + col * static_cast<int>(sizeof(T));
+    const T* from = source + row * stride + col;
+    if (vectors) {
+      const bool valid = row < valid_rows && col < valid_cols;
+      device::cp_async_16(to, valid ? from : source, valid);
+    } else {
+      device::Vec16<T> v;
+#pragma unroll
+      for (int e = 0; e < Shape::kVec; ++e) {
+        const bool valid = row < valid_rows && col + e < valid_cols;
+        v.set(e, valid ? device::to_float(from[e]) : 0.f);
+      }
+      asm volatile("st.shared.v4.b32 [%0], {%1,%2,%3,%4};" ::"r"(to), "r"(v.raw.x), "r"(v.raw.y),
+                   "r"(v.raw.z), "r"(v.raw.w)
+                   : "memory");
+    }
+  }
+}
+
+__device__ __forceinline__ float load_shared_float(uint32_t address) {
+  float x;
+  asm volatile("ld.shared.f32 %0, [%1];" : "=f"(x) : "r"(address) : "memory");
+  return x;
+}
+
+// Operand orders: how a tile stores the matrix that multiplies over k.
+//   kDirect: rows are m (or n), k is contiguous.   kAcross: rows are k, m (or n) is contiguous.
+enum class Order { kDirect, kAcross };
+
+// acc[m16 tiles][n8 tiles] += A[m0.., k0..k0+kDepth) * B[n0.., same k), for one warp.
+template <typename T, int kMTiles, int kNTiles, int kDepth, Order kA, Order kB, int kRowBytesA,
+          int kRowBytesB>
+struct WarpProduct {
+  static __device__ __forceinline__ uint32_t at(uint32_t base, int row, int col, int row_bytes) {
+    return base + row * row_bytes + col * static_cast<int>(sizeof(T));
+  }
+
+  static __device__ __forceinline__ void run(float (&acc)[kMTiles][kNTiles][4], uint32_t a,
+                                             uint32_t b, int m0, int n0, int k0,
+                                             bool single_pass) {
+    if constexpr (sizeof(T) == 2) {
+      run16(acc, a, b, m0, n0, k0);
+    } else {
+      run32(acc, a, b, m0, n0, k0, single_pass);
+    }
+  }
+
+  static __device__ __forceinline__ void run16(float (&acc)[kMTiles][kNTiles][4], uint32_t a,
+                                               uint32_t b, int m0, int n0, int k0) {
+    static_assert(kNTiles % 2 == 0, "ldmatrix.x4 serves two n8 tiles");
+    const int lane = threadIdx.x % 32, row = lane % 8, matrix = lane / 8;
+#pragma unroll
+    for (int k = 0; k < kDepth; k += 16) {
+      uint32_t af[kMTiles][4];
+#pragma unroll
+      for (int m = 0; m < kMTiles; ++m) {
+        // Matrices in register order: (m, k), (m + 8, k), (m, k + 8), (m + 8, k + 8).
+        const int mm = m0 + m * 16 + matrix % 2 * 8, kk = k0 + k + matrix / 2 * 8;
+        if constexpr (kA == Order::kDirect) {
+          device::ldmatrix_x4(af[m], at(a, mm + row, kk, kRowBytesA));
+        } else {
+          device::ldmatrix_x4_trans(af[m], at(a, kk + row, mm, kRowBytesA));
+        }
+      }
+#pragma unroll
+      for (int n = 0; n < kNTiles; n += 2) {
+        // Matrices: (n, k), (n, k + 8), (n + 8, k), (n + 8, k + 8).
+        const int nn = n0 + n * 8 + matrix / 2 * 8, kk = k0 + k + matrix % 2 * 8;
+        uint32_t bf[4];
+        if constexpr (kB == Order::kDirect) {
+          device::ldmatrix_x4(bf, at(b, nn + row, kk, kRowBytesB));
+        } else {
+          device::ldmatrix_x4_trans(bf, at(b, kk + row, nn, kRowBytesB));
+        }
+#pragma unroll
+        for (int m = 0; m < kMTiles; ++m) {
+          device::mma_m16n8k16<T>(acc[m][n], af[m], bf[0], bf[1]);
+          device::mma_m16n8k16<T>(acc[m][n + 1], af[m], bf[2], bf[3]);
+        }
+      }
+    }
+  }
+
+  static __device__ __forceinline__ void run32(float (&acc)[kMTiles][kNTiles][4], uint32_t a,
+                                               uint32_t b, int m0, int n0, int k0,
+                                               bool single_pass) {
+    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    auto load_a = [&](int m, int k) {
+      return load_shared_float(kA == Order::kDirect ? at(a, m, k, kRowBytesA)
+                                                    : at(a, k, m, kRowBytesA));
+    };
+    auto load_b = [&](int n, int k) {
+      return load_shared_float(kB == Order::kDirect ? at(b, n, k, kRowBytesB)
+                                                    : at(b, k, n, kRowBytesB));
+    };
+#pragma unroll 2
+    for (int k = k0; k < k0 + kDepth; k += 8) {
+      float af[kMTiles][4];
+#pragma unroll
+      for (int m = 0; m < kMTiles; ++m) {
+        const int mm = m0 + m * 16 + g;
+        af[m][0] = load_a(mm, k + t);
+        af[m][1] = load_a(mm + 8, k + t);
+        af[m][2] = load_a(mm, k + t + 4);
+        af[m][3] = load_a(mm + 8, k + t + 4);
+      }
+#pragma unroll
+      for (int n = 0; n < kNTiles; ++n) {
+        const int nn = n0 + n * 8 + g;
+        const float bf[2] = {load_b(nn, k + t), load_b(nn, k + t + 4)};
+#pragma unroll
+        for (int m = 0; m < kMTiles; ++m) {
+          device::mma_m16n8k8_fp32(acc[m][n], af[m], bf, single_pass);
+        }
+      }
+    }
+  }
+};
+
+}  // namespace pixelfly::sm80

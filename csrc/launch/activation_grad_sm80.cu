@@ -1,0 +1,48 @@
+#include <algorithm>
+
+#include "kernels/activation_grad.cuh"
+#include "launch/alignment.h"
+#include "launch/cuda_status.h"
+#include "pixelfly/launch.h"
+
+namespace pixelfly {
+namespace {
+
+template <typename T, Activation kActivation>
+Status launch(const ActivationGradParams& p, const DeviceInfo& device, Stream stream) {
+  constexpr int kThreads = 256, kVec = 16 / sizeof(T);
+  const bool vectors = p.features % kVec == 0 && aligned_rows(p.dy, p.dy_stride, p.dtype) &&
+                       aligned_rows(p.z, p.z_stride, p.dtype) &&
+                       aligned_rows(p.dz, p.dz_stride, p.dtype);
+  const int64_t work = p.tokens * ((p.features + kVec - 1) / kVec);
+  const int64_t grid = std::min<int64_t>((work + kThreads - 1) / kThreads, 32LL * device.num_sms);
+  activation_grad<T, kActivation><<<static_cast<unsigned>(grid), kThreads, 0, stream>>>(p, vectors);
+  PIXELFLY_CUDA(cudaGetLastError());
+  return Status::success();
+}
+
+template <typename T>
+Status launch_dtype(const ActivationGradParams& p, const DeviceInfo& device, Stream stream) {
+  switch (p.activation) {
+    case Activation::kRelu: return launch<T, Activation::kRelu>(p, device, stream);
+    case Activation::kGelu: return launch<T, Activation::kGelu>(p, device, stream);
+    case Activation::kGeluTanh: return launch<T, Activation::kGeluTanh>(p, device, stream);
+    case Activation::kSilu: return launch<T, Activation::kSilu>(p, device, stream);
+    default: break;
+  }
+  return Status::invalid("activation_grad needs an activation");
+}
+
+}  // namespace
+
+Status launch_activation_grad(const ActivationGradParams& p, const DeviceInfo& device,
+                              Stream stream) {
+  if (p.tokens == 0) return Status::success();
+  switch (p.dtype) {
+    case DType::kBFloat16: return launch_dtype<__nv_bfloat16>(p, device, stream);
+    case DType::kFloat16: return launch_dtype<__half>(p, device, stream);
+    default: return launch_dtype<float>(p, device, stream);
+  }
+}
+
+}  // namespace pixelfly

@@ -1,0 +1,77 @@
+#include "launch/heuristics.h"
+
+#include <cstdlib>
+#include <cstring>
+
+#include "launch/product_sm90.h"
+#include "launch/product_tokens_sm90.h"
+#include "launch/weight_grad_sm90.h"
+
+namespace pixelfly {
+namespace {
+
+// Below this many tokens a call is bound by launch and latency, not by throughput: the small
+// thread blocks of the sm_80 kernels spread one pass over the weights across the whole GPU.
+constexpr int64_t kFewTokens = 256;
+
+Status cannot(const char* forced, const char* what) {
+  return Status::unsupported(std::string("PIXELFLY_KERNEL=") + forced + " cannot serve this " +
+                             what + ": it needs a Hopper GPU, a 16-bit dtype, 16-byte aligned rows "
+                             "and a block size and rank that the kernel covers");
+}
+
+}  // namespace
+
+const char* name_of(Path path) {
+  switch (path) {
+    case Path::kHopper: return "sm90";
+    case Path::kHopperTokens: return "sm90-tokens";
+    default: return "sm80";
+  }
+}
+
+Forced forced_path() {
+  const char* value = std::getenv("PIXELFLY_KERNEL");
+  if (value == nullptr || *value == '\0' || std::strcmp(value, "auto") == 0) return Forced::kAuto;
+  if (std::strcmp(value, "sm80") == 0) return Forced::kSm80;
+  if (std::strcmp(value, "sm90") == 0) return Forced::kHopper;
+  if (std::strcmp(value, "sm90-tokens") == 0) return Forced::kHopperTokens;
+  return Forced::kUnknown;
+}
+
+Choice choose_product(const ProductParams& p, const DeviceInfo& device, Forced forced) {
+  const bool hopper = product_sm90_supports(p, device);
+  switch (forced) {
+    case Forced::kSm80: return {Path::kSm80, Status::success()};
+    case Forced::kHopper:
+      return {Path::kHopper, hopper ? Status::success() : cannot("sm90", "product")};
+    case Forced::kHopperTokens:
+      return {Path::kHopperTokens, product_tokens_sm90_supports(p, device)
+                                       ? Status::success()
+                                       : cannot("sm90-tokens", "product")};
+    case Forced::kUnknown:
+      return {Path::kSm80, Status::invalid("PIXELFLY_KERNEL must be auto, sm80, sm90 or "
+                                           "sm90-tokens")};
+    default: break;
+  }
+  if (p.tokens <= kFewTokens) return {};
+  return {hopper ? Path::kHopper : Path::kSm80, Status::success()};
+}
+
+Choice choose_weight_grad(const WeightGradParams& p, const DeviceInfo& device, Forced forced) {
+  const bool hopper = weight_grad_sm90_supports(p, device);
+  switch (forced) {
+    case Forced::kSm80: return {};
+    case Forced::kHopper:
+    case Forced::kHopperTokens:
+      return {Path::kHopper, hopper ? Status::success() : cannot("sm90", "weight gradient")};
+    case Forced::kUnknown:
+      return {Path::kSm80, Status::invalid("PIXELFLY_KERNEL must be auto, sm80, sm90 or "
+                                           "sm90-tokens")};
+    default: break;
+  }
+  if (p.tokens <= kFewTokens) return {};
+  return {hopper ? Path::kHopper : Path::kSm80, Status::success()};
+}
+
+}  // namespace pixelfly

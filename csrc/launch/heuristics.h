@@ -1,0 +1,28 @@
+// Which kernel serves a call. Pure host code: testable without a GPU.
+#pragma once
+
+#include <string>
+
+#include "pixelfly/launch.h"
+
+namespace pixelfly {
+
+enum class Path {
+  kSm80,          // product_sm80, weight_grad_sm80: mma.sync, serves everything
+  kHopper,        // product_sm90, weight_grad_sm90: wgmma + TMA
+  kHopperTokens,  // product_tokens_sm90: wgmma + TMA, forms t on the way
+};
+const char* name_of(Path path);
+
+// What PIXELFLY_KERNEL asks for: "auto" (or unset), "sm80", "sm90", "sm90-tokens".
+enum class Forced { kAuto, kSm80, kHopper, kHopperTokens, kUnknown };
+Forced forced_path();
+
+struct Choice {
+  Path path = Path::kSm80;
+  Status status = Status::success();  // not ok: the forced path cannot serve the call
+};
+Choice choose_product(const ProductParams& p, const DeviceInfo& device, Forced forced);
+Choice choose_weight_grad(const WeightGradParams& p, const DeviceInfo& device, Forced forced);
+
+}  // namespace pixelfly

@@ -1,0 +1,52 @@
+#include "launch/tensor_map.h"
+
+#include <cuda_runtime_api.h>
+
+namespace pixelfly {
+namespace {
+
+using Encode = decltype(&cuTensorMapEncodeTiled);
+
+// The driver's encoder, looked up at run time: nothing links libcuda, so the library also loads on
+// machines without a driver.
+Encode encoder() {
+  static const Encode function = [] {
+    void* symbol = nullptr;
+    cudaDriverEntryPointQueryResult result;
+    const cudaError_t error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &symbol,
+                                                               12000, cudaEnableDefault, &result);
+    const bool found = error == cudaSuccess && result == cudaDriverEntryPointSuccess;
+    return found ? reinterpret_cast<Encode>(symbol) : nullptr;
+  }();
+  return function;
+}
+
+CUtensorMapDataType type_of(DType dtype) {
+  switch (dtype) {
+    case DType::kBFloat16: return CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+    case DType::kFloat16: return CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
+    default: return CU_TENSOR_MAP_DATA_TYPE_FLOAT32;
+  }
+}
+
+}  // namespace
+
+Status encode_tile_map(CUtensorMap* out, DType dtype, const void* data, int64_t rows, int64_t cols,
+                       int64_t stride, int box_rows, int box_cols) {
+  const Encode encode = encoder();
+  if (encode == nullptr) return Status::cuda("the driver has no cuTensorMapEncodeTiled (CUDA 12)");
+  const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(cols), static_cast<cuuint64_t>(rows)};
+  const cuuint64_t strides[1] = {static_cast<cuuint64_t>(stride * size_of(dtype))};
+  const cuuint32_t box[2] = {static_cast<cuuint32_t>(box_cols), static_cast<cuuint32_t>(box_rows)};
+  const cuuint32_t steps[2] = {1, 1};
+  const CUresult result =
+      encode(out, type_of(dtype), 2, const_cast<void*>(data), sizes, strides, box, steps,
+             CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  if (result == CUDA_SUCCESS) return Status::success();
+  return Status::cuda("cuTensorMapEncodeTiled failed with " + std::to_string(result) + " for a " +
+                      std::to_string(rows) + " x " + std::to_string(cols) + " matrix of stride " +
+                      std::to_string(stride));
+}
+
+}  // namespace pixelfly
