@@ -8,11 +8,6 @@ import torch
 SEED = 20211130  # the day the paper appeared
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "gpu: needs a CUDA device (skipped, loudly, without one)")
-    config.addinivalue_line("markers", "slow: takes minutes or tens of GB; run with -m slow")
-
-
 def _gpu_problem() -> str | None:
     if not torch.cuda.is_available():
         return "no CUDA device"

@@ -10,6 +10,7 @@ layouts share one compiled graph.
 from __future__ import annotations
 
 import functools
+import threading
 import types
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -79,6 +80,7 @@ def host_plan(layout: BlockLayout, rank: int) -> np.ndarray:
 # of KB.
 _uploaded = types.SimpleNamespace()
 _names: dict[tuple[BlockLayout, int, torch.device], str] = {}
+_lock = threading.Lock()
 _headers: dict[tuple[BlockLayout, int], list[int]] = {}
 
 
@@ -104,9 +106,12 @@ def _upload(layout: BlockLayout, rank: int, device: torch.device) -> torch.Tenso
 def _plan_name(key: tuple[BlockLayout, int, torch.device]) -> str:
     name = _names.get(key)
     if name is None:
-        name = f"plan_{len(_names)}"
-        setattr(_uploaded, name, _upload(*key))
-        _names[key] = name
+        with _lock:
+            if key not in _names:
+                name = f"plan_{len(_names)}"
+                setattr(_uploaded, name, _upload(*key))
+                _names[key] = name
+            name = _names[key]
     return name
 
 
