@@ -131,7 +131,10 @@ def butterfly_lowrank_mm(
         x.dtype == torch.float32 and x.is_cuda and _matmul_allows_tf32(),
         needs_grad=_needs_grad(x, blocks, u, v, bias, residual),
     )
-    return y.reshape(*x.shape[:-1], sizes[0])
+    if x.dim() == 2:
+        return y
+    # Not a view, as far as autograd and FSDP are concerned: nobody else sees y.
+    return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], sizes[0]))
 
 
 def _derivative_needs_preact(activation: int, residual: torch.Tensor | None) -> bool:

@@ -118,6 +118,18 @@ class TestGradients:
         torch.testing.assert_close(call.run()["y"], y)
 
 
+def test_output_can_be_changed_in_place():
+    """As a dense layer's: residual connections are often written `y += x`."""
+    for tokens in (9, (3, 3)):
+        call = _setup("cpu", tokens)
+        inputs = {name: t.requires_grad_() for name, t in call.inputs.items()}
+        y = butterfly_lowrank_mm(**inputs, layout=call.layout)
+        assert not y._is_view()
+        y *= 2
+        (dx,) = torch.autograd.grad(y, inputs["x"], call.dy)
+        torch.testing.assert_close(dx, 2 * call.run()["dx"])
+
+
 def test_inputs_are_not_changed():
     call = _setup("cpu", 9, residual=True)
     before = {name: t.clone() for name, t in call.inputs.items()}
