@@ -8,6 +8,12 @@
 #include <vector>
 
 #include "planner/plan.h"
+#ifdef PIXELFLY_WITH_CUDA
+#include <cstring>
+#include <stdexcept>
+
+#include "launch/explain.h"
+#endif
 
 namespace py = pybind11;
 
@@ -41,6 +47,24 @@ py::dict build_info() {
   return info;
 }
 
+#ifdef PIXELFLY_WITH_CUDA
+std::vector<std::pair<std::string, std::string>> explain(const IndexArray& plan, int32_t dtype,
+                                                         int64_t tokens, int32_t activation,
+                                                         bool allow_tf32, bool deterministic,
+                                                         int32_t device_index) {
+  if (plan.size() < pixelfly::kPlanHeaderSize) throw std::invalid_argument("explain: not a plan");
+  pixelfly::PlanHeader header;
+  std::memcpy(&header, plan.data(), sizeof(header));
+  pixelfly::DeviceInfo device;
+  const pixelfly::Status status = pixelfly::device_info(device_index, &device);
+  if (!status.ok()) throw std::runtime_error(status.message);
+  return pixelfly::explain_call({static_cast<pixelfly::DType>(dtype), tokens,
+                                 static_cast<pixelfly::Activation>(activation), allow_tf32,
+                                 deterministic},
+                                header, device);
+}
+#endif
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -48,5 +72,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_plan", &build_plan, py::arg("out_features"), py::arg("in_features"),
         py::arg("block_size"), py::arg("rank"), py::arg("row_indices"), py::arg("col_indices"),
         "Plan of a block layout: int32 array, see csrc/include/pixelfly/schedule.h.");
+#ifdef PIXELFLY_WITH_CUDA
+  m.def("explain", &explain, py::arg("plan"), py::arg("dtype"), py::arg("tokens"),
+        py::arg("activation"), py::arg("allow_tf32"), py::arg("deterministic"),
+        py::arg("device_index"), "(step, kernel) pairs that would serve a call; see ops.explain.");
+#endif
   m.def("build_info", &build_info, "What this library was built with.");
 }

@@ -6,10 +6,16 @@ import torch
 
 from .. import _C  # noqa: F401 (loading it defines the operators' schemas)
 from . import autograd, cpu
+from .explain import Explanation, explain
 from .functional import butterfly_lowrank_mm
 from .reference import butterfly_lowrank_mm_reference
 
-__all__ = ["butterfly_lowrank_mm", "butterfly_lowrank_mm_reference"]
+__all__ = [
+    "Explanation",
+    "butterfly_lowrank_mm",
+    "butterfly_lowrank_mm_reference",
+    "explain",
+]
 
 # Registrations live as long as this object.
 _library = torch.library.Library("pixelfly", "IMPL")

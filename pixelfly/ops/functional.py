@@ -13,7 +13,7 @@ from .plan import device_plan, layout_sizes, plan_header, traced_constant
 
 
 @traced_constant
-def _matmul_allows_tf32() -> bool:
+def matmul_allows_tf32() -> bool:
     # Dynamo's global guard watches this setting, so a constant is safe in a traced program.
     return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
@@ -128,7 +128,7 @@ def butterfly_lowrank_mm(
         header,
         kind,
         _derivative_needs_preact(kind, residual) and _needs_grad(x, blocks, u, v, bias),
-        x.dtype == torch.float32 and x.is_cuda and _matmul_allows_tf32(),
+        x.dtype == torch.float32 and x.is_cuda and matmul_allows_tf32(),
         needs_grad=_needs_grad(x, blocks, u, v, bias, residual),
     )
     if x.dim() == 2:

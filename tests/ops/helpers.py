@@ -65,6 +65,10 @@ class Call:
     activation: str | None = None
     dy: torch.Tensor | None = field(default=None, repr=False)
 
+    @property
+    def rank(self) -> int:
+        return self.inputs["u"].shape[1] if "u" in self.inputs else 0
+
     def to(self, dtype: torch.dtype, device: str | None = None) -> Call:
         def cast(t):
             return None if t is None else t.to(dtype=dtype, device=device)

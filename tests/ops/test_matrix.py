@@ -19,7 +19,8 @@ from .helpers import (
 
 GRIDS = named_grids()
 RANKS = (0, 8, 64, 72)
-TOKENS = (7, 129, (2, 3, 11))
+# Above 256 tokens the GPU's kernels for throughput take over from those for latency.
+TOKENS = {"cpu": (7, 129, (2, 3, 11)), "cuda": (7, 1025, 129, (2, 3, 67), 300)}
 CPU_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 CUDA_DTYPES = CPU_DTYPES[1:]
 
@@ -35,7 +36,7 @@ def _cases():
                 "activation": ACTIVATIONS[i % 5],
                 "residual": i % 3 == 0,
                 "bias": i % 7 != 0,
-                "tokens": TOKENS[(i // 2) % 3],
+                "tokens": TOKENS[device][(i // 2) % len(TOKENS[device])],
             }
             # Features that are multiples of 8 but not of the block size, every other case.
             tail = ((8, b - 8), (0, 0), (b - 8, 8), (0, 8))[(i // 3) % 4]
@@ -91,6 +92,29 @@ def test_ranks(device, rank):
     layout = make_layout(GRIDS["ragged"], 32, (8, 16))
     dtype = torch.float32 if device == "cpu" else torch.float16
     check_call(make_call(layout, tokens=33, rank=rank, device=device, dtype=dtype))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("path", ["sm80", "sm90", "sm90-tokens"])
+@pytest.mark.parametrize("name", GRIDS)
+@pytest.mark.parametrize("b", BLOCK_SIZES)
+def test_every_kernel(path, name, b, monkeypatch):
+    """Each family of kernels over every layout, whatever the heuristics would choose."""
+    monkeypatch.setenv("PIXELFLY_KERNEL", path)
+    i = list(GRIDS).index(name)
+    tail = ((0, 0), (8, b - 8), (b - 8, 0))[i % 3]
+    layout = make_layout(GRIDS[name], b, tail)
+    for j, dtype in enumerate((torch.bfloat16, torch.float16)):
+        call = make_call(
+            layout, tokens=(64, 1000, 333)[(i + j) % 3], rank=(64, 0, 32, 72)[(i + 2 * j) % 4],
+            activation=ACTIVATIONS[(i + j) % 5], residual=j == 1, device="cuda", dtype=dtype,
+        )  # fmt: skip
+        try:
+            check_call(call)
+        except RuntimeError as error:
+            if "cannot serve" not in str(error):
+                raise
+            pytest.skip(f"{path} does not serve {name}, b={b}, rank {call.rank}")
 
 
 @pytest.mark.parametrize("device", DEVICES)
