@@ -60,6 +60,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor
             "pixelfly::forward: save_preact must be True when an activation is to be "
             "differentiated, got False"
         )
+    if not any(ctx.needs_input_grad[1:5]):
+        x = t = None  # frozen weights: dx needs neither
     ctx.save_for_backward(x, blocks, u, v, t, preact, plan)
     ctx.header, ctx.activation, ctx.allow_tf32 = header, activation, allow_tf32
 
@@ -77,6 +79,11 @@ def _forward_backward(ctx: Any, dy: torch.Tensor | None, *_: Any) -> tuple[Any, 
         rows = dy
         if dy.stride(1) != 1 or dy.stride(0) < dy.shape[1]:
             rows = dy.contiguous()
+        if x is None:
+            # The operator wants their shapes; rows of stride 0 take no memory.
+            tokens, rank = dy.shape[0], 0 if u is None else u.shape[1]
+            x = dy.new_empty(1, Header.parse(ctx.header).in_features).expand(tokens, -1)
+            t = dy.new_empty(1, rank).expand(tokens, -1)
         outputs = torch.ops.pixelfly.backward(
             rows, x, blocks, u, v, t, preact, plan, ctx.header, ctx.activation, ctx.allow_tf32,
             torch.are_deterministic_algorithms_enabled(), *needs,

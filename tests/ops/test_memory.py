@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from pixelfly.ops import butterfly_lowrank_mm
 from pixelfly.ops.plan import device_plan
 
-from .helpers import DEVICES, make_call, make_layout, xor_grid
+from .helpers import DEVICES, check_call, make_call, make_layout, xor_grid
 
 TOKENS, RANK = 11, 8
 
@@ -52,6 +52,24 @@ def test_relu_without_residual_keeps_its_output_not_another_tensor():
     ):
         y = butterfly_lowrank_mm(**inputs, layout=layout, activation="relu")
     assert y.data_ptr() in pointers
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("activation", [None, "gelu"])
+def test_input_is_not_kept_for_frozen_weights(device, activation):
+    layout = make_layout(xor_grid(8, 4), 16)
+    call = make_call(layout, tokens=TOKENS, rank=RANK, activation=activation, device=device,
+                     dtype=torch.float32)  # fmt: skip
+    check_call(call, needs=("x",))
+    frozen = {name: t for name, t in call.inputs.items() if name != "x"}
+    x = call.inputs["x"].requires_grad_()
+    shapes = []
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: shapes.append(tuple(t.shape)) or t, lambda t: t
+    ):
+        butterfly_lowrank_mm(x, **frozen, layout=layout, activation=activation)
+    assert (TOKENS, layout.in_features) not in shapes
+    assert (TOKENS, RANK) not in shapes
 
 
 def test_nothing_is_kept_without_gradients():
