@@ -20,6 +20,7 @@ import torch
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
+from .. import _C
 from ..masks import BlockLayout
 from .device import check_device
 
@@ -70,7 +71,15 @@ class Header(NamedTuple):
 @functools.cache
 def host_plan(layout: BlockLayout, rank: int) -> np.ndarray:
     """Returns the planner's int32 array for a layout and a rank."""
-    return np.asarray(layout.plan(rank), dtype=np.int32)
+    # While exporting, a fake-tensor mode would turn the layout's indices into tensors without data.
+    with _disable_current_modes():
+        rows, cols = (
+            torch.as_tensor(index).cpu().numpy().astype(np.int32)
+            for index in (layout.row_indices, layout.col_indices)
+        )
+    return _C.build_plan(
+        layout.out_features, layout.in_features, layout.block_size, rank, rows, cols
+    )
 
 
 # Uploaded plans, one attribute each. Attributes, not a dict: dynamo copies a dict's keys when it
