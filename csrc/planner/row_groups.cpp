@@ -1,7 +1,280 @@
+// Schedule of the row-group product: which two output tiles share a thread block, in which order it
+// loads x, and how the groups are spread over thread blocks.
+#include <algorithm>
+#include <map>
+#include <numeric>
+#include <queue>
+#include <vector>
+
 #include "planner/plan.h"
 
 namespace pixelfly {
+namespace {
 
-GroupSection append_row_groups(PlanBuilder&, const LayoutView&, bool) { return {}; }
+using Index = std::vector<int32_t>;
+
+// A nonzero 64x64 tile of an output row.
+struct Entry {
+  int32_t x_tile;
+  int32_t weight;
+};
+using Row = std::vector<Entry>;  // in ascending order of x_tile
+
+int32_t tiles(int32_t features) { return (features + kGroupTile - 1) / kGroupTile; }
+
+std::vector<Row> output_rows(const LayoutView& layout, bool transposed) {
+  const int32_t sub = layout.block_size / kGroupTile;
+  const int32_t out_tiles = tiles(transposed ? layout.in_features : layout.out_features);
+  const int32_t x_tiles = tiles(transposed ? layout.out_features : layout.in_features);
+  std::vector<Row> rows(static_cast<size_t>(out_tiles));
+  for (int32_t k = 0; k < layout.nnz(); ++k) {
+    const int32_t out = transposed ? layout.col_idx[k] : layout.row_idx[k];
+    const int32_t in = transposed ? layout.row_idx[k] : layout.col_idx[k];
+    for (int32_t o = out * sub; o < std::min((out + 1) * sub, out_tiles); ++o) {
+      for (int32_t x = in * sub; x < std::min((in + 1) * sub, x_tiles); ++x) {
+        const int32_t stored_row = (transposed ? x : o) % sub, stored_col = (transposed ? o : x) % sub;
+        rows[static_cast<size_t>(o)].push_back({x, (k * sub + stored_row) * sub + stored_col});
+      }
+    }
+  }
+  for (auto& row : rows) {
+    std::sort(row.begin(), row.end(),
+              [](const Entry& a, const Entry& b) { return a.x_tile < b.x_tile; });
+  }
+  return rows;
+}
+
+// Pairs rows with equal columns first, then each remaining row with the one that shares the most
+// columns with it (the nearest such row: its outputs lie close in memory). A row without a partner
+// gets -1. At most kCandidates rows are looked at per column, so the time stays near-linear in the
+// number of tiles.
+std::vector<std::pair<int32_t, int32_t>> pair_rows(const std::vector<Row>& rows, int32_t x_tiles) {
+  constexpr size_t kCandidates = 64;
+  const auto count = static_cast<int32_t>(rows.size());
+  std::vector<int32_t> partner(rows.size(), -1);
+  std::map<Index, int32_t> waiting;  // columns -> a row that has no partner so far
+  for (int32_t i = 0; i < count; ++i) {
+    Index columns;
+    for (const Entry& e : rows[static_cast<size_t>(i)]) columns.push_back(e.x_tile);
+    const auto [at, fresh] = waiting.try_emplace(std::move(columns), i);
+    if (fresh) continue;
+    partner[static_cast<size_t>(i)] = at->second;
+    partner[static_cast<size_t>(at->second)] = i;
+    waiting.erase(at);
+  }
+
+  std::vector<Index> users(static_cast<size_t>(x_tiles));  // rows without partner, by column
+  for (int32_t i = count - 1; i >= 0; --i) {
+    if (partner[static_cast<size_t>(i)] >= 0) continue;
+    for (const Entry& e : rows[static_cast<size_t>(i)]) {
+      users[static_cast<size_t>(e.x_tile)].push_back(i);
+    }
+  }
+  Index shared(rows.size(), 0), touched;
+  for (int32_t i = 0; i < count; ++i) {
+    if (partner[static_cast<size_t>(i)] >= 0) continue;
+    touched.clear();
+    for (const Entry& e : rows[static_cast<size_t>(i)]) {
+      auto& list = users[static_cast<size_t>(e.x_tile)];  // descending: the nearest come last
+      while (!list.empty() && (list.back() <= i || partner[static_cast<size_t>(list.back())] >= 0)) {
+        list.pop_back();
+      }
+      const size_t first = list.size() > kCandidates ? list.size() - kCandidates : 0;
+      for (size_t k = first; k < list.size(); ++k) {
+        if (partner[static_cast<size_t>(list[k])] >= 0) continue;
+        if (shared[static_cast<size_t>(list[k])]++ == 0) touched.push_back(list[k]);
+      }
+    }
+    int32_t best = -1;
+    for (int32_t j : touched) {
+      const int32_t n = shared[static_cast<size_t>(j)];
+      const int32_t most = best < 0 ? 0 : shared[static_cast<size_t>(best)];
+      if (n > most || (n == most && j < best)) best = j;
+    }
+    for (int32_t j : touched) {
+      if (j != best) shared[static_cast<size_t>(j)] = 0;
+    }
+    if (best < 0) continue;
+    shared[static_cast<size_t>(best)] = 0;
+    partner[static_cast<size_t>(i)] = best;
+    partner[static_cast<size_t>(best)] = i;
+  }
+
+  // Rows that share nothing with anybody still halve the number of groups when put together.
+  std::vector<std::pair<int32_t, int32_t>> pairs;
+  int32_t single = -1;
+  for (int32_t i = 0; i < count; ++i) {
+    const int32_t other = partner[static_cast<size_t>(i)];
+    if (other > i) pairs.emplace_back(i, other);
+    if (other >= 0) continue;
+    if (single < 0) {
+      single = i;
+    } else {
+      pairs.emplace_back(single, i);
+      single = -1;
+    }
+  }
+  if (single >= 0) pairs.emplace_back(single, -1);
+  return pairs;
+}
+
+std::vector<GroupStep> merge(const Row* first, const Row* second) {
+  std::vector<GroupStep> steps;
+  size_t i = 0, j = 0;
+  const size_t n = first->size(), m = second == nullptr ? 0 : second->size();
+  while (i < n || j < m) {
+    const bool take_first = i < n && (j >= m || (*first)[i].x_tile <= (*second)[j].x_tile);
+    const bool take_second = j < m && (i >= n || (*second)[j].x_tile <= (*first)[i].x_tile);
+    GroupStep step{take_first ? (*first)[i].x_tile : (*second)[j].x_tile, {-1, -1}, 0};
+    if (take_first) step.weight[0] = (*first)[i++].weight;
+    if (take_second) step.weight[1] = (*second)[j++].weight;
+    steps.push_back(step);
+  }
+  return steps;
+}
+
+// Orders the steps of groups that run side by side so that as few different x tiles as possible are
+// wanted at the same step: L2 serves thread blocks that load the same tile at the same moment about
+// twice as fast. Greedy set cover, step by step: the tile that most groups without one for this
+// step still want goes to all of them. On the 8 pairs of a butterfly's 3-cube that is the perfect
+// code order: two tiles a step.
+void order_in_phase(std::vector<std::vector<GroupStep>*> groups, int32_t x_tiles) {
+  size_t longest = 0;
+  std::vector<Index> users(static_cast<size_t>(x_tiles));  // groups that still want a tile
+  for (size_t g = 0; g < groups.size(); ++g) {
+    longest = std::max(longest, groups[g]->size());
+    for (const GroupStep& s : *groups[g]) {
+      users[static_cast<size_t>(s.x_tile)].push_back(static_cast<int32_t>(g));
+    }
+  }
+  std::vector<std::vector<GroupStep>> ordered(groups.size());
+  for (size_t step = 0; step < longest; ++step) {
+    std::vector<char> served(groups.size(), 0);
+    Index wanted(static_cast<size_t>(x_tiles));
+    for (size_t x = 0; x < users.size(); ++x) wanted[x] = static_cast<int32_t>(users[x].size());
+    while (true) {
+      const auto most = std::max_element(wanted.begin(), wanted.end());
+      if (most == wanted.end() || *most == 0) break;
+      const auto x = static_cast<int32_t>(most - wanted.begin());
+      Index keep;
+      const Index takers = users[static_cast<size_t>(x)];
+      for (int32_t g : takers) {
+        if (served[static_cast<size_t>(g)]) {
+          keep.push_back(g);
+          continue;
+        }
+        served[static_cast<size_t>(g)] = 1;
+        auto& left = *groups[static_cast<size_t>(g)];
+        for (const GroupStep& s : left) --wanted[static_cast<size_t>(s.x_tile)];
+        const auto at = std::find_if(left.begin(), left.end(),
+                                     [x](const GroupStep& s) { return s.x_tile == x; });
+        ordered[static_cast<size_t>(g)].push_back(*at);
+        left.erase(at);
+      }
+      users[static_cast<size_t>(x)] = std::move(keep);
+    }
+  }
+  for (size_t g = 0; g < groups.size(); ++g) *groups[g] = std::move(ordered[g]);
+}
+
+// Splits the token tiles of every group into lanes, more for groups with more work, so that
+// kGroupThreadBlocks thread blocks finish together. Two units a thread block are worth it where one
+// cannot balance (24 groups on 132).
+std::vector<GroupUnit> make_units(const std::vector<int32_t>& cost) {
+  const auto groups = static_cast<int32_t>(cost.size());
+  const int32_t total = std::accumulate(cost.begin(), cost.end(), 0);
+  std::vector<int32_t> lanes(cost.size(), 1);
+  double best = -1;
+  const int32_t least = (groups + kGroupThreadBlocks - 1) / kGroupThreadBlocks;
+  for (int32_t waves = least; waves < least + 2; ++waves) {
+    std::vector<int32_t> trial(cost.size(), 1);
+    auto longer = [&](int32_t a, int32_t b) {
+      const auto i = static_cast<size_t>(a), j = static_cast<size_t>(b);
+      const int64_t x = int64_t{cost[i]} * trial[j], y = int64_t{cost[j]} * trial[i];
+      return x != y ? x < y : a > b;
+    };
+    std::priority_queue<int32_t, std::vector<int32_t>, decltype(longer)> queue(longer);
+    for (int32_t g = 0; g < groups; ++g) queue.push(g);
+    for (int32_t n = groups; n < waves * kGroupThreadBlocks; ++n) {
+      const int32_t g = queue.top();
+      queue.pop();
+      ++trial[static_cast<size_t>(g)];
+      queue.push(g);
+    }
+    const auto g = static_cast<size_t>(queue.top());
+    const double slowest = double(cost[g]) / trial[g] * waves * kGroupThreadBlocks;
+    const double efficiency = total / slowest - 0.04 * (waves - least);
+    if (efficiency > best) {
+      best = efficiency;
+      lanes = trial;
+      // Lanes beyond what the slowest group needs only cost weight loads.
+      for (size_t i = 0; i < lanes.size(); ++i) {
+        while (lanes[i] > 1 && int64_t{cost[i]} * trial[g] <= int64_t{cost[g]} * (lanes[i] - 1)) {
+          --lanes[i];
+        }
+      }
+    }
+  }
+  std::vector<GroupUnit> units;
+  for (int32_t g = 0; g < groups; ++g) {
+    const int32_t n = lanes[static_cast<size_t>(g)];
+    for (int32_t lane = 0; lane < n; ++lane) units.push_back({g, lane, n, 0});
+  }
+  // The same share of the tokens at the same time, whatever the group.
+  std::stable_sort(units.begin(), units.end(), [](const GroupUnit& a, const GroupUnit& b) {
+    return int64_t{a.lane} * b.lanes < int64_t{b.lane} * a.lanes;
+  });
+  return units;
+}
+
+}  // namespace
+
+GroupSection append_row_groups(PlanBuilder& builder, const LayoutView& layout, bool transposed) {
+  GroupSection section{};
+  if (layout.block_size != 64 && layout.block_size != 128) return section;
+  const int32_t x_tiles = tiles(transposed ? layout.out_features : layout.in_features);
+  const auto rows = output_rows(layout, transposed);
+  const auto pairs = pair_rows(rows, x_tiles);
+
+  std::vector<std::vector<GroupStep>> lists;
+  for (const auto& [a, b] : pairs) {
+    lists.push_back(merge(&rows[static_cast<size_t>(a)],
+                          b < 0 ? nullptr : &rows[static_cast<size_t>(b)]));
+  }
+  for (size_t begin = 0; begin < lists.size(); begin += kGroupThreadBlocks) {
+    std::vector<std::vector<GroupStep>*> side_by_side;
+    for (size_t g = begin; g < std::min(lists.size(), begin + kGroupThreadBlocks); ++g) {
+      side_by_side.push_back(&lists[g]);
+    }
+    order_in_phase(std::move(side_by_side), x_tiles);
+  }
+
+  std::vector<RowGroup> groups;
+  std::vector<GroupStep> steps;
+  std::vector<int32_t> costs;
+  for (size_t g = 0; g < lists.size(); ++g) {
+    const auto [a, b] = pairs[g];
+    for (int32_t r = 0; r < tiles(layout.rank); ++r) {
+      lists[g].push_back({x_tiles + r, {0, b < 0 ? -1 : 0}, 0});
+    }
+    const auto begin = static_cast<int32_t>(steps.size());
+    int32_t slot = 0;
+    for (GroupStep step : lists[g]) {
+      step.slot = slot;
+      slot += (step.weight[0] >= 0) + (step.weight[1] >= 0);
+      steps.push_back(step);
+    }
+    groups.push_back({{a, b}, begin, static_cast<int32_t>(steps.size())});
+    costs.push_back(slot + 2);  // an epilogue costs about as much as two weight tiles
+    section.max_blocks = std::max(section.max_blocks, slot);
+  }
+  const auto units = make_units(costs);
+  section.num_groups = static_cast<int32_t>(groups.size());
+  section.num_units = static_cast<int32_t>(units.size());
+  section.groups_offset = builder.append(groups);
+  section.steps_offset = builder.append(steps);
+  section.units_offset = builder.append(units);
+  return section;
+}
 
 }  // namespace pixelfly

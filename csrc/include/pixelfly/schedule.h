@@ -20,29 +20,47 @@ constexpr int32_t kPlanMagic = 0x70666c79;  // "pfly"
 constexpr int32_t kPlanVersion = 1;
 constexpr int kPlanHeaderSize = 64;
 
-// One step of a row group: a tile of x columns and the weight blocks that multiply it.
+// Schedule of the row-group product (kernels/product_sm90.cuh). Everything is in units of 64x64 tiles,
+// whatever the block size (64 or 128): output tiles, x tiles (tile >= num_x_tiles: tile of t) and
+// weight tiles.
+constexpr int kGroupTile = 64;
+
+// One step of a row group: a tile of x columns and the weight tiles that multiply it.
 struct GroupStep {
-  int32_t col;       // block column of x; >= num_cols: tile (col - num_cols) of t
-  int32_t block[2];  // block id for rows[0] and rows[1]; -1: that row does not use this column;
-                     // >= nnz: low-rank factor tile (block - nnz) of that row
-  int32_t slot;      // number of weight blocks in the group's earlier steps (the smem slot when
-                     // all weights of the group are kept resident)
+  int32_t x_tile;     // >= num_x_tiles: tile (x_tile - num_x_tiles) of t, weights from the factor
+  int32_t weight[2];  // weight tile for rows[0] and rows[1]; -1: that row does not use this x tile.
+                      // Tile w of the blocks starts at row (w >> s) * 64, column (w % 2^s) * 64 of
+                      // the [nnz * b, b] matrix, 2^s = b / 64. Tiles of the factor follow from
+                      // (row, x_tile); the value is then only >= 0.
+  int32_t slot;       // weight tiles in the group's earlier steps: where a resident tile lies
 };
 
-// Two output block rows computed together so that they share tiles of x.
+// Two output tiles computed together so that they share tiles of x.
 struct RowGroup {
-  int32_t rows[2];     // output block rows; rows[1] == -1: a single row
+  int32_t rows[2];     // output tiles; rows[1] == -1: a single row
   int32_t step_begin;  // into the section's steps
   int32_t step_end;
 };
 
-// A set of row groups covering every output block row exactly once (rows with no blocks included).
+// What one thread block does at a stretch: token tiles lane, lane + lanes, ... of one group.
+struct GroupUnit {
+  int32_t group;
+  int32_t lane;
+  int32_t lanes;
+  int32_t unused;
+};
+
+// Thread blocks the units are balanced for; any grid computes the same.
+constexpr int kGroupThreadBlocks = 132;
+
+// A set of row groups covering every output tile exactly once (rows with no blocks included).
 struct GroupSection {
-  int32_t num_groups;
+  int32_t num_groups;  // 0: no schedule (block size not served)
   int32_t groups_offset;  // RowGroup[num_groups]
   int32_t steps_offset;   // GroupStep[...]
-  int32_t max_steps;      // over groups
-  int32_t max_blocks;     // weight blocks (low-rank tiles included) of the largest group
+  int32_t units_offset;   // GroupUnit[num_units]
+  int32_t num_units;
+  int32_t max_blocks;     // weight tiles (low-rank ones included) of the largest group
 };
 
 // Gradient outputs one thread block accumulates: up to two rows of dy (one per warpgroup), each
@@ -134,7 +152,7 @@ struct PlanHeader {
   TokenSection tokens_forward;
   TokenSection tokens_transposed;
 
-  int32_t reserved[kPlanHeaderSize - 19 - 2 * 5 - 2 - 2 * 9];
+  int32_t reserved[kPlanHeaderSize - 19 - 2 * 6 - 2 - 2 * 9];
 };
 static_assert(sizeof(PlanHeader) == kPlanHeaderSize * sizeof(int32_t), "header layout");
 

@@ -1,0 +1,432 @@
+// y = act(x · Bᵀ + t · uᵀ + bias) + residual, and dx = (dz · B + s · v) ⊙ act'(z); Hopper (sm_90a).
+//
+// A thread block walks the token tiles of one row group: two output tiles (64 features each) that
+// share x tiles. The weight tile is wgmma's A (M = 64 features), 128 tokens are N, so accumulators
+// hold yᵀ: the bias is two values a thread and costs nothing as the accumulator's first value, and
+// stmatrix.trans turns 64x64 chunks into rows of tokens for TMA stores. dx uses the same stored
+// blocks through transposed (MN-major) A descriptors over the transposed schedule.
+//
+//   shared memory: ring [stages] of x tiles [128 tokens][64] (16 KB)
+//                  weights of the group, resident if they leave >= 4 stages; else each stage
+//                  carries its step's weight tiles (16 KB more)
+//                  staging [2 warpgroups][staging tiles] of [64 tokens][64]; all 128-byte swizzle
+//
+//   roles: warpgroups 0 and 1 consume alternate token tiles (ping-pong: one multiplies while the
+//          other runs its epilogue), both rows each: 2 x m64n128, 128 accumulators a thread.
+//          One thread of warpgroup 2 loads.
+//   full[s]:   producer -> the consumer whose turn it is, stage s has landed
+//   empty[s]:  the four warps of that consumer -> producer
+//   turn w:    named barrier; the other warpgroup has issued all its products, so w may wait on the
+//              ring. Nobody waits on a stage outside its turn: parities would alias.
+//   weights_free: consumers -> producer, the resident weights may be replaced (next unit)
+// With a residual or z, its tiles follow the steps of a token tile through the same ring.
+//
+// Thread blocks load the same x tiles at the same step where the planner finds an order for it
+// (row_groups.cpp): L2 serves such loads at about twice the rate of distinct ones.
+#pragma once
+
+#include <cuda.h>
+#include <cuda_runtime.h>
+
+#include "device/convert.cuh"
+#include "device/epilogue_math.cuh"
+#include "device/ldmatrix.cuh"
+#include "device/mbarrier.cuh"
+#include "device/register_budget.cuh"
+#include "device/tma.cuh"
+#include "device/wgmma.cuh"
+#include "pixelfly/params.h"
+
+namespace pixelfly {
+
+struct GroupMaps {
+  CUtensorMap x;       // [T, in], box 128 x 64
+  CUtensorMap t;       // [T, r], box 128 x 64
+  CUtensorMap blocks;  // [nnz * b, b], box 64 x 64
+  CUtensorMap factor;  // u [N, r] (transposed: v [r, K]), box 64 x 64
+  CUtensorMap aux;     // residual or z, [T, out], box 128 x 64
+  CUtensorMap y;       // [T, out], box 64 x 64
+  CUtensorMap preact;  // [T, out], box 64 x 64
+};
+
+struct GroupArgs {
+  GroupSection section;
+  const int32_t* plan;
+  const void* bias;
+  int32_t token_tiles;  // of kGroupTokens
+  int32_t out_features;
+  int32_t num_x_tiles;   // tiles of x; those of t follow
+  int32_t weight_shift;  // log2(b / 64)
+  int32_t stages;
+  int32_t staging_tiles;  // per warpgroup, 1 or 2
+  bool resident;          // weights stay in shared memory for the whole unit
+  bool has_preact;
+  bool has_residual;
+  bool has_z;
+  Activation activation;
+};
+
+constexpr int kGroupTokens = 128;
+constexpr int kGroupThreads = 384;
+constexpr int kGroupXBytes = kGroupTokens * kGroupTile * 2;
+constexpr int kGroupTileBytes = kGroupTile * kGroupTile * 2;
+constexpr int kMaxGroupStages = 12;
+
+struct GroupShared {
+  uint64_t full[kMaxGroupStages];
+  uint64_t empty[kMaxGroupStages];
+  uint64_t weights_free;
+};
+
+namespace groups {
+
+// Shared-memory layout, from one opaque base: the compiler would otherwise recompute it everywhere.
+struct Layout {
+  uint32_t base, stage_bytes, weights, staging, barriers;
+
+  __device__ Layout(uint32_t aligned, const GroupArgs& args, uint32_t shared) {
+    asm volatile("mov.u32 %0, %1;" : "=r"(base) : "r"(aligned));
+    asm volatile("mov.u32 %0, %1;" : "=r"(barriers) : "r"(shared));
+    stage_bytes = kGroupXBytes + (args.resident ? 0 : 2 * kGroupTileBytes);
+    staging = base + args.stages * stage_bytes;
+    weights = staging + 2 * args.staging_tiles * kGroupTileBytes;
+  }
+  __device__ uint32_t stage(int s) const { return base + s * stage_bytes; }
+  __device__ uint32_t full(int s) const { return barriers + s * 8; }
+  __device__ uint32_t empty(int s) const { return barriers + (kMaxGroupStages + s) * 8; }
+  __device__ uint32_t weights_free() const { return barriers + 2 * kMaxGroupStages * 8; }
+};
+
+// Walks the ring: stage index and the parity of the phase that its next use completes.
+struct Ring {
+  int stages;
+  int stage = 0;
+  uint32_t phase = 0;
+  __device__ void advance() {
+    if (++stage == stages) {
+      stage = 0;
+      phase ^= 1;
+    }
+  }
+  __device__ void skip(int n) {
+    stage += n;
+    const int rounds = stage / stages;
+    stage -= rounds * stages;
+    phase ^= rounds & 1;
+  }
+};
+
+// A unit of work (schedule.h) with its group's rows and steps.
+struct Unit {
+  int lane, lanes, rows[2], num_steps;
+  const int4* steps;
+
+  __device__ Unit(const GroupArgs& args, int index) {
+    const int4 u = __ldg(reinterpret_cast<const int4*>(args.plan + args.section.units_offset) +
+                         index);
+    const int4 g = __ldg(reinterpret_cast<const int4*>(args.plan + args.section.groups_offset) +
+                         u.x);
+    lane = u.y;
+    lanes = u.z;
+    rows[0] = g.x;
+    rows[1] = g.y;
+    steps = reinterpret_cast<const int4*>(args.plan + args.section.steps_offset) + g.z;
+    num_steps = g.w - g.z;
+  }
+  // x: x tile, y and z: weight tiles or -1, w: slot.
+  __device__ int4 step(int s) const { return s < num_steps ? __ldg(steps + s) : int4{}; }
+  __device__ int outputs() const { return rows[1] >= 0 ? 2 : 1; }
+};
+
+template <bool kTransposed>
+__device__ void load_weight(const GroupMaps& maps, const GroupArgs& args, uint32_t at,
+                            uint32_t full, int weight, int x_tile, int row) {
+  if (x_tile < args.num_x_tiles) {
+    const int col = (weight & ((1 << args.weight_shift) - 1)) * kGroupTile;
+    device::tma_load_2d(at, &maps.blocks, full, col, (weight >> args.weight_shift) * kGroupTile);
+  } else {
+    const int rank = (x_tile - args.num_x_tiles) * kGroupTile, out = row * kGroupTile;
+    device::tma_load_2d(at, &maps.factor, full, kTransposed ? out : rank,
+                        kTransposed ? rank : out);
+  }
+}
+
+// One thread.
+template <bool kTransposed>
+__device__ void produce(const GroupMaps& maps, const GroupArgs& args, const Layout& layout) {
+  Ring ring{args.stages};
+  uint32_t units_done = 0;
+  for (int index = blockIdx.x; index < args.section.num_units; index += gridDim.x) {
+    const Unit unit(args, index);
+    bool load_weights = true;
+    for (int tile = unit.lane; tile < args.token_tiles; tile += unit.lanes) {
+      const int token = tile * kGroupTokens;
+      int4 ahead = unit.step(0);
+      for (int s = 0; s < unit.num_steps; ++s) {
+        const int4 step = ahead;
+        ahead = unit.step(s + 1);
+        const uint32_t full = layout.full(ring.stage), x = layout.stage(ring.stage);
+        device::mbarrier_wait(layout.empty(ring.stage), ring.phase ^ 1);
+        const int weights = load_weights ? (step.y >= 0) + (step.z >= 0) : 0;
+        device::mbarrier_expect_tx(full, kGroupXBytes + weights * kGroupTileBytes);
+        const bool is_t = step.x >= args.num_x_tiles;
+        device::tma_load_2d(x, is_t ? &maps.t : &maps.x, full,
+                            (is_t ? step.x - args.num_x_tiles : step.x) * kGroupTile, token);
+        if (load_weights) {
+          uint32_t at =
+              args.resident ? layout.weights + step.w * kGroupTileBytes : x + kGroupXBytes;
+          if (args.resident && s == 0 && units_done > 0) {
+            device::mbarrier_wait(layout.weights_free(), (units_done - 1) & 1);
+          }
+          if (step.y >= 0) {
+            load_weight<kTransposed>(maps, args, at, full, step.y, step.x, unit.rows[0]);
+            at += kGroupTileBytes;
+          }
+          if (step.z >= 0) {
+            load_weight<kTransposed>(maps, args, at, full, step.z, step.x, unit.rows[1]);
+          }
+        }
+        ring.advance();
+      }
+      load_weights = !args.resident;
+      if (args.has_residual || args.has_z) {
+        for (int r = 0; r < unit.outputs(); ++r) {
+          const uint32_t full = layout.full(ring.stage);
+          device::mbarrier_wait(layout.empty(ring.stage), ring.phase ^ 1);
+          device::mbarrier_expect_tx(full, kGroupXBytes);
+          device::tma_load_2d(layout.stage(ring.stage), &maps.aux, full,
+                              unit.rows[r] * kGroupTile, token);
+          ring.advance();
+        }
+      }
+    }
+    if (unit.lane < args.token_tiles) ++units_done;
+  }
+}
+
+// Address in a swizzled [tokens][64 features] tile of the 8x8 matrix row that this lane serves in
+// the j-th stmatrix/ldmatrix.x4.trans of a warp's 16 features x 64 tokens.
+__device__ inline uint32_t fragment_address(uint32_t tile, int j) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, matrix = lane / 8;
+  const int token = j * 16 + (matrix / 2) * 8 + lane % 8;
+  const int chunk = warp * 2 + matrix % 2;
+  return tile + token * 128 + ((chunk ^ (token & 7)) << 4);
+}
+
+// Applies f(accumulator, aux) with 64 tokens of an aux tile in shared memory.
+template <typename T, typename F>
+__device__ __forceinline__ void combine(float* acc, uint32_t tile, F f) {
+#pragma unroll
+  for (int j = 0; j < 4; ++j) {
+    uint32_t r[4];
+    device::ldmatrix_x4_trans(r, fragment_address(tile, j));
+#pragma unroll
+    for (int h = 0; h < 4; ++h) {
+      const float2 a = device::unpack2<T>(r[h]);
+      acc[j * 8 + h * 2] = f(acc[j * 8 + h * 2], a.x);
+      acc[j * 8 + h * 2 + 1] = f(acc[j * 8 + h * 2 + 1], a.y);
+    }
+  }
+}
+
+// One consumer warpgroup.
+template <typename T, bool kTransposed>
+struct Consumer {
+  const GroupMaps& maps;
+  const GroupArgs& args;
+  const Layout& layout;
+  int warpgroup;
+  int next_staging = 0;
+
+  __device__ bool leader() const { return threadIdx.x % 128 == 0; }
+  __device__ void release(int stage) const {
+    if (threadIdx.x % 32 == 0) device::mbarrier_arrive(layout.empty(stage));
+  }
+
+  // Sends 64 tokens x 64 features of accumulators to global memory.
+  __device__ __forceinline__ void store(const float* acc, const CUtensorMap* map, int feature,
+                                        int token) {
+    const uint32_t tile =
+        layout.staging +
+        (warpgroup * args.staging_tiles + next_staging) * static_cast<uint32_t>(kGroupTileBytes);
+    if (args.staging_tiles == 2) {
+      next_staging ^= 1;
+      if (leader()) device::tma_store_wait_read<1>();
+    } else {
+      if (leader()) device::tma_store_wait_read<0>();
+    }
+    device::named_barrier_sync(4 + warpgroup, 128);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      uint32_t r[4];
+#pragma unroll
+      for (int h = 0; h < 4; ++h) {
+        r[h] = device::pack2<T>(acc[j * 8 + h * 2], acc[j * 8 + h * 2 + 1]);
+      }
+      device::stmatrix_x4_trans(fragment_address(tile, j), r);
+    }
+    device::fence_proxy_async();
+    device::named_barrier_sync(4 + warpgroup, 128);
+    if (leader()) {
+      device::tma_store_2d(map, tile, feature, token);
+      device::tma_store_commit();
+    }
+  }
+
+  // 128 tokens of one output tile. `aux`: stage of its residual or z tile.
+  __device__ __forceinline__ void epilogue(float (&acc)[64], int row, int token, int aux) {
+    const int feature = row * kGroupTile;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float* chunk = acc + half * 32;
+      const int first = token + half * 64;
+      const uint32_t aux_tile = layout.stage(aux) + half * kGroupTileBytes;
+      if (args.has_preact) store(chunk, &maps.preact, feature, first);
+      if constexpr (kTransposed) {
+        if (args.has_z) {
+          device::dispatch_activation(args.activation, [&](auto tag) {
+            combine<T>(chunk, aux_tile, [](float a, float z) {
+              return a * device::derivative<decltype(tag)::value, false>(z);
+            });
+          });
+        }
+      } else {
+        if (args.activation != Activation::kNone) {
+          device::dispatch_activation(args.activation, [&](auto tag) {
+#pragma unroll
+            for (int i = 0; i < 32; ++i) {
+              chunk[i] = device::activate<decltype(tag)::value, false>(chunk[i]);
+            }
+          });
+        }
+      }
+      if (args.has_residual) {
+        combine<T>(chunk, aux_tile, [](float a, float b) { return a + b; });
+      }
+      if (half == 1 && (args.has_residual || args.has_z)) release(aux);
+      store(chunk, &maps.y, feature, first);
+    }
+  }
+
+  // acc += weight tile · x tile, asynchronously. Descriptors count 16-byte units; a k16 step is 32
+  // bytes along a K-major row, or 16 rows of 128 bytes of an MN-major tile.
+  __device__ __forceinline__ void multiply(float (&acc)[64], uint32_t weight, uint32_t x) const {
+    const uint64_t a =
+        kTransposed ? device::descriptor_mn_major(weight, 0) : device::descriptor_k_major(weight);
+    const uint64_t b = device::descriptor_k_major(x);
+    constexpr int kStepA = kTransposed ? 128 : 2;
+    device::wgmma_fence();
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      device::wgmma<T, kTransposed, false>(acc, a + k * kStepA, b + k * 2, 1);
+    }
+  }
+
+  __device__ void load_bias(float (&bias)[4], const Unit& unit) const {
+    const T* values = static_cast<const T*>(args.bias);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int feature = unit.rows[i / 2] * kGroupTile + threadIdx.x % 128 / 32 * 16 +
+                          threadIdx.x % 32 / 4 + i % 2 * 8;
+      const bool used = values != nullptr && unit.rows[i / 2] >= 0 && feature < args.out_features;
+      bias[i] = used ? device::to_float(values[feature]) : 0.f;
+    }
+  }
+
+  __device__ void run() {
+    const int other = warpgroup ^ 1;
+    Ring ring{args.stages};
+    int turn = 0;
+    float acc0[64], acc1[64];
+    if (warpgroup == 1) device::named_barrier_arrive(2, 256);
+    for (int index = blockIdx.x; index < args.section.num_units; index += gridDim.x) {
+      const Unit unit(args, index);
+      if (unit.lane >= args.token_tiles) continue;
+      const int aux_stages = args.has_residual || args.has_z ? unit.outputs() : 0;
+      float bias[4];
+      load_bias(bias, unit);
+      for (int tile = unit.lane; tile < args.token_tiles; tile += unit.lanes, turn ^= 1) {
+        if (turn != warpgroup) {
+          ring.skip(unit.num_steps + aux_stages);
+          continue;
+        }
+#pragma unroll
+        for (int i = 0; i < 64; ++i) {
+          acc0[i] = bias[i / 2 % 2];
+          acc1[i] = bias[2 + i / 2 % 2];
+        }
+        int4 ahead = unit.step(0);
+        int previous = -1;
+        device::named_barrier_sync(2 + warpgroup, 256);
+        for (int s = 0; s < unit.num_steps; ++s) {
+          const int4 step = ahead;
+          ahead = unit.step(s + 1);
+          const uint32_t x = layout.stage(ring.stage);
+          uint32_t weight =
+              args.resident ? layout.weights + step.w * kGroupTileBytes : x + kGroupXBytes;
+          device::mbarrier_wait(layout.full(ring.stage), ring.phase);
+          if (step.y >= 0) {
+            multiply(acc0, weight, x);
+            weight += kGroupTileBytes;
+          }
+          if (step.z >= 0) multiply(acc1, weight, x);
+          device::wgmma_commit();
+          device::wgmma_wait<1>();
+          if (previous >= 0) release(previous);
+          previous = ring.stage;
+          ring.advance();
+        }
+        const int aux = ring.stage;
+        int aux_next = aux;
+        for (int r = 0; r < aux_stages; ++r) {
+          aux_next = ring.stage;
+          device::mbarrier_wait(layout.full(ring.stage), ring.phase);
+          ring.advance();
+        }
+        device::named_barrier_arrive(2 + other, 256);
+        device::wgmma_wait<0>();
+        if (previous >= 0) release(previous);
+        epilogue(acc0, unit.rows[0], tile * kGroupTokens, aux);
+        if (unit.rows[1] >= 0) epilogue(acc1, unit.rows[1], tile * kGroupTokens, aux_next);
+      }
+      if (args.resident && index + gridDim.x < args.section.num_units) {
+        device::named_barrier_sync(1, 256);
+        if (threadIdx.x == 0) device::mbarrier_arrive(layout.weights_free());
+      }
+    }
+    if (leader()) device::tma_store_wait<0>();
+  }
+};
+
+}  // namespace groups
+
+template <typename T, bool kTransposed>
+__global__ void __launch_bounds__(kGroupThreads, 1)
+    product_sm90(const __grid_constant__ GroupMaps maps, const __grid_constant__ GroupArgs args) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  extern __shared__ uint8_t dynamic[];
+  __shared__ GroupShared shared;
+  const groups::Layout layout((device::smem_address(dynamic) + 1023) & ~1023u, args,
+                              device::smem_address(&shared));
+  if (threadIdx.x == 0) {
+    for (int s = 0; s < args.stages; ++s) {
+      device::mbarrier_init(layout.full(s), 1);
+      device::mbarrier_init(layout.empty(s), 4);
+    }
+    device::mbarrier_init(layout.weights_free(), 1);
+    device::mbarrier_init_fence();
+  }
+  __syncthreads();
+
+  const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);
+  if (warpgroup == 2) {
+    device::release_registers<40>();
+    if (threadIdx.x == 256) groups::produce<kTransposed>(maps, args, layout);
+  } else {
+    device::claim_registers<232>();
+    groups::Consumer<T, kTransposed>{maps, args, layout, warpgroup}.run();
+  }
+#endif
+}
+
+}  // namespace pixelfly

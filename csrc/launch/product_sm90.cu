@@ -1,0 +1,130 @@
+#include "launch/product_sm90.h"
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <algorithm>
+
+#include "kernels/product_sm90.cuh"
+#include "launch/alignment.h"
+#include "launch/cuda_status.h"
+#include "launch/tensor_map.h"
+
+namespace pixelfly {
+namespace {
+
+constexpr int kMinResidentStages = 4;  // fewer cannot hide L2: stream the weights instead
+
+struct Tile {
+  bool resident;
+  int stages;
+  int staging_tiles;
+  int shared_bytes;
+};
+
+const GroupSection& section_of(const ProductParams& p) {
+  return p.transposed ? p.header->transposed : p.header->forward;
+}
+
+// As many stages as fit: 64-96 KB in flight reach L2's rate, each 16 KB more gains 3-6 %.
+Tile choose_tile(const ProductParams& p, const DeviceInfo& device) {
+  const int budget = device.max_shared_bytes - 1024 - static_cast<int>(sizeof(GroupShared));
+  const int weights = section_of(p).max_blocks * kGroupTileBytes;
+  // A second staging tile pays only where the epilogue is long.
+  const bool long_epilogue = p.preact != nullptr || p.activation != Activation::kNone;
+  for (const int staging : {long_epilogue ? 2 : 1, 1}) {
+    const int left = budget - 2 * staging * kGroupTileBytes;
+    const int stages = std::min((left - weights) / kGroupXBytes, kMaxGroupStages);
+    if (stages < kMinResidentStages + (staging - 1)) continue;
+    return {true, stages, staging,
+            1024 + stages * kGroupXBytes + weights + 2 * staging * kGroupTileBytes};
+  }
+  const int stage = kGroupXBytes + 2 * kGroupTileBytes;
+  const int stages = std::min((budget - 2 * kGroupTileBytes) / stage, kMaxGroupStages);
+  return {false, stages, 1, 1024 + stages * stage + 2 * kGroupTileBytes};
+}
+
+template <typename T, bool kTransposed>
+Status launch(const GroupMaps& maps, const GroupArgs& args, int grid, int shared_bytes,
+              Stream stream) {
+  auto kernel = product_sm90<T, kTransposed>;
+  PIXELFLY_CUDA(
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
+  kernel<<<grid, kGroupThreads, shared_bytes, stream>>>(maps, args);
+  PIXELFLY_CUDA(cudaGetLastError());
+  return Status::success();
+}
+
+}  // namespace
+
+bool product_sm90_supports(const ProductParams& p, const DeviceInfo& device) {
+  if (device.arch != 90 || p.dtype == DType::kFloat32 || section_of(p).num_groups == 0) return false;
+  if (p.z != nullptr && (p.residual != nullptr || !p.transposed)) return false;
+  if (p.transposed && p.z == nullptr && p.activation != Activation::kNone) return false;
+  auto aligned = [&](const void* data, int64_t stride) {
+    return aligned_rows(data, stride, p.dtype);
+  };
+  return aligned(p.x, p.x_stride) && aligned(p.blocks, 0) && aligned(p.factor, p.factor_stride) &&
+         aligned(p.t, p.t_stride) && aligned(p.residual, p.residual_stride) &&
+         aligned(p.z, p.z_stride) && aligned(p.y, p.y_stride) &&
+         aligned(p.preact, p.preact_stride);
+}
+
+Status launch_product_sm90(const ProductParams& p, const DeviceInfo& device, Stream stream) {
+  if (p.tokens == 0) return Status::success();
+  const PlanHeader& h = *p.header;
+  const Tile tile = choose_tile(p, device);
+
+  GroupMaps maps;
+  auto map = [&](CUtensorMap* out, const void* data, int64_t rows, int64_t cols, int64_t stride,
+                 int box_rows) {
+    // Absent operands get x's map: it is never used, but must be a valid parameter.
+    if (data == nullptr) {
+      return encode_tile_map(out, p.dtype, p.x, p.tokens, p.in_features, p.x_stride);
+    }
+    return encode_tile_map(out, p.dtype, data, rows, cols, stride, box_rows);
+  };
+  const int64_t b = h.block_size, T = p.tokens;
+  const int64_t factor_rows = p.transposed ? h.rank : p.out_features;
+  const int64_t factor_cols = p.transposed ? p.out_features : h.rank;
+  const void* aux = p.residual != nullptr ? p.residual : p.z;
+  const int64_t aux_stride = p.residual != nullptr ? p.residual_stride : p.z_stride;
+  const void* t = h.rank > 0 ? p.t : nullptr;
+  const void* factor = h.rank > 0 ? p.factor : nullptr;
+  const void* blocks = h.nnz > 0 ? p.blocks : nullptr;
+  PIXELFLY_RETURN_IF_ERROR(map(&maps.x, p.x, T, p.in_features, p.x_stride, kGroupTokens));
+  PIXELFLY_RETURN_IF_ERROR(map(&maps.t, t, T, h.rank, p.t_stride, kGroupTokens));
+  PIXELFLY_RETURN_IF_ERROR(map(&maps.blocks, blocks, h.nnz * b, b, b, kGroupTile));
+  PIXELFLY_RETURN_IF_ERROR(
+      map(&maps.factor, factor, factor_rows, factor_cols, p.factor_stride, kGroupTile));
+  PIXELFLY_RETURN_IF_ERROR(map(&maps.aux, aux, T, p.out_features, aux_stride, kGroupTokens));
+  PIXELFLY_RETURN_IF_ERROR(map(&maps.y, p.y, T, p.out_features, p.y_stride, kGroupTile));
+  PIXELFLY_RETURN_IF_ERROR(
+      map(&maps.preact, p.preact, T, p.out_features, p.preact_stride, kGroupTile));
+
+  GroupArgs args{};
+  args.section = section_of(p);
+  args.plan = p.plan;
+  args.bias = p.bias;
+  args.token_tiles = static_cast<int32_t>((T + kGroupTokens - 1) / kGroupTokens);
+  args.out_features = p.out_features;
+  args.num_x_tiles = (p.in_features + kGroupTile - 1) / kGroupTile;
+  args.weight_shift = b == 128 ? 1 : 0;
+  args.stages = tile.stages;
+  args.staging_tiles = tile.staging_tiles;
+  args.resident = tile.resident;
+  args.has_preact = p.preact != nullptr;
+  args.has_residual = p.residual != nullptr;
+  args.has_z = p.z != nullptr;
+  args.activation = p.activation;
+
+  const int grid = std::min(args.section.num_units, device.num_sms);
+  if (p.dtype == DType::kBFloat16) {
+    return p.transposed ? launch<__nv_bfloat16, true>(maps, args, grid, tile.shared_bytes, stream)
+                        : launch<__nv_bfloat16, false>(maps, args, grid, tile.shared_bytes, stream);
+  }
+  return p.transposed ? launch<__half, true>(maps, args, grid, tile.shared_bytes, stream)
+                      : launch<__half, false>(maps, args, grid, tile.shared_bytes, stream);
+}
+
+}  // namespace pixelfly

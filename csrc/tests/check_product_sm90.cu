@@ -1,0 +1,399 @@
+// Checks product_sm90 element by element against a naive kernel, and times it. No torch needed.
+//
+//   nvcc -O3 -std=c++17 -gencode arch=compute_90a,code=sm_90a -Icsrc -Icsrc/include
+//        csrc/tests/check_product_sm90.cu csrc/launch/product_sm90.cu csrc/launch/tensor_map.cpp
+//        csrc/planner/*.cpp -o check_product_sm90
+//   ./check_product_sm90 check | time | time <case substring>
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "device/convert.cuh"
+#include "device/epilogue_math.cuh"
+#include "launch/product_sm90.h"
+#include "planner/plan.h"
+
+using namespace pixelfly;
+
+#define CHECK_CUDA(call)                                                                   \
+  do {                                                                                     \
+    const cudaError_t e_ = (call);                                                         \
+    if (e_ != cudaSuccess) {                                                               \
+      std::printf("%s:%d %s: %s\n", __FILE__, __LINE__, #call, cudaGetErrorString(e_));    \
+      std::exit(1);                                                                        \
+    }                                                                                      \
+  } while (0)
+
+template <typename T>
+__global__ void fill(T* p, size_t n, uint32_t seed, float scale) {
+  for (size_t i = blockIdx.x * size_t{blockDim.x} + threadIdx.x; i < n;
+       i += size_t{gridDim.x} * blockDim.x) {
+    uint64_t z = (i + 1) * 0x9E3779B97F4A7C15ull + seed * 0xD1B54A32D192ED03ull;
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9ull;
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EBull;
+    z ^= z >> 31;
+    const float u = (static_cast<uint32_t>(z) + 1.f) * 2.3283064e-10f;
+    const float v = static_cast<uint32_t>(z >> 32) * 2.3283064e-10f;
+    p[i] = device::from_float<T>(scale * sqrtf(-2.f * logf(fminf(u, 1.f))) * cospif(2.f * v));
+  }
+}
+
+struct Operand {
+  const void *x, *blocks, *t, *factor, *bias, *residual, *z;
+  const int *ptr, *idx, *block_of;  // of output rows; block_of null: consecutive
+  int in, out, b, rank;
+  bool transposed;
+  Activation activation;
+};
+
+template <typename T>
+__global__ void reference(Operand o, float* y, float* preact, int64_t first, int64_t tokens) {
+  const int n = blockIdx.x * 64 + threadIdx.x;
+  const int64_t local = int64_t{blockIdx.y} * 4 + threadIdx.y;
+  if (n >= o.out || local >= tokens) return;
+  auto at = [](const void* p, int64_t i) { return device::to_float(static_cast<const T*>(p)[i]); };
+  const int64_t token = first + local;
+  float s = o.bias ? at(o.bias, n) : 0.f;
+  for (int q = o.ptr[n / o.b]; q < o.ptr[n / o.b + 1]; ++q) {
+    const int64_t block = int64_t{o.block_of ? o.block_of[q] : q} * o.b;
+    for (int k = 0; k < o.b && o.idx[q] * o.b + k < o.in; ++k) {
+      const int64_t w = o.transposed ? (block + k) * o.b + n % o.b : (block + n % o.b) * o.b + k;
+      s += at(o.blocks, w) * at(o.x, token * o.in + o.idx[q] * o.b + k);
+    }
+  }
+  for (int k = 0; k < o.rank; ++k) {
+    const int64_t f = o.transposed ? int64_t{k} * o.out + n : int64_t{n} * o.rank + k;
+    s += at(o.factor, f) * at(o.t, token * o.rank + k);
+  }
+  if (preact) preact[local * o.out + n] = s;
+  device::dispatch_activation(o.activation, [&](auto tag) {
+    s = o.z ? s * device::derivative<decltype(tag)::value, true>(at(o.z, token * o.out + n))
+            : device::activate<decltype(tag)::value, true>(s);
+  });
+  if (o.residual) s += at(o.residual, token * o.out + n);
+  y[local * o.out + n] = s;
+}
+
+// sums: squared error, squared reference, NaNs, outliers.
+template <typename T>
+__global__ void compare(const float* want, const T* got, size_t n, double* sums) {
+  double error = 0, norm = 0;
+  int nans = 0, outliers = 0;
+  for (size_t i = blockIdx.x * size_t{blockDim.x} + threadIdx.x; i < n;
+       i += size_t{gridDim.x} * blockDim.x) {
+    const float v = device::to_float(got[i]), d = v - want[i];
+    if (v != v) {
+      ++nans;
+      continue;
+    }
+    error += double(d) * d;
+    norm += double(want[i]) * want[i];
+    outliers += fabsf(d) > 0.03f + 0.015f * fabsf(want[i]);
+  }
+  atomicAdd(sums, error);
+  atomicAdd(sums + 1, norm);
+  if (nans) atomicAdd(sums + 2, double(nans));
+  if (outliers) atomicAdd(sums + 3, double(outliers));
+}
+
+enum class Kind { kButterfly, kRandom, kGlobal, kFull, kEmpty };
+
+struct Case {
+  int64_t T;
+  int K, N;
+  int b = 64, rank = 0;
+  Kind kind = Kind::kButterfly;
+  bool transposed = false, bias = true, preact = false, residual = false, z = false;
+  Activation activation = Activation::kNone;
+  double dense_ms = 0;
+};
+
+LayoutView make_layout(const Case& c) {
+  LayoutView l{c.N, c.K, c.b, c.rank, {}, {}};
+  const int64_t rows = l.num_rows(), cols = l.num_cols(), cells = std::min(rows, cols);
+  std::mt19937 random(7);
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t j = 0; j < cols; ++j) {
+      const auto e = static_cast<uint64_t>(i * cells / rows) ^ static_cast<uint64_t>(j * cells / cols);
+      const bool butterfly = (e & (e - 1)) == 0;
+      bool keep = butterfly;
+      if (c.kind == Kind::kRandom) keep = random() % 100 < 30 && i % 3 != 1 && j % 4 != 2;
+      if (c.kind == Kind::kGlobal) keep = butterfly || i == 0 || j == 0;
+      if (c.kind == Kind::kFull) keep = true;
+      if (c.kind == Kind::kEmpty) keep = false;
+      if (!keep) continue;
+      l.row_idx.push_back(static_cast<int32_t>(i));
+      l.col_idx.push_back(static_cast<int32_t>(j));
+    }
+  }
+  return l;
+}
+
+template <typename T>
+struct Arena {
+  std::vector<void*> all;
+  T* data(size_t n, uint32_t seed, float scale = 1.f) {  // seed 0: poisoned with NaN
+    T* p;
+    CHECK_CUDA(cudaMalloc(&p, n * sizeof(T) + 256));
+    all.push_back(p);
+    if (seed) {
+      fill<T><<<2048, 256>>>(p, n, seed, scale);
+    } else {
+      CHECK_CUDA(cudaMemset(p, 0xff, n * sizeof(T)));
+    }
+    CHECK_CUDA(cudaGetLastError());
+    return p;
+  }
+  ~Arena() {
+    for (void* p : all) cudaFree(p);
+  }
+};
+
+// Median ms per launch of a graph of `launches`, after 0.3 s of load.
+float time_graph(const std::function<void(int, cudaStream_t)>& launch, int launches) {
+  cudaStream_t stream;
+  cudaGraph_t graph;
+  cudaGraphExec_t exec;
+  cudaEvent_t begin, end;
+  CHECK_CUDA(cudaStreamCreate(&stream));
+  CHECK_CUDA(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
+  for (int i = 0; i < launches; ++i) launch(i, stream);
+  CHECK_CUDA(cudaStreamEndCapture(stream, &graph));
+  CHECK_CUDA(cudaGraphInstantiate(&exec, graph, 0));
+  CHECK_CUDA(cudaEventCreate(&begin));
+  CHECK_CUDA(cudaEventCreate(&end));
+  auto run = [&](int times) {
+    float ms;
+    CHECK_CUDA(cudaEventRecord(begin, stream));
+    for (int i = 0; i < times; ++i) CHECK_CUDA(cudaGraphLaunch(exec, stream));
+    CHECK_CUDA(cudaEventRecord(end, stream));
+    CHECK_CUDA(cudaEventSynchronize(end));
+    CHECK_CUDA(cudaEventElapsedTime(&ms, begin, end));
+    return ms;
+  };
+  for (float total = 0; total < 300;) total += run(20);
+  std::vector<float> samples;
+  for (int i = 0; i < 21; ++i) samples.push_back(run(1) / launches);
+  std::sort(samples.begin(), samples.end());
+  CHECK_CUDA(cudaGraphExecDestroy(exec));
+  CHECK_CUDA(cudaGraphDestroy(graph));
+  CHECK_CUDA(cudaStreamDestroy(stream));
+  return samples[samples.size() / 2];
+}
+
+template <typename T>
+int run(const Case& c, bool timing) {
+  const LayoutView layout = make_layout(c);
+  const std::vector<int32_t> plan = build_plan(layout);
+  PlanHeader h;
+  std::memcpy(&h, plan.data(), sizeof h);
+  cudaDeviceProp prop;
+  CHECK_CUDA(cudaGetDeviceProperties(&prop, 0));
+  const DeviceInfo device{0, prop.major * 10 + prop.minor, prop.multiProcessorCount,
+                          static_cast<int32_t>(prop.sharedMemPerBlockOptin)};
+
+  Arena<T> arena;
+  const int in = c.transposed ? c.N : c.K, out = c.transposed ? c.K : c.N;
+  int32_t* device_plan;
+  CHECK_CUDA(cudaMalloc(&device_plan, plan.size() * 4));
+  arena.all.push_back(device_plan);
+  CHECK_CUDA(cudaMemcpy(device_plan, plan.data(), plan.size() * 4, cudaMemcpyHostToDevice));
+  const int sets = !timing ? 1 : std::clamp(static_cast<int>(300e6 / (2.0 * c.T * (in + out))), 2, 6);
+  ProductParams base{};
+  base.dtype = std::is_same_v<T, __half> ? DType::kFloat16 : DType::kBFloat16;
+  base.transposed = c.transposed;
+  base.tokens = c.T;
+  base.in_features = in;
+  base.out_features = out;
+  base.x_stride = in;
+  base.blocks = arena.data(size_t(h.nnz) * c.b * c.b, 51, .06f);
+  base.t_stride = c.rank;
+  base.factor = c.rank ? arena.data(size_t(out) * c.rank, 52, .1f) : nullptr;
+  base.factor_stride = c.transposed ? out : c.rank;
+  base.bias = c.bias ? arena.data(out, 54) : nullptr;
+  base.residual_stride = base.z_stride = base.y_stride = base.preact_stride = out;
+  base.activation = c.activation;
+  base.header = &h;
+  base.plan = device_plan;
+  std::vector<ProductParams> params(sets, base);
+  for (int i = 0; i < sets; ++i) {
+    ProductParams& p = params[i];
+    p.x = arena.data(c.T * in, 11 + i);
+    if (c.rank) p.t = arena.data(c.T * c.rank, 31 + i);
+    if (c.residual) p.residual = arena.data(c.T * out, 77 + i);
+    if (c.z) p.z = arena.data(c.T * out, 87 + i);
+    p.y = arena.data(c.T * out, 0);
+    if (c.preact) p.preact = arena.data(c.T * out, 0);
+  }
+
+  char name[160];
+  std::snprintf(name, sizeof name, "T%ld %d->%d b%d r%d %s kind%d act%d%s%s%s%s%s", long(c.T), c.K, c.N,
+                c.b, c.rank, c.transposed ? "dx " : "fwd", int(c.kind), int(c.activation),
+                c.bias ? " bias" : "", c.preact ? " pre" : "", c.residual ? " res" : "",
+                c.z ? " z" : "", sizeof(T) == 2 && std::is_same_v<T, __half> ? " fp16" : "");
+  if (!product_sm90_supports(params[0], device)) {
+    std::printf("FAIL %s: not supported\n", name);
+    return 1;
+  }
+  auto launch = [&](int i, cudaStream_t stream) {
+    const Status s = launch_product_sm90(params[i % sets], device, stream);
+    if (!s.ok()) {
+      std::printf("%s: %s\n", name, s.message.c_str());
+      std::exit(1);
+    }
+  };
+  launch(0, nullptr);
+  CHECK_CUDA(cudaDeviceSynchronize());
+
+  const ProductParams& p = params[0];
+  const Operand o{p.x, p.blocks, p.t, p.factor, p.bias, p.residual, p.z,
+                  device_plan + (c.transposed ? h.col_ptr_offset : h.row_ptr_offset),
+                  device_plan + (c.transposed ? h.t_row_offset : h.col_idx_offset),
+                  c.transposed ? device_plan + h.t_block_offset : nullptr,
+                  in, out, c.b, c.rank, c.transposed, c.activation};
+  double sums[8];
+  double* device_sums;
+  float *want_y, *want_preact;
+  const int64_t chunk = std::min<int64_t>(c.T, 4096);
+  CHECK_CUDA(cudaMalloc(&device_sums, sizeof sums));
+  CHECK_CUDA(cudaMemset(device_sums, 0, sizeof sums));
+  CHECK_CUDA(cudaMalloc(&want_y, chunk * out * 4));
+  CHECK_CUDA(cudaMalloc(&want_preact, chunk * out * 4));
+  arena.all.insert(arena.all.end(), {device_sums, want_y, want_preact});
+  for (int64_t first = 0; first < c.T; first += chunk) {
+    const int64_t n = std::min(chunk, c.T - first);
+    reference<T><<<dim3((out + 63) / 64, (n + 3) / 4), dim3(64, 4)>>>(o, want_y, want_preact, first, n);
+    compare<<<512, 256>>>(want_y, static_cast<const T*>(p.y) + first * out, n * out, device_sums);
+    if (!c.preact) continue;
+    compare<<<512, 256>>>(want_preact, static_cast<const T*>(p.preact) + first * out, n * out,
+                          device_sums + 4);
+  }
+  CHECK_CUDA(cudaGetLastError());
+  CHECK_CUDA(cudaMemcpy(sums, device_sums, sizeof sums, cudaMemcpyDeviceToHost));
+  bool bad = false;
+  for (int i = 0; i < 8; i += 4) {
+    bad |= sums[i + 2] > 0 || sums[i + 3] > 0 || !(sums[i] <= 1e-5 * sums[i + 1]);
+  }
+  auto relative = [&](int i) { return std::sqrt(sums[i] / std::max(sums[i + 1], 1e-30)); };
+  if (bad || !timing) {
+    std::printf("%s %-60s err %.1e nan %.0f out %.0f | preact %.1e %.0f %.0f\n", bad ? "FAIL" : "ok  ",
+                name, relative(0), sums[2], sums[3], relative(4), sums[6], sums[7]);
+  }
+  if (!timing || bad) return bad;
+
+  const float ms = time_graph(launch, 12);
+  const double flops = 2.0 * c.T * (double(h.nnz) * c.b * c.b + double(c.rank) * out);
+  const double bytes = 2.0 * c.T * (in + out * (1.0 + c.preact + c.residual + c.z) + c.rank) +
+                       2.0 * h.nnz * c.b * c.b;
+  const double floor = std::max(flops / 790e12, bytes / 3e12) * 1e3;
+  std::printf("%-56s %.4f ms %4.0f TF floor %.4f %3.0f%% %.2f TB/s x%.2f dense %.3f\n", name, ms,
+              flops / ms * 1e-9, floor, 100 * floor / ms, bytes / ms * 1e-9, c.dense_ms / ms,
+              c.dense_ms);
+  return 0;
+}
+
+int check() {
+  int bad = 0;
+  for (const bool transposed : {false, true}) {
+    for (const int b : {64, 128}) {
+      for (const Kind kind : {Kind::kButterfly, Kind::kRandom, Kind::kGlobal, Kind::kEmpty}) {
+        for (const int rank : {0, 8, 64, 136}) {
+          Case c{129, 512, 768, b, rank, kind, transposed};
+          bad += run<__nv_bfloat16>(c, false);
+          c.T = 1000, c.K = 456, c.N = 328;
+          bad += run<__nv_bfloat16>(c, false);
+        }
+      }
+    }
+    for (const int64_t T : {1, 7, 128, 4097, 70000}) {
+      for (const Kind kind : {Kind::kButterfly, Kind::kFull}) {
+        bad += run<__nv_bfloat16>({T, 1024, 512, 64, 64, kind, transposed}, false);
+        bad += run<__half>({T, 200, 72, 64, 16, kind, transposed}, false);
+      }
+    }
+    for (int a = 0; a <= 4; ++a) {
+      Case c{4000, 512, 1024, 64, 64, Kind::kButterfly, transposed};
+      c.activation = transposed ? Activation::kNone : static_cast<Activation>(a);
+      c.residual = c.preact = true;
+      bad += run<__nv_bfloat16>(c, false);
+      c.K = 1000, c.N = 1608, c.preact = a % 2;
+      c.residual = !transposed && a == 4;
+      c.z = transposed;
+      c.activation = static_cast<Activation>(a);
+      bad += run<__nv_bfloat16>(c, false);
+      bad += run<__half>(c, false);
+    }
+    for (const auto& [K, N] : {std::pair{768, 3072}, {3072, 768}, {4096, 4096}, {2560, 10240},
+                               {8192, 8192}, {1600, 6400}, {16384, 17000}}) {
+      bad += run<__nv_bfloat16>({3000, K, N, 64, 64, Kind::kButterfly, transposed}, false);
+    }
+    bad += run<__nv_bfloat16>({3000, 4096, 4096, 64, 0, Kind::kGlobal, transposed}, false);
+  }
+  std::printf("%d failures\n", bad);
+  return bad;
+}
+
+int time_all(const std::string& filter) {
+  struct Shape {
+    int64_t T;
+    int K, N;
+    double dense, dense_dx;
+  };
+  const Shape shapes[] = {{25216, 768, 768, .053, .052},   {25216, 768, 3072, .19, .18},
+                          {25216, 3072, 768, .174, .19},   {16384, 1024, 1024, .057, .055},
+                          {16384, 1024, 4096, .21, .20},   {16384, 4096, 1024, .197, .21},
+                          {16384, 2048, 8192, .845, .79},  {16384, 4096, 4096, .81, .81},
+                          {8192, 8192, 8192, 1.57, 1.58}};
+  int bad = 0;
+  auto go = [&](const Case& c, const std::string& tag) {
+    const std::string key =
+        std::to_string(c.K) + "->" + std::to_string(c.N) + (c.transposed ? " dx " : " fwd ") + tag;
+    if (key.find(filter) != std::string::npos) bad += run<__nv_bfloat16>(c, true);
+  };
+  for (const Shape& s : shapes) {
+    Case c{s.T, s.K, s.N};
+    c.dense_ms = s.dense;
+    go(c, "plain");
+    c.rank = 64;
+    go(c, "rank");
+    c.rank = 0;
+    c.kind = Kind::kGlobal;
+    go(c, "global");
+    c.kind = Kind::kButterfly;
+    c.activation = Activation::kGelu;
+    go(c, "gelu");
+    c.preact = true;
+    go(c, "preact");
+    c = Case{s.T, s.K, s.N};
+    c.residual = true;
+    c.dense_ms = s.dense;
+    go(c, "residual");
+    c = Case{s.T, s.K, s.N};
+    c.dense_ms = s.dense_dx;
+    c.transposed = true;
+    c.bias = false;
+    go(c, "plain");
+    c.z = true;
+    c.activation = Activation::kGelu;
+    go(c, "z");
+    c = Case{s.T, s.K, s.N, 128};
+    c.dense_ms = s.dense;
+    go(c, "b128");
+  }
+  return bad;
+}
+
+int main(int argc, char** argv) {
+  std::setvbuf(stdout, nullptr, _IOLBF, 0);
+  const std::string mode = argc > 1 ? argv[1] : "check";
+  return mode == "time" ? time_all(argc > 2 ? argv[2] : "") : check();
+}
