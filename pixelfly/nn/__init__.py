@@ -1,0 +1,7 @@
+"""Modules: a drop-in for `nn.Linear` whose weight is `block butterfly + low rank`, and its MLP."""
+
+from .choice import Choice, choose
+from .linear import PixelflyLinear
+from .mlp import PixelflyMLP
+
+__all__ = ["Choice", "PixelflyLinear", "PixelflyMLP", "choose"]

@@ -1,0 +1,63 @@
+"""What the conversion must know about dense modules."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from ..ops.activations import ACTIVATIONS, apply_activation
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Tells transformers' `Conv1D`, a linear layer with a transposed weight, without importing it.
+
+    Example:
+        >>> is_conv1d(nn.Linear(8, 8))
+        False
+    """
+    kind = type(module)
+    return kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers.")
+
+
+def dense_parameters(module: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Returns a dense layer's weight as `[N, K]` and its bias; raises TypeError for other modules.
+
+    Example:
+        >>> weight, bias = dense_parameters(nn.Linear(8, 16))
+        >>> weight.shape
+        torch.Size([16, 8])
+    """
+    if is_conv1d(module):
+        return module.weight.T, module.bias
+    if isinstance(module, nn.Linear):
+        return module.weight, module.bias
+    raise TypeError(
+        f"linear must be nn.Linear or transformers' Conv1D, got {type(module).__name__}"
+    )
+
+
+@torch.no_grad()
+def match_activation(module: nn.Module) -> str | None:
+    """Returns the operator's name of an activation module, or None if the operator lacks it.
+
+    Libraries wrap the same few functions in classes of many names, so what counts is what the
+    module computes.
+
+    Example:
+        >>> match_activation(nn.GELU(approximate="tanh")), match_activation(nn.Tanh())
+        ('gelu_tanh', None)
+    """
+    if next(module.parameters(), None) is not None or next(module.buffers(), None) is not None:
+        return None
+    x = torch.linspace(-6, 6, 241, dtype=torch.float64)
+    try:
+        y = module(x.clone())
+    except Exception:  # whatever it is, it is not one of ours
+        return None
+    if not isinstance(y, torch.Tensor) or y.shape != x.shape or y.dtype != x.dtype:
+        return None
+    for name, kind in ACTIVATIONS.items():
+        # Closer than the 5e-4 between GELU and its tanh form, wider than float32 constants.
+        if name is not None and torch.allclose(y, apply_activation(x, kind), rtol=0, atol=1e-6):
+            return name
+    return None

@@ -1,0 +1,195 @@
+"""What `sparsify_` did, layer by layer, as data and as a table."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from .nn.linear import PixelflyLinear
+
+_HEADERS = ("layer", "in", "out", "b", "nnz", "rank", "density", "params", "was", "MACs", "was")
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One converted layer.
+
+    Attributes:
+        name: the layer's name in the model.
+        in_features: K.
+        out_features: N.
+        block_size: b.
+        nnz: kept blocks.
+        rank: r of the factored low rank, or the width of the global one.
+        lowrank: "factored" or "global".
+        density: weights of the layer / weights of the dense layer.
+        params_before: parameters of the dense layer, bias included.
+        params_after: parameters of the new one, bias and gate included.
+        macs_before: multiply-accumulates per token of the dense layer.
+        macs_after: the same of the new one.
+        note: what is worth knowing, or "".
+    """
+
+    name: str
+    in_features: int
+    out_features: int
+    block_size: int
+    nnz: int
+    rank: int
+    lowrank: str
+    density: float
+    params_before: int
+    params_after: int
+    macs_before: int
+    macs_after: int
+    note: str = ""
+
+    @classmethod
+    def of(cls, name: str, layer: PixelflyLinear, params_before: int, note: str) -> LayerReport:
+        """Returns the record of a layer that has just been made."""
+        choice = layer.choice
+        return cls(
+            name=name,
+            in_features=layer.in_features,
+            out_features=layer.out_features,
+            block_size=layer.layout.block_size,
+            nnz=layer.layout.nnz,
+            rank=choice.rank,
+            lowrank=choice.lowrank,
+            density=choice.density,
+            params_before=params_before,
+            params_after=sum(p.numel() for p in layer.parameters()),
+            macs_before=layer.in_features * layer.out_features,
+            macs_after=choice.block_weights + choice.lowrank_weights,
+            note=note,
+        )
+
+    def _cells(self) -> tuple[str, ...]:
+        rank = f"{self.rank} global" if self.rank and self.lowrank == "global" else str(self.rank)
+        sizes = (self.in_features, self.out_features, self.block_size, self.nnz)
+        counts = (self.params_after, self.params_before, self.macs_after, self.macs_before)
+        return (
+            self.name,
+            *map(str, sizes),
+            rank,
+            f"{self.density:.4f}",
+            *map(_short, counts),
+        )
+
+
+@dataclass(frozen=True)
+class SkippedLayer:
+    """A layer that stayed dense, and why."""
+
+    name: str
+    in_features: int
+    out_features: int
+    reason: str
+
+
+@dataclass
+class Report:
+    """What `sparsify_` did.
+
+    Attributes:
+        layers: the converted layers.
+        skipped: the layers that were wanted but stayed dense.
+        fused: names of the MLPs that became a `PixelflyMLP`.
+        notes: other remarks.
+        params_before: parameters of the whole model before, shared ones counted once.
+        params_after: the same after.
+
+    Example:
+        >>> print(Report(params_before=2048, params_after=2048))
+        nothing was converted
+        model: 2.05K -> 2.05K parameters
+    """
+
+    layers: list[LayerReport] = field(default_factory=list)
+    skipped: list[SkippedLayer] = field(default_factory=list)
+    fused: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    params_before: int = 0
+    params_after: int = 0
+
+    @property
+    def macs_before(self) -> int:
+        """Multiply-accumulates per token of the converted layers, dense."""
+        return sum(layer.macs_before for layer in self.layers)
+
+    @property
+    def macs_after(self) -> int:
+        """Multiply-accumulates per token of the converted layers now."""
+        return sum(layer.macs_after for layer in self.layers)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns everything as plain data, for JSON."""
+        return {**asdict(self), "macs_before": self.macs_before, "macs_after": self.macs_after}
+
+    def _total(self) -> tuple[str, ...]:
+        before = sum(layer.params_before for layer in self.layers)
+        after = sum(layer.params_after for layer in self.layers)
+        density = f"{self.macs_after / self.macs_before:.4f}"
+        counts = map(_short, (after, before, self.macs_after, self.macs_before))
+        return (f"{len(self.layers)} layers", "", "", "", "", "", density, *counts)
+
+    def _remarks(self) -> list[str]:
+        lines = [f"{layer.name}: {layer.note}" for layer in self.layers if layer.note]
+        if self.fused:
+            lines.append(f"fused MLPs: {', '.join(self.fused)}")
+        lines += self.notes
+        lines += [
+            f"left dense: {s.name} ({s.in_features}->{s.out_features}): {s.reason}"
+            for s in self.skipped
+        ]
+        before, after = _short(self.params_before), _short(self.params_after)
+        return [*lines, f"model: {before} -> {after} parameters"]
+
+    def __str__(self) -> str:
+        if not self.layers:
+            return "\n".join(["nothing was converted", *self._remarks()])
+        rows = [_HEADERS, *(layer._cells() for layer in self.layers), self._total()]
+        widths = [max(len(row[i]) for row in rows) for i in range(len(_HEADERS))]
+        lines = [
+            "  ".join(
+                cell.ljust(width) if i == 0 else cell.rjust(width)
+                for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+            ).rstrip()
+            for row in rows
+        ]
+        rule = "-" * max(map(len, lines))
+        return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1], *self._remarks()])
+
+    def __rich_console__(self, console: Any, options: Any) -> Any:
+        """Makes `rich.print(report)` draw a table."""
+        from rich.table import Table
+        from rich.text import Text
+
+        if self.layers:
+            table = Table(show_footer=True)
+            for i, (header, footer) in enumerate(zip(_HEADERS, self._total(), strict=True)):
+                justify = "left" if i == 0 else "right"
+                table.add_column(header, footer, justify=justify, no_wrap=i > 0)
+            for layer in self.layers:
+                table.add_row(*layer._cells())
+            yield table
+        else:
+            yield Text("nothing was converted")
+        for line in self._remarks():
+            yield Text(line)
+
+    def print(self) -> None:
+        """Prints the table, with rich if it is installed."""
+        try:
+            from rich.console import Console
+        except ImportError:
+            print(self)
+        else:
+            Console().print(self)
+
+
+def _short(count: int) -> str:
+    for limit, unit in ((1e9, "G"), (1e6, "M"), (1e3, "K")):
+        if count >= limit:
+            return f"{count / limit:.2f}{unit}"
+    return str(count)

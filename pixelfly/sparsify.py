@@ -1,0 +1,354 @@
+"""Converts the linear layers of a model to Pixelfly layers, in place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from .nn.choice import LOWRANK_FORMS, Choice, choose
+from .nn.dense import dense_parameters, is_conv1d, match_activation
+from .nn.linear import GATES, PixelflyLinear
+from .nn.mlp import PixelflyMLP
+from .report import LayerReport, Report, SkippedLayer
+
+FilterFn = Callable[[nn.Module, str], bool]
+
+# Which layers the published models made sparse, by the last parts of their names.
+PRESETS: dict[str, tuple[str, ...]] = {
+    "vit": ("attn.qkv", "mlp.fc1", "mlp.fc2"),
+    "mixer": ("mlp_channels.fc1", "mlp_channels.fc2"),
+    "gpt2": ("mlp.c_fc", "mlp.c_proj"),
+}
+
+
+@dataclass(frozen=True)
+class _KnownMLP:
+    """An MLP of a library that computes `fc2(act(fc1(x)))` and dropouts."""
+
+    names: tuple[str, str]
+    dropouts: tuple[str, ...]
+
+    def obstacle(self, module: nn.Module) -> str | None:
+        """Returns why a PixelflyMLP would not do what this module does, or None."""
+        for name in self.dropouts:
+            if getattr(module, name).p > 0:
+                return f"its dropout is {getattr(module, name).p:g}, not 0"
+        if not isinstance(getattr(module, "norm", None), (nn.Identity, type(None))):
+            return "it has a norm between its layers"
+        if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
+            return "it has hooks, which a new module would lose"
+        return None
+
+
+# By the class that defines the forward: a subclass may do something else.
+_MLPS = {
+    ("timm.layers.mlp", "Mlp"): _KnownMLP(("fc1", "fc2"), ("drop1", "drop2")),
+    ("transformers.models.gpt2.modeling_gpt2", "GPT2MLP"): _KnownMLP(
+        ("c_fc", "c_proj"), ("dropout",)
+    ),
+}
+
+
+@dataclass(frozen=True)
+class PixelflyConfig:
+    """How `sparsify_` converts a layer.
+
+    Args:
+        density: weights of the layer / weights of the dense layer, low rank included, in (0, 1].
+            None leaves it to `max_stride` and `rank`.
+        block_size: b, 16, 32, 64 or 128.
+        rank: width of the low-rank term; 0 is none, None picks it (see `pixelfly.nn.choose`).
+        lowrank: "factored" or "global".
+        max_stride: fixes the butterfly's stride, a power of two.
+        gate: None, "scalar" or "token".
+        init: "scratch" draws fresh weights with the variance that the dense weight has, which
+            keeps what the model's own initialisation meant (GPT-2's scaled projections, layers that
+            start at zero); "project" keeps the function as well as the structure can, for trained
+            weights. Both copy the bias.
+        projection_steps: how often init="project" fits low rank and blocks to each other.
+        fuse_mlp: puts a `PixelflyMLP` in place of timm's `Mlp` and GPT-2's MLP, where both layers
+            are converted and dropout is 0.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: an argument is out of range.
+
+    Example:
+        >>> PixelflyConfig(density=0.25, rank=0).block_size
+        64
+    """
+
+    density: float | None = 0.25
+    block_size: int = 64
+    rank: int | None = None
+    lowrank: str = "factored"
+    max_stride: int | None = None
+    gate: str | None = None
+    init: str = "scratch"
+    projection_steps: int = 1
+    fuse_mlp: bool = False
+
+    def __post_init__(self) -> None:
+        # What depends on a layer's size is found when the layer is converted.
+        if self.density is not None and not 0 < self.density <= 1:
+            raise ValueError(f"density must be in (0, 1] or None, got {self.density}")
+        if self.block_size not in (16, 32, 64, 128):
+            raise ValueError(f"block_size must be 16, 32, 64 or 128, got {self.block_size}")
+        if self.lowrank not in LOWRANK_FORMS:
+            raise ValueError(f"lowrank must be 'factored' or 'global', got {self.lowrank!r}")
+        if self.gate not in GATES:
+            raise ValueError(f"gate must be None, 'scalar' or 'token', got {self.gate!r}")
+        if self.gate is not None and (self.lowrank != "factored" or self.rank == 0):
+            raise ValueError(f"gate={self.gate!r} needs lowrank='factored' and a rank above 0")
+        if self.init not in ("scratch", "project"):
+            raise ValueError(f"init must be 'scratch' or 'project', got {self.init!r}")
+        if self.rank is not None and (not isinstance(self.rank, int) or self.rank < 0):
+            raise ValueError(f"rank must be a non-negative int or None, got {self.rank!r}")
+        if self.lowrank == "global" and self.rank and self.rank % self.block_size:
+            raise ValueError(
+                f"rank must be a multiple of block_size={self.block_size} with lowrank='global', "
+                f"got {self.rank}"
+            )
+        if self.max_stride is not None and (
+            self.max_stride < 1 or self.max_stride & (self.max_stride - 1)
+        ):
+            raise ValueError(f"max_stride must be a power of two or None, got {self.max_stride}")
+        if None not in (self.density, self.max_stride, self.rank):
+            raise ValueError(
+                "density, max_stride and rank cannot all be given: two fix the third (density is "
+                "0.25 unless set to None)"
+            )
+
+    def choose(self, out_features: int, in_features: int) -> Choice:
+        """Returns the layout and rank of a layer; raises ValueError where there is none."""
+        return choose(
+            out_features,
+            in_features,
+            block_size=self.block_size,
+            density=self.density,
+            max_stride=self.max_stride,
+            rank=self.rank,
+            lowrank=self.lowrank,
+        )
+
+
+def sparsify_(
+    model: nn.Module,
+    config: PixelflyConfig | None = None,
+    filter_fn: FilterFn | str | None = None,
+) -> Report:
+    """Replaces a model's `nn.Linear` and transformers `Conv1D` layers by `PixelflyLinear`, in place.
+
+    Build the optimizer afterwards: the parameters are new ones. A layer that cannot be converted
+    stays dense and is listed in the report with its reason. A module used in several places is
+    converted once; a layer whose weight another module holds too (GPT-2's head and embedding)
+    stays dense, so that the two stay tied.
+
+    Args:
+        model: any module that contains linear layers; must not be one itself.
+        config: how to convert; None is `PixelflyConfig()`.
+        filter_fn: `filter_fn(module, name) -> bool` says which layers to convert; None is all.
+            A name in `pixelfly.sparsify.PRESETS` ("vit", "mixer", "gpt2") takes the layers that the
+            published models made sparse.
+
+    Returns:
+        The report: per layer its shape, layout, rank, parameters before and after, and MACs per
+        token. Prints as a table.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: `filter_fn` names no preset.
+
+    Source: Pixelated Butterfly (Chen et al., ICLR 2022), section 3.3.
+
+    Example:
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Linear(256, 1024), nn.GELU(), nn.Linear(1024, 10))
+        >>> report = sparsify_(model, PixelflyConfig(density=0.25, block_size=32))
+        >>> type(model[0]).__name__, type(model[2]).__name__
+        ('PixelflyLinear', 'Linear')
+        >>> report.skipped[0].reason
+        'out_features must be a positive multiple of 8, got 10'
+    """
+    config = PixelflyConfig() if config is None else config
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"sparsify_: model must be a Module, got {type(model).__name__}")
+    if not isinstance(config, PixelflyConfig):
+        raise TypeError(f"sparsify_: config must be a PixelflyConfig, got {type(config).__name__}")
+    if isinstance(model, nn.Linear) or is_conv1d(model):
+        raise TypeError(
+            "sparsify_: model is itself a linear layer, which cannot be replaced in place; use "
+            "PixelflyLinear.from_dense"
+        )
+    wanted = _filter(filter_fn)
+    conversion = _Conversion(model, config)
+    for name, module in list(model.named_modules()):
+        if (isinstance(module, nn.Linear) or is_conv1d(module)) and wanted(module, name):
+            conversion.convert(module, name)
+    if config.fuse_mlp:
+        conversion.fuse_mlps()
+    return conversion.finish()
+
+
+def _filter(filter_fn: FilterFn | str | None) -> FilterFn:
+    if filter_fn is None:
+        return lambda module, name: True
+    if isinstance(filter_fn, str):
+        if filter_fn not in PRESETS:
+            names = ", ".join(map(repr, PRESETS))
+            raise ValueError(f"sparsify_: filter_fn must be one of {names}, got {filter_fn!r}")
+        endings = PRESETS[filter_fn]
+        return lambda module, name: ("." + name).endswith(tuple("." + e for e in endings))
+    if not callable(filter_fn):
+        raise TypeError(
+            "sparsify_: filter_fn must be a function of (module, name), a preset's name or None, "
+            f"got {type(filter_fn).__name__}"
+        )
+    return filter_fn
+
+
+class _Conversion:
+    """One run of `sparsify_` over a model."""
+
+    def __init__(self, model: nn.Module, config: PixelflyConfig) -> None:
+        self.model, self.config = model, config
+        self.report = Report(params_before=_count(model))
+        # Every place, name and holder, of shared modules and parameters too.
+        self.places = _places(model)
+        self.module_names: dict[int, list[str]] = {}
+        self.holders: dict[int, set[str]] = {}
+        for name, module in model.named_modules(remove_duplicate=False):
+            self.module_names.setdefault(id(module), []).append(name)
+        for name, module in model.named_modules():
+            for parameter in module._parameters.values():
+                if parameter is not None:
+                    self.holders.setdefault(id(parameter), set()).add(name)
+
+    def convert(self, module: nn.Module, name: str) -> None:
+        reason = self.obstacle(module, name)
+        n, k = module.weight.shape[::-1] if is_conv1d(module) else module.weight.shape
+        if reason is None:
+            try:
+                choice = self.config.choose(n, k)
+                if self.config.gate and choice.factored_rank == 0:
+                    reason = f"gate={self.config.gate!r} needs a low rank, and none fits"
+                elif choice.density >= 1:
+                    reason = "not smaller than the dense layer"
+            except ValueError as error:
+                reason = str(error)
+        if reason is not None:
+            self.report.skipped.append(SkippedLayer(name, k, n, reason))
+            return
+        layer = self.make_layer(module)
+        for parent, key in self.places[id(module)]:
+            parent._modules[key] = layer
+        also = self.module_names[id(module)][1:]
+        note = choice.note + (f"shared with {', '.join(also)}" if also else "")
+        self.report.layers.append(LayerReport.of(name, layer, _count(module), note))
+
+    def obstacle(self, module: nn.Module, name: str) -> str | None:
+        """Returns why a layer must stay dense whatever the config, or None."""
+        if type(module) is not nn.Linear and not is_conv1d(module):
+            return f"{type(module).__name__} is a subclass of nn.Linear that may do something else"
+        if isinstance(module.weight, nn.parameter.UninitializedParameter):
+            return "a lazy layer without features yet: run the model once first"
+        if nn.utils.parametrize.is_parametrized(module):
+            return "its parameters are parametrized"
+        for parameter in module.parameters():
+            others = sorted(self.holders[id(parameter)] - {name})
+            if others:
+                return f"its weights are tied to {', '.join(others)}"
+        if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
+            return "it has hooks, which a new layer would lose"
+        if not module.weight.is_floating_point():
+            return f"its weight is {module.weight.dtype}"
+        return None
+
+    def make_layer(self, module: nn.Module) -> PixelflyLinear:
+        weight, bias = dense_parameters(module)
+        config = self.config
+        layer = PixelflyLinear(
+            weight.shape[1],
+            weight.shape[0],
+            bias is not None,
+            block_size=config.block_size,
+            max_stride=config.max_stride,
+            density=config.density,
+            rank=config.rank,
+            lowrank=config.lowrank,
+            gate=config.gate,
+            device="meta",
+            dtype=weight.dtype,
+        )
+        layer = layer.to_empty(device=weight.device)
+        with torch.no_grad():
+            if config.init == "project" and not weight.is_meta:
+                layer.copy_dense_(weight, bias, steps=config.projection_steps)
+            else:
+                if not weight.is_meta:
+                    layer.init_std = weight.float().square().mean().sqrt().item()
+                layer.reset_parameters()
+                if bias is not None:
+                    layer.bias.copy_(bias)
+        for parameter in (layer.blocks, layer.u, layer.v, layer.gate, layer.gate_bias):
+            if parameter is not None:
+                parameter.requires_grad_(weight.requires_grad)
+        if bias is not None:
+            layer.bias.requires_grad_(bias.requires_grad)
+        return layer.train(module.training)
+
+    def fuse_mlps(self) -> None:
+        """Puts a PixelflyMLP in the place of known MLPs whose two layers are converted."""
+        places = _places(self.model)
+        for name, module in list(self.model.named_modules()):
+            mlp = _MLPS.get((type(module).__module__, type(module).__name__))
+            if mlp is None:
+                continue
+            layers = [getattr(module, n) for n in mlp.names]
+            if not all(isinstance(layer, PixelflyLinear) for layer in layers):
+                continue
+            activation, reason = match_activation(module.act), mlp.obstacle(module)
+            if activation is None:
+                reason = f"its activation {type(module.act).__name__} is not one of the operator's"
+            elif id(module) not in places:
+                reason = "it is the model itself, which cannot be replaced in place"
+            elif any(len(places[id(layer)]) > 1 for layer in layers):
+                reason = "one of its layers is used elsewhere too"
+            if reason is not None:
+                self.report.notes.append(f"{name}: MLP not fused: {reason}")
+                continue
+            layers[0].activation = activation
+            fused = PixelflyMLP.from_layers(*layers, mlp.names).train(module.training)
+            for parent, key in places[id(module)]:
+                parent._modules[key] = fused
+            self.report.fused.append(name)
+
+    def finish(self) -> Report:
+        for module in self.model.modules():
+            # Their inference fast paths read the dense weights of linear1 and linear2.
+            if isinstance(module, nn.TransformerEncoderLayer):
+                if isinstance(module.linear1, PixelflyLinear) or isinstance(
+                    module.linear2, PixelflyLinear
+                ):
+                    module.activation_relu_or_gelu = 0
+            elif isinstance(module, nn.TransformerEncoder):
+                module.use_nested_tensor = False
+        self.report.params_after = _count(self.model)
+        return self.report
+
+
+def _places(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
+    """Returns, by a module's id, the parents that hold it and under which names."""
+    places: dict[int, list[tuple[nn.Module, str]]] = {}
+    for parent in model.modules():
+        for key, child in parent._modules.items():
+            if child is not None:
+                places.setdefault(id(child), []).append((parent, key))
+    return places
+
+
+def _count(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
