@@ -29,6 +29,19 @@ __device__ __forceinline__ uint64_t descriptor_mn_major(uint32_t address, uint32
   return (static_cast<uint64_t>(address & 0x3FFFF) >> 4) |
          (static_cast<uint64_t>(chunk_bytes >> 4) << 16) | kGroupStride | kSwizzle128;
 }
+// The same for a 64x64 tile made of four 32x32 boxes (2 KB each, rows of 64 bytes, 64-byte swizzle),
+// stored [k half][m half]: a k half is two k16 steps.
+constexpr int kQuadBytes = 2048;
+__device__ __forceinline__ uint64_t descriptor_quads(uint32_t address, bool mn_major) {
+  constexpr uint64_t kRowGroup = uint64_t{512 >> 4} << 32;  // between groups of 8 rows
+  const uint64_t chunk = mn_major ? kQuadBytes >> 4 : 1;    // between 32-wide chunks of m
+  return (static_cast<uint64_t>(address & 0x3FFFF) >> 4) | (chunk << 16) | kRowGroup |
+         (uint64_t{2} << 62);
+}
+// What k16 step k (0..3) adds to that descriptor.
+__device__ constexpr int quads_step(int k, bool mn_major) {
+  return (k / 2 * 2 * kQuadBytes + k % 2 * (mn_major ? 16 * 64 : 32)) >> 4;
+}
 
 __device__ __forceinline__ void wgmma_fence() {
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");

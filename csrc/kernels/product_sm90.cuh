@@ -42,8 +42,8 @@ namespace pixelfly {
 struct GroupMaps {
   CUtensorMap x;       // [T, in], box 128 x 64
   CUtensorMap t;       // [T, r], box 128 x 64
-  CUtensorMap blocks;  // [nnz * b, b], box 64 x 64
-  CUtensorMap factor;  // u [N, r] (transposed: v [r, K]), box 64 x 64
+  CUtensorMap blocks;  // [nnz * b, b], box 64 x 64 (b = 32: 32 x 32)
+  CUtensorMap factor;  // u [N, r] (transposed: v [r, K]), the same box
   CUtensorMap aux;     // residual or z, [T, out], box 128 x 64
   CUtensorMap y;       // [T, out], box 64 x 64
   CUtensorMap preact;  // [T, out], box 64 x 64
@@ -138,10 +138,26 @@ struct Unit {
   __device__ int outputs() const { return rows[1] >= 0 ? 2 : 1; }
 };
 
-template <bool kTransposed>
+template <bool kTransposed, bool kQuads>
 __device__ void load_weight(const GroupMaps& maps, const GroupArgs& args, uint32_t at,
                             uint32_t full, int weight, int x_tile, int row) {
-  if (x_tile < args.num_x_tiles) {
+  if constexpr (kQuads) {  // absent blocks lie outside the matrix: zeros
+    const int4 quad = __ldg(reinterpret_cast<const int4*>(args.plan + args.section.quads_offset) +
+                            (x_tile < args.num_x_tiles ? weight : 0));
+    const int blocks[4] = {quad.x, quad.y, quad.z, quad.w};
+#pragma unroll
+    for (int q = 0; q < 4; ++q) {
+      const uint32_t box = at + q * device::kQuadBytes;
+      if (x_tile < args.num_x_tiles) {
+        device::tma_load_2d(box, &maps.blocks, full, 0, blocks[q] * 32);
+        continue;
+      }
+      const int rank = (x_tile - args.num_x_tiles) * kGroupTile + q / 2 * 32;
+      const int out = row * kGroupTile + q % 2 * 32;
+      device::tma_load_2d(box, &maps.factor, full, kTransposed ? out : rank,
+                          kTransposed ? rank : out);
+    }
+  } else if (x_tile < args.num_x_tiles) {
     const int col = (weight & ((1 << args.weight_shift) - 1)) * kGroupTile;
     device::tma_load_2d(at, &maps.blocks, full, col, (weight >> args.weight_shift) * kGroupTile);
   } else {
@@ -152,7 +168,7 @@ __device__ void load_weight(const GroupMaps& maps, const GroupArgs& args, uint32
 }
 
 // One thread.
-template <bool kTransposed>
+template <bool kTransposed, bool kQuads>
 __device__ void produce(const GroupMaps& maps, const GroupArgs& args, const Layout& layout) {
   Ring ring{args.stages};
   uint32_t units_done = 0;
@@ -179,11 +195,11 @@ __device__ void produce(const GroupMaps& maps, const GroupArgs& args, const Layo
             device::mbarrier_wait(layout.weights_free(), (units_done - 1) & 1);
           }
           if (step.y >= 0) {
-            load_weight<kTransposed>(maps, args, at, full, step.y, step.x, unit.rows[0]);
+            load_weight<kTransposed, kQuads>(maps, args, at, full, step.y, step.x, unit.rows[0]);
             at += kGroupTileBytes;
           }
           if (step.z >= 0) {
-            load_weight<kTransposed>(maps, args, at, full, step.z, step.x, unit.rows[1]);
+            load_weight<kTransposed, kQuads>(maps, args, at, full, step.z, step.x, unit.rows[1]);
           }
         }
         ring.advance();
@@ -230,7 +246,7 @@ __device__ __forceinline__ void combine(float* acc, uint32_t tile, F f) {
 }
 
 // One consumer warpgroup.
-template <typename T, bool kTransposed>
+template <typename T, bool kTransposed, bool kQuads>
 struct Consumer {
   const GroupMaps& maps;
   const GroupArgs& args;
@@ -311,14 +327,15 @@ struct Consumer {
   // acc += weight tile · x tile, asynchronously. Descriptors count 16-byte units; a k16 step is 32
   // bytes along a K-major row, or 16 rows of 128 bytes of an MN-major tile.
   __device__ __forceinline__ void multiply(float (&acc)[64], uint32_t weight, uint32_t x) const {
-    const uint64_t a =
-        kTransposed ? device::descriptor_mn_major(weight, 0) : device::descriptor_k_major(weight);
+    const uint64_t a = kQuads        ? device::descriptor_quads(weight, kTransposed)
+                       : kTransposed ? device::descriptor_mn_major(weight, 0)
+                                     : device::descriptor_k_major(weight);
     const uint64_t b = device::descriptor_k_major(x);
-    constexpr int kStepA = kTransposed ? 128 : 2;
     device::wgmma_fence();
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
-      device::wgmma<T, kTransposed, false>(acc, a + k * kStepA, b + k * 2, 1);
+      const int step = kQuads ? device::quads_step(k, kTransposed) : k * (kTransposed ? 128 : 2);
+      device::wgmma<T, kTransposed, false>(acc, a + step, b + k * 2, 1);
     }
   }
 
@@ -400,7 +417,7 @@ struct Consumer {
 
 }  // namespace groups
 
-template <typename T, bool kTransposed>
+template <typename T, bool kTransposed, bool kQuads>
 __global__ void __launch_bounds__(kGroupThreads, 1)
     product_sm90(const __grid_constant__ GroupMaps maps, const __grid_constant__ GroupArgs args) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
@@ -421,10 +438,10 @@ __global__ void __launch_bounds__(kGroupThreads, 1)
   const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);
   if (warpgroup == 2) {
     device::release_registers<40>();
-    if (threadIdx.x == 256) groups::produce<kTransposed>(maps, args, layout);
+    if (threadIdx.x == 256) groups::produce<kTransposed, kQuads>(maps, args, layout);
   } else {
     device::claim_registers<232>();
-    groups::Consumer<T, kTransposed>{maps, args, layout, warpgroup}.run();
+    groups::Consumer<T, kTransposed, kQuads>{maps, args, layout, warpgroup}.run();
   }
 #endif
 }

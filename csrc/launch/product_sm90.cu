@@ -44,15 +44,24 @@ Tile choose_tile(const ProductParams& p, const DeviceInfo& device) {
   return {false, stages, 1, 1024 + stages * stage + 2 * kGroupTileBytes};
 }
 
-template <typename T, bool kTransposed>
-Status launch(const GroupMaps& maps, const GroupArgs& args, int grid, int shared_bytes,
-              Stream stream) {
-  auto kernel = product_sm90<T, kTransposed>;
+template <typename T, bool kTransposed, bool kQuads>
+Status launch_kernel(const GroupMaps& maps, const GroupArgs& args, int grid, int shared_bytes,
+                     Stream stream) {
+  auto kernel = product_sm90<T, kTransposed, kQuads>;
   PIXELFLY_CUDA(
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
   kernel<<<grid, kGroupThreads, shared_bytes, stream>>>(maps, args);
   PIXELFLY_CUDA(cudaGetLastError());
   return Status::success();
+}
+
+template <typename T>
+Status launch(const ProductParams& p, const GroupMaps& maps, const GroupArgs& args, int grid,
+              int shared_bytes, Stream stream) {
+  const bool quads = p.header->block_size == 32;
+  auto kernel = p.transposed ? (quads ? launch_kernel<T, true, true> : launch_kernel<T, true, false>)
+                             : (quads ? launch_kernel<T, false, true> : launch_kernel<T, false, false>);
+  return kernel(maps, args, grid, shared_bytes, stream);
 }
 
 }  // namespace
@@ -77,14 +86,15 @@ Status launch_product_sm90(const ProductParams& p, const DeviceInfo& device, Str
 
   GroupMaps maps;
   auto map = [&](CUtensorMap* out, const void* data, int64_t rows, int64_t cols, int64_t stride,
-                 int box_rows) {
+                 int box_rows, int box_cols = kGroupTile) {
     // Absent operands get x's map: it is never used, but must be a valid parameter.
     if (data == nullptr) {
       return encode_tile_map(out, p.dtype, p.x, p.tokens, p.in_features, p.x_stride);
     }
-    return encode_tile_map(out, p.dtype, data, rows, cols, stride, box_rows);
+    return encode_tile_map(out, p.dtype, data, rows, cols, stride, box_rows, box_cols);
   };
   const int64_t b = h.block_size, T = p.tokens;
+  const int weight_box = b == 32 ? 32 : kGroupTile;
   const int64_t factor_rows = p.transposed ? h.rank : p.out_features;
   const int64_t factor_cols = p.transposed ? p.out_features : h.rank;
   const void* aux = p.residual != nullptr ? p.residual : p.z;
@@ -94,9 +104,9 @@ Status launch_product_sm90(const ProductParams& p, const DeviceInfo& device, Str
   const void* blocks = h.nnz > 0 ? p.blocks : nullptr;
   PIXELFLY_RETURN_IF_ERROR(map(&maps.x, p.x, T, p.in_features, p.x_stride, kGroupTokens));
   PIXELFLY_RETURN_IF_ERROR(map(&maps.t, t, T, h.rank, p.t_stride, kGroupTokens));
-  PIXELFLY_RETURN_IF_ERROR(map(&maps.blocks, blocks, h.nnz * b, b, b, kGroupTile));
+  PIXELFLY_RETURN_IF_ERROR(map(&maps.blocks, blocks, h.nnz * b, b, b, weight_box, weight_box));
   PIXELFLY_RETURN_IF_ERROR(
-      map(&maps.factor, factor, factor_rows, factor_cols, p.factor_stride, kGroupTile));
+      map(&maps.factor, factor, factor_rows, factor_cols, p.factor_stride, weight_box, weight_box));
   PIXELFLY_RETURN_IF_ERROR(map(&maps.aux, aux, T, p.out_features, aux_stride, kGroupTokens));
   PIXELFLY_RETURN_IF_ERROR(map(&maps.y, p.y, T, p.out_features, p.y_stride, kGroupTile));
   PIXELFLY_RETURN_IF_ERROR(
@@ -119,12 +129,9 @@ Status launch_product_sm90(const ProductParams& p, const DeviceInfo& device, Str
   args.activation = p.activation;
 
   const int grid = std::min(args.section.num_units, device.num_sms);
-  if (p.dtype == DType::kBFloat16) {
-    return p.transposed ? launch<__nv_bfloat16, true>(maps, args, grid, tile.shared_bytes, stream)
-                        : launch<__nv_bfloat16, false>(maps, args, grid, tile.shared_bytes, stream);
-  }
-  return p.transposed ? launch<__half, true>(maps, args, grid, tile.shared_bytes, stream)
-                      : launch<__half, false>(maps, args, grid, tile.shared_bytes, stream);
+  return p.dtype == DType::kBFloat16
+             ? launch<__nv_bfloat16>(p, maps, args, grid, tile.shared_bytes, stream)
+             : launch<__half>(p, maps, args, grid, tile.shared_bytes, stream);
 }
 
 }  // namespace pixelfly

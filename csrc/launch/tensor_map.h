@@ -1,4 +1,5 @@
-// Tensor maps for TMA: row-major 16-bit or fp32 matrices in the 128-byte swizzle.
+// Tensor maps for TMA: row-major 16-bit or fp32 matrices in the 128-byte swizzle (64-byte where a box
+// row has 64 bytes).
 #pragma once
 
 #include <cuda.h>

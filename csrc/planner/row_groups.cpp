@@ -22,7 +22,35 @@ using Row = std::vector<Entry>;  // in ascending order of x_tile
 
 int32_t tiles(int32_t features) { return (features + kGroupTile - 1) / kGroupTile; }
 
-std::vector<Row> output_rows(const LayoutView& layout, bool transposed) {
+void sort_by_x(std::vector<Row>& rows) {
+  for (auto& row : rows) {
+    std::sort(row.begin(), row.end(),
+              [](const Entry& a, const Entry& b) { return a.x_tile < b.x_tile; });
+  }
+}
+
+// Blocks of 32: tiles of two by two blocks.
+std::vector<Row> quad_rows(const LayoutView& layout, bool transposed,
+                           std::vector<GroupQuad>& quads) {
+  const int32_t out_tiles = tiles(transposed ? layout.in_features : layout.out_features);
+  std::vector<Row> rows(static_cast<size_t>(out_tiles));
+  std::map<std::pair<int32_t, int32_t>, size_t> known;
+  for (int32_t k = 0; k < layout.nnz(); ++k) {
+    const int32_t out = transposed ? layout.col_idx[k] : layout.row_idx[k];
+    const int32_t in = transposed ? layout.row_idx[k] : layout.col_idx[k];
+    const auto [at, fresh] = known.try_emplace({out / 2, in / 2}, quads.size());
+    if (fresh) {
+      rows[static_cast<size_t>(out / 2)].push_back({in / 2, static_cast<int32_t>(quads.size())});
+      quads.push_back({{-1, -1, -1, -1}});
+    }
+    quads[at->second].block[in % 2 * 2 + out % 2] = k;
+  }
+  sort_by_x(rows);
+  return rows;
+}
+
+// Blocks of 64 or 128: each is one or four tiles.
+std::vector<Row> tile_rows(const LayoutView& layout, bool transposed) {
   const int32_t sub = layout.block_size / kGroupTile;
   const int32_t out_tiles = tiles(transposed ? layout.in_features : layout.out_features);
   const int32_t x_tiles = tiles(transposed ? layout.out_features : layout.in_features);
@@ -37,10 +65,7 @@ std::vector<Row> output_rows(const LayoutView& layout, bool transposed) {
       }
     }
   }
-  for (auto& row : rows) {
-    std::sort(row.begin(), row.end(),
-              [](const Entry& a, const Entry& b) { return a.x_tile < b.x_tile; });
-  }
+  sort_by_x(rows);
   return rows;
 }
 
@@ -231,9 +256,11 @@ std::vector<GroupUnit> make_units(const std::vector<int32_t>& cost) {
 
 GroupSection append_row_groups(PlanBuilder& builder, const LayoutView& layout, bool transposed) {
   GroupSection section{};
-  if (layout.block_size != 64 && layout.block_size != 128) return section;
+  const int32_t b = layout.block_size;
+  if (b != 32 && b != 64 && b != 128) return section;
   const int32_t x_tiles = tiles(transposed ? layout.out_features : layout.in_features);
-  const auto rows = output_rows(layout, transposed);
+  std::vector<GroupQuad> quads;
+  const auto rows = b == 32 ? quad_rows(layout, transposed, quads) : tile_rows(layout, transposed);
   const auto pairs = pair_rows(rows, x_tiles);
 
   std::vector<std::vector<GroupStep>> lists;
@@ -273,6 +300,7 @@ GroupSection append_row_groups(PlanBuilder& builder, const LayoutView& layout, b
   section.num_units = static_cast<int32_t>(units.size());
   section.groups_offset = builder.append(groups);
   section.steps_offset = builder.append(steps);
+  section.quads_offset = builder.append(quads);
   section.units_offset = builder.append(units);
   return section;
 }

@@ -1,8 +1,8 @@
 // Checks product_sm90 element by element against a naive kernel, and times it. No torch needed.
 //
 //   nvcc -O3 -std=c++17 -gencode arch=compute_90a,code=sm_90a -Icsrc -Icsrc/include
-//        csrc/tests/check_product_sm90.cu csrc/launch/product_sm90.cu csrc/launch/tensor_map.cpp
-//        csrc/planner/*.cpp -o check_product_sm90
+//        csrc/tests/check_product_sm90.cu csrc/launch/product_sm90.cu csrc/launch/low_rank_sm90.cu
+//        csrc/launch/tensor_map.cpp csrc/planner/*.cpp -o check_product_sm90
 //   ./check_product_sm90 check | time | time <case substring>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -19,6 +19,7 @@
 
 #include "device/convert.cuh"
 #include "device/epilogue_math.cuh"
+#include "launch/low_rank_sm90.h"
 #include "launch/product_sm90.h"
 #include "planner/plan.h"
 
@@ -83,6 +84,21 @@ __global__ void reference(Operand o, float* y, float* preact, int64_t first, int
   y[local * o.out + n] = s;
 }
 
+// t = x · vᵀ (transposed: x · u), rounded to fp32 only.
+template <typename T>
+__global__ void reference_t(const T* x, const T* factor, int features, int rank, bool transposed,
+                            float* t, int64_t tokens) {
+  const int64_t i = blockIdx.x * int64_t{blockDim.x} + threadIdx.x;
+  if (i >= tokens * rank) return;
+  const int64_t token = i / rank, r = i % rank;
+  float s = 0.f;
+  for (int64_t k = 0; k < features; ++k) {
+    s += device::to_float(x[token * features + k]) *
+         device::to_float(factor[transposed ? k * rank + r : r * features + k]);
+  }
+  t[i] = s;
+}
+
 // sums: squared error, squared reference, NaNs, outliers.
 template <typename T>
 __global__ void compare(const float* want, const T* got, size_t n, double* sums) {
@@ -115,6 +131,7 @@ struct Case {
   bool transposed = false, bias = true, preact = false, residual = false, z = false;
   Activation activation = Activation::kNone;
   double dense_ms = 0;
+  bool form_t = false;  // launch the low-rank kernel first
 };
 
 LayoutView make_layout(const Case& c) {
@@ -224,11 +241,12 @@ int run(const Case& c, bool timing) {
   base.activation = c.activation;
   base.header = &h;
   base.plan = device_plan;
+  const T* factor_in = c.form_t ? arena.data(size_t(in) * c.rank, 53, 1.f / std::sqrt(in)) : nullptr;
   std::vector<ProductParams> params(sets, base);
   for (int i = 0; i < sets; ++i) {
     ProductParams& p = params[i];
     p.x = arena.data(c.T * in, 11 + i);
-    if (c.rank) p.t = arena.data(c.T * c.rank, 31 + i);
+    if (c.rank) p.t = arena.data(c.T * c.rank, c.form_t ? 0 : 31 + i);
     if (c.residual) p.residual = arena.data(c.T * out, 77 + i);
     if (c.z) p.z = arena.data(c.T * out, 87 + i);
     p.y = arena.data(c.T * out, 0);
@@ -239,17 +257,24 @@ int run(const Case& c, bool timing) {
   std::snprintf(name, sizeof name, "T%ld %d->%d b%d r%d %s kind%d act%d%s%s%s%s%s", long(c.T), c.K, c.N,
                 c.b, c.rank, c.transposed ? "dx " : "fwd", int(c.kind), int(c.activation),
                 c.bias ? " bias" : "", c.preact ? " pre" : "", c.residual ? " res" : "",
-                c.z ? " z" : "", sizeof(T) == 2 && std::is_same_v<T, __half> ? " fp16" : "");
+                c.z ? " z" : "", std::is_same_v<T, __half> ? " fp16" : c.form_t ? " +t" : "");
   if (!product_sm90_supports(params[0], device)) {
     std::printf("FAIL %s: not supported\n", name);
     return 1;
   }
+  auto must = [&](const Status& s) {
+    if (s.ok()) return;
+    std::printf("%s: %s\n", name, s.message.c_str());
+    std::exit(1);
+  };
   auto launch = [&](int i, cudaStream_t stream) {
-    const Status s = launch_product_sm90(params[i % sets], device, stream);
-    if (!s.ok()) {
-      std::printf("%s: %s\n", name, s.message.c_str());
-      std::exit(1);
+    const ProductParams& p = params[i % sets];
+    if (c.form_t) {
+      must(launch_low_rank_sm90({p.dtype, false, p.transposed, p.tokens, p.in_features, c.rank, p.x,
+                                 p.x_stride, factor_in, p.transposed ? c.rank : in, p.t, p.t_stride},
+                                device, stream));
     }
+    must(launch_product_sm90(p, device, stream));
   };
   launch(0, nullptr);
   CHECK_CUDA(cudaDeviceSynchronize());
@@ -276,6 +301,14 @@ int run(const Case& c, bool timing) {
     if (!c.preact) continue;
     compare<<<512, 256>>>(want_preact, static_cast<const T*>(p.preact) + first * out, n * out,
                           device_sums + 4);
+  }
+  if (c.form_t) {
+    float* want_t;
+    CHECK_CUDA(cudaMalloc(&want_t, c.T * c.rank * 4));
+    arena.all.push_back(want_t);
+    reference_t<T><<<(c.T * c.rank + 255) / 256, 256>>>(static_cast<const T*>(p.x), factor_in, in,
+                                                        c.rank, c.transposed, want_t, c.T);
+    compare<<<512, 256>>>(want_t, static_cast<const T*>(p.t), c.T * c.rank, device_sums + 4);
   }
   CHECK_CUDA(cudaGetLastError());
   CHECK_CUDA(cudaMemcpy(sums, device_sums, sizeof sums, cudaMemcpyDeviceToHost));
@@ -304,7 +337,7 @@ int run(const Case& c, bool timing) {
 int check() {
   int bad = 0;
   for (const bool transposed : {false, true}) {
-    for (const int b : {64, 128}) {
+    for (const int b : {32, 64, 128}) {
       for (const Kind kind : {Kind::kButterfly, Kind::kRandom, Kind::kGlobal, Kind::kEmpty}) {
         for (const int rank : {0, 8, 64, 136}) {
           Case c{129, 512, 768, b, rank, kind, transposed};
@@ -318,6 +351,14 @@ int check() {
       for (const Kind kind : {Kind::kButterfly, Kind::kFull}) {
         bad += run<__nv_bfloat16>({T, 1024, 512, 64, 64, kind, transposed}, false);
         bad += run<__half>({T, 200, 72, 64, 16, kind, transposed}, false);
+      }
+    }
+    for (const int rank : {8, 64, 136}) {
+      for (const int64_t T : {1, 100, 5000}) {
+        Case c{T, 1000, 456, 64, rank, Kind::kButterfly, transposed};
+        c.form_t = true;
+        bad += run<__nv_bfloat16>(c, false);
+        bad += run<__half>(c, false);
       }
     }
     for (int a = 0; a <= 4; ++a) {
@@ -365,6 +406,9 @@ int time_all(const std::string& filter) {
     go(c, "plain");
     c.rank = 64;
     go(c, "rank");
+    c.form_t = true;
+    go(c, "rank+t");
+    c.form_t = false;
     c.rank = 0;
     c.kind = Kind::kGlobal;
     go(c, "global");
@@ -388,6 +432,8 @@ int time_all(const std::string& filter) {
     c = Case{s.T, s.K, s.N, 128};
     c.dense_ms = s.dense;
     go(c, "b128");
+    c.b = 32;
+    go(c, "b32");
   }
   return bad;
 }

@@ -21,8 +21,8 @@ constexpr int32_t kPlanVersion = 1;
 constexpr int kPlanHeaderSize = 64;
 
 // Schedule of the row-group product (kernels/product_sm90.cuh). Everything is in units of 64x64 tiles,
-// whatever the block size (64 or 128): output tiles, x tiles (tile >= num_x_tiles: tile of t) and
-// weight tiles.
+// whatever the block size (32, 64 or 128): output tiles, x tiles (tile >= num_x_tiles: tile of t)
+// and weight tiles. With 32x32 blocks a weight tile is four blocks, absent ones being zero.
 constexpr int kGroupTile = 64;
 
 // One step of a row group: a tile of x columns and the weight tiles that multiply it.
@@ -30,8 +30,8 @@ struct GroupStep {
   int32_t x_tile;     // >= num_x_tiles: tile (x_tile - num_x_tiles) of t, weights from the factor
   int32_t weight[2];  // weight tile for rows[0] and rows[1]; -1: that row does not use this x tile.
                       // Tile w of the blocks starts at row (w >> s) * 64, column (w % 2^s) * 64 of
-                      // the [nnz * b, b] matrix, 2^s = b / 64. Tiles of the factor follow from
-                      // (row, x_tile); the value is then only >= 0.
+                      // the [nnz * b, b] matrix, 2^s = b / 64; for b = 32, w counts GroupQuads.
+                      // Tiles of the factor follow from (row, x_tile); the value is then >= 0.
   int32_t slot;       // weight tiles in the group's earlier steps: where a resident tile lies
 };
 
@@ -40,6 +40,11 @@ struct RowGroup {
   int32_t rows[2];     // output tiles; rows[1] == -1: a single row
   int32_t step_begin;  // into the section's steps
   int32_t step_end;
+};
+
+// A 64x64 weight tile made of 32x32 blocks: block[2 * x half + output half], -1: zero.
+struct GroupQuad {
+  int32_t block[4];
 };
 
 // What one thread block does at a stretch: token tiles lane, lane + lanes, ... of one group.
@@ -58,6 +63,7 @@ struct GroupSection {
   int32_t num_groups;  // 0: no schedule (block size not served)
   int32_t groups_offset;  // RowGroup[num_groups]
   int32_t steps_offset;   // GroupStep[...]
+  int32_t quads_offset;   // GroupQuad[], block size 32 only
   int32_t units_offset;   // GroupUnit[num_units]
   int32_t num_units;
   int32_t max_blocks;     // weight tiles (low-rank ones included) of the largest group
@@ -152,7 +158,7 @@ struct PlanHeader {
   TokenSection tokens_forward;
   TokenSection tokens_transposed;
 
-  int32_t reserved[kPlanHeaderSize - 19 - 2 * 6 - 2 - 2 * 9];
+  int32_t reserved[kPlanHeaderSize - 19 - 2 * 7 - 2 - 2 * 9];
 };
 static_assert(sizeof(PlanHeader) == kPlanHeaderSize * sizeof(int32_t), "header layout");
 

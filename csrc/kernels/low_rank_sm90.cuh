@@ -1,0 +1,110 @@
+// t = x · vᵀ, and s = dz · u: a thin product, bound by reading x once; Hopper (sm_90a).
+//
+// A thread block makes 64 tokens x 64 ranks and walks all features; two or three share an SM, which
+// keeps 130-190 KB in flight. The factor tile is wgmma's A (M = 64 ranks; transposed descriptors for
+// u, whose rows are features), tokens are N; the accumulator holds tᵀ and leaves through
+// stmatrix.trans and one TMA store, staged in the first ring stage.
+//
+//   shared memory: ring [kLowRankStages] of x tile [64 tokens][64] + factor tile (16 KB)
+//   roles: warps 0-3 multiply, one thread of warp 4 loads
+//   full[s]: producer -> consumers; empty[s]: the four consumer warps -> producer
+#pragma once
+
+#include <cuda.h>
+#include <cuda_runtime.h>
+
+#include "device/convert.cuh"
+#include "device/ldmatrix.cuh"
+#include "device/mbarrier.cuh"
+#include "device/tma.cuh"
+#include "device/wgmma.cuh"
+
+namespace pixelfly {
+
+constexpr int kLowRankTile = 64;
+constexpr int kLowRankTileBytes = kLowRankTile * kLowRankTile * 2;
+constexpr int kLowRankStages = 4;
+constexpr int kLowRankThreads = 160;
+constexpr int kLowRankSharedBytes = kLowRankStages * 2 * kLowRankTileBytes + 1024;
+
+struct LowRankMaps {
+  CUtensorMap x;       // [T, features]
+  CUtensorMap factor;  // v [r, K] (transposed: u [N, r])
+  CUtensorMap t;       // [T, r]; all boxes 64 x 64
+};
+
+template <typename T, bool kTransposed>
+__global__ void __launch_bounds__(kLowRankThreads)
+    low_rank_sm90(const __grid_constant__ LowRankMaps maps, int num_tiles) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  extern __shared__ uint8_t dynamic[];
+  __shared__ uint64_t barriers[2 * kLowRankStages];
+  const uint32_t base = (device::smem_address(dynamic) + 1023) & ~1023u;
+  const uint32_t full = device::smem_address(barriers), empty = full + 8 * kLowRankStages;
+  const int token = blockIdx.x * kLowRankTile, rank = blockIdx.y * kLowRankTile;
+  if (threadIdx.x == 0) {
+    for (int s = 0; s < kLowRankStages; ++s) {
+      device::mbarrier_init(full + 8 * s, 1);
+      device::mbarrier_init(empty + 8 * s, 4);
+    }
+    device::mbarrier_init_fence();
+  }
+  __syncthreads();
+
+  if (threadIdx.x >= 128) {
+    if (threadIdx.x != 128) return;
+    for (int i = 0; i < num_tiles; ++i) {
+      const int s = i % kLowRankStages;
+      const uint32_t x = base + s * 2 * kLowRankTileBytes, bar = full + 8 * s;
+      device::mbarrier_wait(empty + 8 * s, (i / kLowRankStages & 1) ^ 1);
+      device::mbarrier_expect_tx(bar, 2 * kLowRankTileBytes);
+      const int feature = i * kLowRankTile;
+      device::tma_load_2d(x, &maps.x, bar, feature, token);
+      device::tma_load_2d(x + kLowRankTileBytes, &maps.factor, bar, kTransposed ? rank : feature,
+                          kTransposed ? feature : rank);
+    }
+    return;
+  }
+
+  float acc[32];
+  for (int i = 0; i < num_tiles; ++i) {
+    const int s = i % kLowRankStages;
+    const uint32_t x = base + s * 2 * kLowRankTileBytes, factor = x + kLowRankTileBytes;
+    const uint64_t a =
+        kTransposed ? device::descriptor_mn_major(factor, 0) : device::descriptor_k_major(factor);
+    const uint64_t b = device::descriptor_k_major(x);
+    constexpr int kStepA = kTransposed ? 128 : 2;
+    device::mbarrier_wait(full + 8 * s, i / kLowRankStages & 1);
+    device::wgmma_fence();
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      device::wgmma<T, kTransposed, false>(acc, a + k * kStepA, b + k * 2, (i | k) != 0);
+    }
+    device::wgmma_commit();
+    device::wgmma_wait<1>();
+    if (i > 0 && threadIdx.x % 32 == 0) {
+      device::mbarrier_arrive(empty + 8 * ((i - 1) % kLowRankStages));
+    }
+  }
+  device::wgmma_wait<0>();
+  device::named_barrier_sync(1, 128);  // every warp's products have read the first stage
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, matrix = lane / 8;
+#pragma unroll
+  for (int j = 0; j < 4; ++j) {
+    uint32_t r[4];
+#pragma unroll
+    for (int h = 0; h < 4; ++h) r[h] = device::pack2<T>(acc[j * 8 + h * 2], acc[j * 8 + h * 2 + 1]);
+    const int row = j * 16 + (matrix / 2) * 8 + lane % 8, chunk = warp * 2 + matrix % 2;
+    device::stmatrix_x4_trans(base + row * 128 + ((chunk ^ (row & 7)) << 4), r);
+  }
+  device::fence_proxy_async();
+  device::named_barrier_sync(1, 128);
+  if (threadIdx.x == 0) {
+    device::tma_store_2d(&maps.t, base, rank, token);
+    device::tma_store_commit();
+    device::tma_store_wait<0>();
+  }
+#endif
+}
+
+}  // namespace pixelfly
