@@ -1,14 +1,23 @@
 // launch_product and launch_low_rank: choose a kernel and start it.
 #include "launch/heuristics.h"
+#include "launch/low_rank_sm90.h"
 #include "launch/product_sm80.h"
 #include "launch/product_sm90.h"
 #include "launch/product_tokens_sm90.h"
 
 namespace pixelfly {
+namespace {
+
+bool low_rank_on_hopper(const LowRankParams& p, const DeviceInfo& device) {
+  return forced_path() != Forced::kSm80 && low_rank_sm90_supports(p, device);
+}
+
+}  // namespace
 
 Status launch_low_rank(const LowRankParams& p, const DeviceInfo& device, Stream stream) {
   if (p.tokens == 0 || p.rank == 0) return Status::success();
-  return launch_low_rank_sm80(p, device, stream);
+  return low_rank_on_hopper(p, device) ? launch_low_rank_sm90(p, device, stream)
+                                       : launch_low_rank_sm80(p, device, stream);
 }
 
 Status launch_product(const ProductParams& p, const DeviceInfo& device, Stream stream) {
@@ -47,8 +56,10 @@ std::string explain_product(const ProductParams& p, const DeviceInfo& device) {
                             : choice.status.message;
 }
 
-std::string explain_low_rank(const LowRankParams& p, const DeviceInfo&) {
-  return p.rank == 0 ? "none" : "product_sm80 over the low-rank term alone";
+std::string explain_low_rank(const LowRankParams& p, const DeviceInfo& device) {
+  if (p.rank == 0) return "none";
+  return low_rank_on_hopper(p, device) ? "low_rank_sm90"
+                                       : "product_sm80 over the low-rank term alone";
 }
 
 }  // namespace pixelfly
