@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from .nn.choice import LOWRANK_FORMS, Choice, choose
 from .nn.dense import dense_parameters, is_conv1d, match_activation
@@ -140,7 +141,7 @@ def sparsify_(
     config: PixelflyConfig | None = None,
     filter_fn: FilterFn | str | None = None,
 ) -> Report:
-    """Replaces a model's `nn.Linear` and transformers `Conv1D` layers by `PixelflyLinear`, in place.
+    """Replaces a model's `nn.Linear` and `Conv1D` (transformers) by `PixelflyLinear`, in place.
 
     Build the optimizer afterwards: the parameters are new ones. A layer that cannot be converted
     stays dense and is listed in the report with its reason. A module used in several places is
@@ -229,7 +230,10 @@ class _Conversion:
 
     def convert(self, module: nn.Module, name: str) -> None:
         reason = self.obstacle(module, name)
-        n, k = module.weight.shape[::-1] if is_conv1d(module) else module.weight.shape
+        if is_conv1d(module):
+            k, n = module.weight.shape
+        else:
+            k, n = module.in_features, module.out_features
         if reason is None:
             try:
                 choice = self.config.choose(n, k)
@@ -253,7 +257,7 @@ class _Conversion:
         """Returns why a layer must stay dense whatever the config, or None."""
         if type(module) is not nn.Linear and not is_conv1d(module):
             return f"{type(module).__name__} is a subclass of nn.Linear that may do something else"
-        if isinstance(module.weight, nn.parameter.UninitializedParameter):
+        if is_lazy(module.weight):
             return "a lazy layer without features yet: run the model once first"
         if nn.utils.parametrize.is_parametrized(module):
             return "its parameters are parametrized"
@@ -351,4 +355,4 @@ def _places(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
 
 
 def _count(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters())
+    return sum(p.numel() for p in module.parameters() if not is_lazy(p))

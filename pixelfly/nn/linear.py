@@ -110,6 +110,7 @@ class PixelflyLinear(nn.Module):
             raise ValueError(
                 f"gate={gate!r} weighs blocks against u and v, so it needs lowrank='factored' "
                 f"and a rank above 0, got lowrank={lowrank!r}, rank={choice.rank}"
+                + (f" ({choice.note})" if choice.note else "")
             )
         self.in_features, self.out_features = in_features, out_features
         self.choice, self.layout = choice, choice.layout
@@ -187,6 +188,17 @@ class PixelflyLinear(nn.Module):
         )
 
     def _forward_token_gate(self, x: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
+        if x.shape[-1] != self.in_features:
+            raise ValueError(
+                f"PixelflyLinear: x.shape[-1] must be in_features={self.in_features}, "
+                f"got {x.shape[-1]}"
+            )
+        shape = (*x.shape[:-1], self.out_features)
+        if residual is not None and residual.shape != shape:
+            raise ValueError(
+                f"PixelflyLinear: residual.shape must be y's shape {list(shape)}, "
+                f"got {list(residual.shape)}"
+            )
         g = torch.sigmoid(F.linear(x, self.gate, self.gate_bias))  # [..., 1]
         # The gate scales x and the thin t, and the operator adds the low rank as its residual, so
         # that no [T, N] tensor is scaled.
