@@ -255,12 +255,12 @@ class _Conversion:
 
     def obstacle(self, module: nn.Module, name: str) -> str | None:
         """Returns why a layer must stay dense whatever the config, or None."""
-        if type(module) is not nn.Linear and not is_conv1d(module):
-            return f"{type(module).__name__} is a subclass of nn.Linear that may do something else"
-        if is_lazy(module.weight):
-            return "a lazy layer without features yet: run the model once first"
         if nn.utils.parametrize.is_parametrized(module):
             return "its parameters are parametrized"
+        if is_lazy(module.weight):
+            return "a lazy layer without features yet: run the model once first"
+        if type(module) is not nn.Linear and not is_conv1d(module):
+            return f"{type(module).__name__} is a subclass of nn.Linear that may do something else"
         for parameter in module.parameters():
             others = sorted(self.holders[id(parameter)] - {name})
             if others:
