@@ -28,6 +28,14 @@ TORCH_TARGET = "0x020b000000000000"  # stable ABI of torch 2.11
 DEFAULT_ARCHS = "8.0;9.0a+PTX"
 
 
+def toolkit_of(nvcc: str) -> pathlib.Path:
+    """The toolkit nvcc belongs to; asked of nvcc, which may be a wrapper or a link."""
+    command = [nvcc, "--dryrun", "-c", "-x", "cu", os.devnull]
+    text = subprocess.run(command, capture_output=True, text=True).stderr
+    top = re.search(r"TOP=(\S+)", text)
+    return pathlib.Path(top[1] if top else pathlib.Path(nvcc).parent.parent).resolve()
+
+
 def flag(name: str) -> bool:
     return os.environ.get(name, "0") not in ("", "0")
 
@@ -104,7 +112,7 @@ class NinjaBuild(build_ext):
             ROOT / "csrc/torch/library.cpp",
         ]
         if nvcc:
-            home = pathlib.Path(nvcc).resolve().parent.parent
+            home = toolkit_of(nvcc)
             text = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
             release = re.search(r"release ([\d.]+)", text)[1]
             archs = os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_ARCHS
@@ -112,7 +120,7 @@ class NinjaBuild(build_ext):
             defines += ["-DPIXELFLY_WITH_CUDA", "-DUSE_CUDA"]
             defines += [f'-DPIXELFLY_CUDA_VERSION=\\"{release}\\"']
             defines += [f"-DPIXELFLY_ARCHS='\"{archs}\"'"]
-            link += [f"-L{home / 'lib64'}", "-lcudart_static", "-lrt"]
+            link += [f"-L{home / 'lib64'}", f"-L{home / 'lib'}", "-lcudart_static", "-lrt"]
             sources += sorted(ROOT.glob("csrc/torch/*.cpp")) + sorted(ROOT.glob("csrc/launch/*.cpp"))
             sources += sorted(ROOT.glob("csrc/launch/*.cu"))
         sources = list(dict.fromkeys(sources))

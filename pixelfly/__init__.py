@@ -21,8 +21,19 @@ except ImportError as error:
         f"`pip install --force-reinstall --no-deps pixelfly` ({error})"
     ) from error
 
+from . import masks, nn, ops
 from ._build import build_info
+from .nn import PixelflyLinear
+from .sparsify import PixelflyConfig, sparsify_
 
 __version__ = build_info()["version"]
 
-__all__ = ["build_info"]
+__all__ = [
+    "PixelflyConfig",
+    "PixelflyLinear",
+    "build_info",
+    "masks",
+    "nn",
+    "ops",
+    "sparsify_",
+]

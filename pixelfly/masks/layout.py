@@ -1,0 +1,223 @@
+"""`BlockLayout`: an immutable set of kept blocks of an `[out_features, in_features]` matrix."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+BLOCK_SIZES = (16, 32, 64, 128)
+
+
+def check_sizes(name: str, out_features: int, in_features: int, block_size: int) -> None:
+    """Raises if no layout of these sizes can exist."""
+    if block_size not in BLOCK_SIZES:
+        raise ValueError(f"{name}: block_size must be one of {BLOCK_SIZES}, got {block_size}")
+    for label, size in (("out_features", out_features), ("in_features", in_features)):
+        if not isinstance(size, int) or size <= 0 or size % 8:
+            raise ValueError(f"{name}: {label} must be a positive multiple of 8, got {size}")
+
+
+def grid_shape(out_features: int, in_features: int, block_size: int) -> tuple[int, int]:
+    """Block rows and block columns: the last of each may reach past the matrix."""
+    return -(-out_features // block_size), -(-in_features // block_size)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class BlockLayout:
+    """Which blocks of a weight matrix are kept. Immutable, hashable; equal if they keep the same blocks.
+
+    Make one with `from_grid` or a generator of `pixelfly.masks`. Combine layouts of one shape with
+    `|` and `&`.
+
+    Attributes:
+        out_features: rows N of the matrix.
+        in_features: columns K of the matrix.
+        block_size: b; blocks are b x b.
+        grid: bool `[ceil(N / b), ceil(K / b)]` on the CPU, True where a block is kept. Not to be
+            written to.
+        nominal_density: the fraction of weights that the pattern asked for, before it was covered
+            by whole blocks.
+
+    Example:
+        >>> layout = flat_block_butterfly(1024, 1024, block_size=64)
+        >>> layout
+        BlockLayout(1024x1024, block_size=64, grid 16x16, nnz=80, density 31.2%)
+        >>> (layout | block_diagonal(1024, 1024, block_size=64)) == layout
+        True
+    """
+
+    out_features: int
+    in_features: int
+    block_size: int
+    grid: torch.Tensor
+    nominal_density: float
+    device: torch.device = field(default=torch.device("cpu"))
+
+    @classmethod
+    def from_grid(
+        cls,
+        grid: Any,
+        block_size: int,
+        out_features: int | None = None,
+        in_features: int | None = None,
+        *,
+        nominal_density: float | None = None,
+    ) -> BlockLayout:
+        """Makes a layout from a boolean grid of blocks.
+
+        Args:
+            grid: bool `[rows, cols]`, a tensor or an array.
+            block_size: 16, 32, 64 or 128.
+            out_features: N, a multiple of 8 in the last block row; default `rows * block_size`.
+            in_features: K, likewise; default `cols * block_size`.
+            nominal_density: what the pattern asked for; default: the layout's own density.
+
+        Raises:
+            TypeError: grid is not boolean.
+            ValueError: sizes do not fit together.
+        """
+        grid = torch.as_tensor(grid)
+        if grid.dtype != torch.bool:
+            raise TypeError(f"from_grid: grid must be boolean, got {grid.dtype}")
+        if grid.dim() != 2 or 0 in grid.shape:
+            raise ValueError(f"from_grid: grid must be [rows, cols], got shape {tuple(grid.shape)}")
+        rows, cols = grid.shape
+        out_features = rows * block_size if out_features is None else out_features
+        in_features = cols * block_size if in_features is None else in_features
+        check_sizes("from_grid", out_features, in_features, block_size)
+        expected = grid_shape(out_features, in_features, block_size)
+        if expected != (rows, cols):
+            raise ValueError(
+                f"from_grid: a {out_features}x{in_features} matrix in blocks of {block_size} has a "
+                f"grid of {expected[0]}x{expected[1]}, got {rows}x{cols}"
+            )
+        grid = grid.detach().to("cpu", copy=True)
+        layout = cls(out_features, in_features, block_size, grid, 0.0)
+        nominal = layout.density if nominal_density is None else nominal_density
+        object.__setattr__(layout, "nominal_density", nominal)
+        return layout
+
+    @functools.cached_property
+    def row_indices(self) -> torch.Tensor:
+        """int32 `[nnz]`: block row of each kept block, in row-major order."""
+        return self.grid.nonzero()[:, 0].to(self.device, torch.int32)
+
+    @functools.cached_property
+    def col_indices(self) -> torch.Tensor:
+        """int32 `[nnz]`: block column of each kept block, in row-major order."""
+        return self.grid.nonzero()[:, 1].to(self.device, torch.int32)
+
+    @functools.cached_property
+    def nnz(self) -> int:
+        """Number of kept blocks."""
+        return int(self.grid.sum())
+
+    @functools.cached_property
+    def density(self) -> float:
+        """Kept weights / dense weights; parts of blocks past the matrix do not count."""
+        b = self.block_size
+        heights = torch.full((self.grid.shape[0],), b)
+        widths = torch.full((self.grid.shape[1],), b)
+        heights[-1] = self.out_features - (len(heights) - 1) * b
+        widths[-1] = self.in_features - (len(widths) - 1) * b
+        kept = int((self.grid.long() * heights[:, None] * widths).sum())
+        return kept / (self.out_features * self.in_features)
+
+    @functools.cached_property
+    def _key(self) -> tuple[int, int, int, bytes]:
+        return (
+            self.out_features,
+            self.in_features,
+            self.block_size,
+            self.grid.numpy().tobytes(),
+        )
+
+    @functools.cached_property
+    def _hash(self) -> int:
+        return hash(self._key)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        if self is other:
+            return True
+        if not isinstance(other, BlockLayout):
+            return NotImplemented
+        return self._hash == other._hash and self._key == other._key
+
+    def __repr__(self) -> str:
+        rows, cols = self.grid.shape
+        text = (
+            f"BlockLayout({self.out_features}x{self.in_features}, block_size={self.block_size}, "
+            f"grid {rows}x{cols}, nnz={self.nnz}, density {100 * self.density:.1f}%"
+        )
+        if self.density > self.nominal_density * 1.001:
+            text += f"; the block cover grew it from {100 * self.nominal_density:.1f}%"
+        return text + ")"
+
+    def to_dense(self) -> torch.Tensor:
+        """Returns the mask as bool `[out_features, in_features]`."""
+        b = self.block_size
+        mask = self.grid.repeat_interleave(b, 0).repeat_interleave(b, 1)
+        return mask[: self.out_features, : self.in_features]
+
+    def transpose(self) -> BlockLayout:
+        """Returns the layout of the transposed matrix."""
+        return BlockLayout.from_grid(
+            self.grid.T,
+            self.block_size,
+            self.in_features,
+            self.out_features,
+            nominal_density=self.nominal_density,
+        )
+
+    def to(self, device: torch.device | str) -> BlockLayout:
+        """Returns an equal layout whose index tensors live on `device`; the grid stays on the CPU."""
+        return BlockLayout(
+            self.out_features,
+            self.in_features,
+            self.block_size,
+            self.grid,
+            self.nominal_density,
+            torch.device(device),
+        )
+
+    def _combine(self, other: object, grid: Any) -> BlockLayout:
+        if not isinstance(other, BlockLayout):
+            return NotImplemented
+        mine = (self.out_features, self.in_features, self.block_size)
+        theirs = (other.out_features, other.in_features, other.block_size)
+        if mine != theirs:
+            raise ValueError(
+                "layouts to combine must have one shape and block size, got "
+                f"{mine[0]}x{mine[1]}/{mine[2]} and {theirs[0]}x{theirs[1]}/{theirs[2]}"
+            )
+        return BlockLayout.from_grid(grid(self.grid, other.grid), mine[2], mine[0], mine[1])
+
+    def __or__(self, other: object) -> BlockLayout:
+        return self._combine(other, torch.logical_or)
+
+    def __and__(self, other: object) -> BlockLayout:
+        return self._combine(other, torch.logical_and)
+
+    def plot(self, ax: Any = None) -> Any:
+        """Draws the grid of kept blocks; returns the matplotlib axes.
+
+        Args:
+            ax: axes to draw into; default: new ones.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+        """
+        import matplotlib.pyplot as plt
+
+        ax = plt.subplots()[1] if ax is None else ax
+        ax.imshow(self.grid.numpy(), cmap="Greys", interpolation="nearest", vmin=0, vmax=1)
+        ax.set_xlabel(f"block column (of {self.block_size} inputs)")
+        ax.set_ylabel(f"block row (of {self.block_size} outputs)")
+        ax.set_title(f"{self.out_features}x{self.in_features}, density {100 * self.density:.1f}%")
+        return ax
