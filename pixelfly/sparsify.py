@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -267,6 +269,10 @@ class _Conversion:
                 return f"its weights are tied to {', '.join(others)}"
         if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
             return "it has hooks, which a new layer would lose"
+        for parent, key in self.places[id(module)]:
+            # Such a forward would not call the new layer (timm's BEiT, transformers' T5).
+            if _reads_weight(type(parent), key):
+                return f"{type(parent).__name__}.forward reads its weight instead of calling it"
         if not module.weight.is_floating_point():
             return f"its weight is {module.weight.dtype}"
         return None
@@ -352,6 +358,17 @@ def _places(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
             if child is not None:
                 places.setdefault(id(child), []).append((parent, key))
     return places
+
+
+def _reads_weight(parent: type[nn.Module], key: str) -> bool:
+    """Tells whether a module's forward names the weight of its child `key`."""
+    if parent is nn.TransformerEncoderLayer:
+        return False  # in its inference fast path only, which `finish` turns off
+    try:
+        source = inspect.getsource(parent.forward)
+    except (OSError, TypeError):
+        return False  # no source: called interactively, or compiled
+    return re.search(rf"\bself\.{re.escape(key)}\.weight\b", source) is not None
 
 
 def _count(module: nn.Module) -> int:

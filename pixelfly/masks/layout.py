@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import FrozenInstanceError
+from typing import Any, NoReturn
 
 import torch
 
@@ -25,7 +25,6 @@ def grid_shape(out_features: int, in_features: int, block_size: int) -> tuple[in
     return -(-out_features // block_size), -(-in_features // block_size)
 
 
-@dataclass(frozen=True, eq=False, repr=False)
 class BlockLayout:
     """Which blocks of a weight matrix are kept. Immutable, hashable; equal if they keep the same blocks.
 
@@ -54,7 +53,36 @@ class BlockLayout:
     block_size: int
     grid: torch.Tensor
     nominal_density: float
-    device: torch.device = field(default=torch.device("cpu"))
+    device: torch.device
+
+    # Not a dataclass: dynamo has its own idea of frozen ones and cannot pass them as constants.
+    def __init__(
+        self,
+        out_features: int,
+        in_features: int,
+        block_size: int,
+        grid: torch.Tensor,
+        nominal_density: float | None = None,
+        device: torch.device | None = None,
+    ) -> None:
+        self.__dict__.update(
+            out_features=out_features,
+            in_features=in_features,
+            block_size=block_size,
+            grid=grid,
+            device=torch.device("cpu") if device is None else device,
+        )
+        # Whoever needs these may be tracing, where a tensor has no data: compute them now.
+        _ = self.row_indices, self.col_indices, self.nnz, self._hash
+        self.__dict__["nominal_density"] = (
+            self.density if nominal_density is None else nominal_density
+        )
+
+    def __setattr__(self, name: str, value: object) -> NoReturn:
+        raise FrozenInstanceError(f"BlockLayout is immutable: cannot set {name}")
+
+    def __delattr__(self, name: str) -> NoReturn:
+        raise FrozenInstanceError(f"BlockLayout is immutable: cannot delete {name}")
 
     @classmethod
     def from_grid(
@@ -95,10 +123,7 @@ class BlockLayout:
                 f"grid of {expected[0]}x{expected[1]}, got {rows}x{cols}"
             )
         grid = grid.detach().to("cpu", copy=True)
-        layout = cls(out_features, in_features, block_size, grid, 0.0)
-        nominal = layout.density if nominal_density is None else nominal_density
-        object.__setattr__(layout, "nominal_density", nominal)
-        return layout
+        return cls(out_features, in_features, block_size, grid, nominal_density)
 
     @functools.cached_property
     def row_indices(self) -> torch.Tensor:
