@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -23,6 +24,7 @@ class LayerReport:
         rank: r of the factored low rank, or the width of the global one.
         lowrank: "factored" or "global".
         density: weights of the layer / weights of the dense layer.
+        requested: the density that was asked for, or None.
         params_before: parameters of the dense layer, bias included.
         params_after: parameters of the new one, bias and gate included.
         macs_before: multiply-accumulates per token of the dense layer.
@@ -38,6 +40,7 @@ class LayerReport:
     rank: int
     lowrank: str
     density: float
+    requested: float | None
     params_before: int
     params_after: int
     macs_before: int
@@ -57,6 +60,7 @@ class LayerReport:
             rank=choice.rank,
             lowrank=choice.lowrank,
             density=choice.density,
+            requested=choice.requested,
             params_before=params_before,
             params_after=sum(p.numel() for p in layer.parameters()),
             macs_before=layer.in_features * layer.out_features,
@@ -134,16 +138,33 @@ class Report:
         return (f"{len(self.layers)} layers", "", "", "", "", "", density, *counts)
 
     def _remarks(self) -> list[str]:
-        lines = [f"{layer.name}: {layer.note}" for layer in self.layers if layer.note]
+        lines = self._missed() + [
+            f"{layer.name}: {layer.note}" for layer in self.layers if layer.note
+        ]
         if self.fused:
             lines.append(f"fused MLPs: {', '.join(self.fused)}")
         lines += self.notes
+        dense: dict[tuple[int, int, str], list[str]] = {}
+        for s in self.skipped:
+            dense.setdefault((s.in_features, s.out_features, s.reason), []).append(s.name)
         lines += [
-            f"left dense: {s.name} ({s.in_features}->{s.out_features}): {s.reason}"
-            for s in self.skipped
+            f"left dense: {', '.join(names)} ({k}->{n}): {reason}"
+            for (k, n, reason), names in dense.items()
         ]
         before, after = _short(self.params_before), _short(self.params_after)
         return [*lines, f"model: {before} -> {after} parameters"]
+
+    def _missed(self) -> list[str]:
+        """Says which densities were taken where the requested one cannot be reached."""
+        missed: Counter[tuple[float, float]] = Counter()
+        for layer in self.layers:
+            if layer.requested is not None and layer.density < layer.requested * (1 - 1e-6):
+                missed[layer.requested, layer.density] += 1
+        return [
+            f"density {asked:g} cannot be met exactly in {count} layers: {taken:.4f} is the "
+            "nearest not above it"
+            for (asked, taken), count in sorted(missed.items())
+        ]
 
     def __str__(self) -> str:
         if not self.layers:
@@ -162,16 +183,27 @@ class Report:
 
     def __rich_console__(self, console: Any, options: Any) -> Any:
         """Makes `rich.print(report)` draw a table."""
+        from rich import box
         from rich.table import Table
         from rich.text import Text
 
         if self.layers:
-            table = Table(show_footer=True)
-            for i, (header, footer) in enumerate(zip(_HEADERS, self._total(), strict=True)):
-                justify = "left" if i == 0 else "right"
-                table.add_column(header, footer, justify=justify, no_wrap=i > 0)
-            for layer in self.layers:
-                table.add_row(*layer._cells())
+            rows, total = [layer._cells() for layer in self.layers], self._total()
+            widths = [max(map(len, cells)) for cells in zip(_HEADERS, total, *rows, strict=True)]
+            columns = list(range(len(_HEADERS)))
+            if sum(widths) + 3 * len(widths) > options.max_width:
+                columns = [i for i in columns if _HEADERS[i] != "was"]
+            table = Table(show_footer=True, box=box.SIMPLE_HEAD, pad_edge=False)
+            for i in columns:
+                # A narrow terminal folds the names and keeps the numbers whole.
+                style = (
+                    {"overflow": "fold", "min_width": 12}
+                    if i == 0
+                    else {"justify": "right", "no_wrap": True}
+                )
+                table.add_column(_HEADERS[i], total[i], **style)
+            for row in rows:
+                table.add_row(*(row[i] for i in columns))
             yield table
         else:
             yield Text("nothing was converted")

@@ -190,6 +190,23 @@ class TestWhatStaysDense:
         query = torch.randn(3, 1, 64)
         assert model["attention"](query, query, query)[0].shape == (3, 1, 64)
 
+    def test_parents_that_read_the_weight(self):
+        """timm's BEiT and transformers' T5 do; calling such a layer would be skipped."""
+
+        class Reads(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.qkv, self.proj = nn.Linear(64, 64), nn.Linear(64, 64)
+                nn.init.zeros_(self.proj.weight)
+
+            def forward(self, x):
+                return self.proj(nn.functional.linear(x, self.qkv.weight))
+
+        model = nn.Sequential(Reads())
+        reasons = self.reasons(model)
+        assert reasons == {"0.qkv": "Reads.forward reads its weight instead of calling it"}
+        assert model(torch.randn(2, 64)).shape == (2, 64)
+
     def test_not_smaller(self):
         assert (
             "not smaller"
@@ -296,6 +313,22 @@ def test_report_prints():
     console = rich.Console(record=True, width=140, file=open("/dev/null", "w"))
     console.print(report)
     assert "left dense: 2" in console.export_text()
+
+
+def test_report_says_what_was_missed_and_groups_what_stayed():
+    model = nn.Sequential(nn.Linear(384, 1536), nn.Linear(1536, 384), nn.Linear(384, 10))
+    model.append(nn.Linear(384, 10))
+    report = sparsify_(model, PixelflyConfig(block_size=32))
+    text = str(report)
+    assert "density 0.25 cannot be met exactly in 2 layers: 0.2188 is the nearest not above" in text
+    assert "left dense: 2, 3 (384->10)" in text
+    assert {layer.requested for layer in report.layers} == {0.25}
+    rich = pytest.importorskip("rich.console")
+    for width in (80, 140):
+        console = rich.Console(width=width, record=True, file=open("/dev/null", "w"))
+        console.print(report)
+        table = console.export_text()
+        assert "0.2188" in table and "129.02K" in table and ("was" in table) == (width == 140)
 
 
 def test_training_step():
