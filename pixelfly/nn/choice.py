@@ -7,7 +7,8 @@ goes to the butterfly with the largest stride that fits. What is taken is never 
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -170,6 +171,8 @@ class _Search:
     block_size: int
     max_stride: int | None
     lowrank: str
+    _levels: list[list[BlockLayout]] = field(default_factory=list)
+    _kept: dict[tuple[int, int], int] = field(default_factory=dict)
 
     @property
     def dense(self) -> int:
@@ -195,19 +198,21 @@ class _Search:
         grid = coarse.repeat_interleave(cell, 0).repeat_interleave(cell, 1)
         return BlockLayout.from_grid(grid[:rows, :cols].contiguous(), b, n, k)
 
-    @functools.cached_property
-    def butterflies(self) -> list[list[BlockLayout]]:
-        """The butterflies from sparse to dense, for cells of 1, 2, 4, ... blocks."""
-        if self.max_stride is not None:
-            return [[self.butterfly(self.max_stride, 1)]]
+    def butterflies(self) -> Iterator[list[BlockLayout]]:
+        """Yields, for cells of 1, 2, 4, ... blocks, the butterflies from sparse to dense."""
         side = -(-self.rank_limit // self.block_size)
-        levels, cell = [], 1
+        level, cell = 0, 1
         while True:
-            full = (-(-side // cell) - 1).bit_length()
-            levels.append([self.butterfly(2**i, cell) for i in range(full + 1)])
-            if cell >= side:
-                return levels
-            cell *= 2
+            if level == len(self._levels):  # made when first asked for: most budgets need one
+                full = (-(-side // cell) - 1).bit_length()
+                strides = [2**i for i in range(full + 1)]
+                if self.max_stride is not None:
+                    strides = [self.max_stride]
+                self._levels.append([self.butterfly(stride, cell) for stride in strides])
+            yield self._levels[level]
+            if cell >= side or self.max_stride is not None:
+                return
+            level, cell = level + 1, cell * 2
 
     def with_global(self, layout: BlockLayout, width: int) -> BlockLayout:
         """Returns the layout with the first `width` output and input features dense."""
@@ -221,22 +226,41 @@ class _Search:
             grid, layout.block_size, layout.out_features, layout.in_features
         )
 
+    def weights(self, layout: BlockLayout, rank: int) -> int:
+        """Returns how many weights a layer of this butterfly and this rank has."""
+        if self.lowrank == "global":
+            key = (id(layout), rank)
+            if key not in self._kept:
+                wide = -(-rank // self.block_size)
+                # What the global rows and columns cover is not counted twice.
+                heights = _sizes(self.out_features, self.block_size)
+                widths = _sizes(self.in_features, self.block_size)
+                rest = heights[wide:] @ layout.grid[wide:, wide:].double() @ widths[wide:]
+                outside = int(heights[wide:].sum() * widths[wide:].sum())
+                self._kept[key] = int(rest) + self.dense - outside
+            return self._kept[key]
+        key = (id(layout), 0)
+        if key not in self._kept:
+            self._kept[key] = kept_weights(layout)
+        return self._kept[key] + rank * (self.out_features + self.in_features)
+
     def best(self, density: float, rank: int) -> Choice | None:
         """Returns the densest choice not above the density, the finest of equals, or None."""
         budget = density * self.dense * (1 + 1e-9)
         best, best_weights = None, -1
-        for layouts in self.butterflies:
+        for layouts in self.butterflies():
             for layout in layouts:
-                if self.lowrank == "global":
-                    layout = self.with_global(layout, rank)
-                choice = Choice(layout, rank, self.lowrank, density)
-                weights = choice.block_weights + choice.lowrank_weights
+                weights = self.weights(layout, rank)
                 if best_weights < weights <= budget:
-                    best, best_weights = choice, weights
+                    best, best_weights = layout, weights
             # Coarser cells serve only budgets that the full butterfly does not use up.
             if weights > budget:
                 break
-        return best
+        if best is None:
+            return None
+        if self.lowrank == "global":
+            best = self.with_global(best, rank)
+        return Choice(best, rank, self.lowrank, density)
 
     def ranks(self, density: float) -> range:
         """Returns the ranks to try: the smallest, and all that take up to half the weights."""
