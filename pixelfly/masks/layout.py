@@ -26,7 +26,7 @@ def grid_shape(out_features: int, in_features: int, block_size: int) -> tuple[in
 
 
 class BlockLayout:
-    """Which blocks of a weight matrix are kept. Immutable, hashable; equal if they keep the same blocks.
+    """Which blocks of a weight matrix are kept: immutable, hashable, equal if the blocks are.
 
     Make one with `from_grid` or a generator of `pixelfly.masks`. Combine layouts of one shape with
     `|` and `&`.
@@ -41,6 +41,7 @@ class BlockLayout:
             by whole blocks.
 
     Example:
+        >>> from pixelfly.masks import block_diagonal, flat_block_butterfly
         >>> layout = flat_block_butterfly(1024, 1024, block_size=64)
         >>> layout
         BlockLayout(1024x1024, block_size=64, grid 16x16, nnz=80, density 31.2%)
@@ -201,7 +202,7 @@ class BlockLayout:
         )
 
     def to(self, device: torch.device | str) -> BlockLayout:
-        """Returns an equal layout whose index tensors live on `device`; the grid stays on the CPU."""
+        """Returns an equal layout with index tensors on `device`; the grid stays on the CPU."""
         return BlockLayout(
             self.out_features,
             self.in_features,

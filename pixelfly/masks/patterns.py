@@ -65,7 +65,7 @@ def flat_block_butterfly(
     global_width: int = 0,
     shuffle: bool = False,
 ) -> BlockLayout:
-    """Flat block butterfly: the sum of butterfly factors up to a stride, each entry grown to a block.
+    """Flat block butterfly: the sum of butterfly factors up to a stride, in whole blocks.
 
     On a P x P grid the kept blocks are i == j and i XOR j in {1, 2, 4, ..., max_stride / 2}, so a
     block row keeps `1 + log2(max_stride)` blocks.
@@ -121,11 +121,9 @@ def _research(
     global_width: int,
     shuffle: bool,
 ) -> BlockLayout:
-    """The research code's layout: P x P pattern -> features -> global rows, columns -> block cover."""
+    """The research code's layout: P x P pattern, stretched, global rows and columns, block cover."""
     if grid_size < 1 or grid_size & (grid_size - 1):
-        raise ValueError(
-            f"flat_block_butterfly: grid_size must be a power of two, got {grid_size}"
-        )
+        raise ValueError(f"flat_block_butterfly: grid_size must be a power of two, got {grid_size}")
     if out_features % grid_size or in_features % grid_size:
         raise ValueError(
             f"flat_block_butterfly: grid_size must divide out_features={out_features} and "
@@ -220,7 +218,7 @@ def random(
     blocks_per_row: int = 1,
     seed: int = 0,
 ) -> BlockLayout:
-    """Random blocks, exactly `blocks_per_row` in every block row; the same seed, the same layout."""
+    """Random blocks, exactly `blocks_per_row` in every block row; a seed gives one layout."""
     check_sizes("random", out_features, in_features, block_size)
     rows, cols = grid_shape(out_features, in_features, block_size)
     if not 1 <= blocks_per_row <= cols:
