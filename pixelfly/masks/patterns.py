@@ -121,7 +121,7 @@ def _research(
     global_width: int,
     shuffle: bool,
 ) -> BlockLayout:
-    """The research code's layout: P x P pattern, stretched, global rows and columns, block cover."""
+    """The research code's layout: P x P pattern, stretched, with global parts, block cover."""
     if grid_size < 1 or grid_size & (grid_size - 1):
         raise ValueError(f"flat_block_butterfly: grid_size must be a power of two, got {grid_size}")
     if out_features % grid_size or in_features % grid_size:
