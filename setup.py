@@ -5,6 +5,7 @@ Environment:
     PIXELFLY_CPU_ONLY=1     skip the CUDA kernels
     TORCH_CUDA_ARCH_LIST    e.g. "8.0;9.0a"; default "8.0;9.0a+PTX"
     MAX_JOBS                parallel compilers; default: the number of cores
+    PIXELFLY_BUILD_LOG      file that receives the kernels' register and spill report
     CUDA_HOME               toolkit to use; default: the one nvcc on PATH belongs to
 
 The kernels do not depend on torch, and the operators only on torch's stable ABI, so one build serves
@@ -121,13 +122,15 @@ class NinjaBuild(build_ext):
             defines += [f'-DPIXELFLY_CUDA_VERSION=\\"{release}\\"']
             defines += [f"-DPIXELFLY_ARCHS='\"{archs}\"'"]
             link += [f"-L{home / 'lib64'}", f"-L{home / 'lib'}", "-lcudart_static", "-lrt"]
-            sources += sorted(ROOT.glob("csrc/torch/*.cpp")) + sorted(ROOT.glob("csrc/launch/*.cpp"))
+            sources += sorted(ROOT.glob("csrc/torch/*.cpp")) + sorted(
+                ROOT.glob("csrc/launch/*.cpp")
+            )
             sources += sorted(ROOT.glob("csrc/launch/*.cu"))
         sources = list(dict.fromkeys(sources))
 
         cxx = os.environ.get("CXX", "c++")
         cflags = ["-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
-        nvflags = ["-std=c++17", "-O3", "-lineinfo", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+        nvflags = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
         nvflags += ["-Xptxas", "-v", "--expt-relaxed-constexpr"]
         lines = [
             "ninja_required_version = 1.3",
@@ -162,6 +165,9 @@ class NinjaBuild(build_ext):
             command += ["-j", os.environ["MAX_JOBS"]]
         if subprocess.run(command).returncode:
             raise SystemExit("pixelfly: the extension did not compile; the errors are above")
+        if os.environ.get("PIXELFLY_BUILD_LOG"):
+            logs = "".join(path.read_text() for path in sorted(work.glob("*.cu.o.log")))
+            pathlib.Path(os.environ["PIXELFLY_BUILD_LOG"]).write_text(logs)
 
 
 setup(ext_modules=[Extension("pixelfly._C", sources=[])], cmdclass={"build_ext": NinjaBuild})

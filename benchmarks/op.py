@@ -9,6 +9,7 @@ Writes benchmarks/results/op_<gpu>.json; `python benchmarks/report.py` turns it 
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
 import json
 import pathlib
@@ -121,6 +122,17 @@ class Layer:
         y = F.linear(x, self.weights[0], self.bias)
         return y if self.case.activation is None else ACTIVATIONS[self.case.activation](y)
 
+    def wanting(self, direction: str) -> Layer:
+        """This layer with gradients switched on for what a direction asks for, and off elsewhere.
+
+        The operator computes what requires a gradient, so asking for a subset is not enough.
+        """
+        other = copy.copy(self)
+        wanted = direction != "dx"
+        other.weights = tuple(w.detach().requires_grad_(wanted) for w in self.weights)
+        other.bias = self.bias.detach().requires_grad_(wanted)
+        return other
+
     def inputs(self, x: torch.Tensor, direction: str) -> tuple[torch.Tensor, ...]:
         """The tensors whose gradients a direction asks for."""
         if direction == "dx":
@@ -181,8 +193,13 @@ def forward_peers(case: Case, dtype: torch.dtype, xs: list[torch.Tensor]) -> dic
     return peers
 
 
-def candidate(layer, call, xs, dys, direction: str):
-    """A callable of the buffer-set index that runs one direction of a layer."""
+def candidate(layer: Layer, call, xs, dys, direction: str):
+    """A callable of the buffer-set index that runs one direction of a layer.
+
+    `call` makes the function to time from a layer (the layer itself, or a compiled version).
+    """
+    layer = layer.wanting(direction)
+    call = call(layer)
     if direction == "forward":
 
         def forward(i: int) -> torch.Tensor:
@@ -193,12 +210,13 @@ def candidate(layer, call, xs, dys, direction: str):
     if direction == "forward_backward":
         return lambda i: torch.autograd.grad(call(xs[i]), layer.inputs(xs[i], direction), dys[i])
     graphs: dict[int, torch.Tensor] = {}
+    inputs = [x.detach().requires_grad_(direction == "dx") for x in xs]
 
     def backward(i: int):
         if i not in graphs:
-            graphs[i] = call(xs[i])
-        inputs = layer.inputs(xs[i], direction)
-        return torch.autograd.grad(graphs[i], inputs, dys[i], retain_graph=True)
+            graphs[i] = call(inputs[i])
+        wanted = layer.inputs(inputs[i], direction)
+        return torch.autograd.grad(graphs[i], wanted, dys[i], retain_graph=True)
 
     return backward
 
@@ -219,11 +237,11 @@ def run_shape(shape, args, dtype) -> list[dict]:
     layers = {case.kind: Layer(case, dtype, dense=False) for case in cases}
     records = []
     for direction in args.directions:
-        runs = {"dense": candidate(dense, dense, xs, dys, direction)}
+        runs = {"dense": candidate(dense, lambda layer: layer, xs, dys, direction)}
         if args.activation or args.peers:
-            runs["dense_compiled"] = candidate(dense, compiled_dense(dense), xs, dys, direction)
+            runs["dense_compiled"] = candidate(dense, compiled_dense, xs, dys, direction)
         for kind, layer in layers.items():
-            runs[kind] = candidate(layer, layer, xs, dys, direction)
+            runs[kind] = candidate(layer, lambda layer: layer, xs, dys, direction)
         peers = forward_peers(cases[0], dtype, xs) if args.peers and direction == "forward" else {}
         timings = time_all(runs | peers, sets, rounds=args.rounds)
         for case in cases:

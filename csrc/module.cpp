@@ -23,7 +23,10 @@ using IndexArray = py::array_t<int32_t, py::array::c_style | py::array::forcecas
 
 py::array_t<int32_t> build_plan(int32_t out_features, int32_t in_features, int32_t block_size,
                                 int32_t rank, const IndexArray& rows, const IndexArray& cols) {
-  pixelfly::LayoutView layout{out_features, in_features, block_size, rank,
+  pixelfly::LayoutView layout{out_features,
+                              in_features,
+                              block_size,
+                              rank,
                               {rows.data(), rows.data() + rows.size()},
                               {cols.data(), cols.data() + cols.size()}};
   const std::vector<int32_t> plan = pixelfly::build_plan(layout);
@@ -58,10 +61,10 @@ std::vector<std::pair<std::string, std::string>> explain(const IndexArray& plan,
   pixelfly::DeviceInfo device;
   const pixelfly::Status status = pixelfly::device_info(device_index, &device);
   if (!status.ok()) throw std::runtime_error(status.message);
-  return pixelfly::explain_call({static_cast<pixelfly::DType>(dtype), tokens,
-                                 static_cast<pixelfly::Activation>(activation), allow_tf32,
-                                 deterministic},
-                                header, device);
+  return pixelfly::explain_call(
+      {static_cast<pixelfly::DType>(dtype), tokens, static_cast<pixelfly::Activation>(activation),
+       allow_tf32, deterministic},
+      header, device);
 }
 #endif
 

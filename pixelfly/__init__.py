@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pathlib
 
-import torch  # noqa: F401  (the compiled library links against it)
+import torch
 
 try:
     from . import _C  # noqa: F401

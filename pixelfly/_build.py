@@ -9,8 +9,8 @@ def build_info() -> dict[str, Any]:
     """Returns what the compiled library was built with.
 
     Returns:
-        A dict: `version`; `cuda` (the toolkit's version, None for a CPU-only build); `archs` (the GPU
-        architectures compiled for); `torch_headers`; `compiler`.
+        A dict: `version`; `cuda` (the toolkit's version, None for a CPU-only build); `archs` (the
+        GPU architectures compiled for); `torch_headers`; `compiler`.
 
     Example:
         >>> import pixelfly

@@ -1,8 +1,8 @@
 // mma.sync of Ampere: a warp's m16n8 tile, fp32 accumulators.
 //
-// Fragments (g = lane / 4, t = lane % 4): A rows g, g+8; B column g; D rows g, g+8, columns 2t, 2t+1.
-// 16-bit k16: A registers (row, k): (g, 2t..), (g+8, 2t..), (g, 2t+8..), (g+8, 2t+8..).
-// tf32 k8:    A registers (row, k): (g, t), (g+8, t), (g, t+4), (g+8, t+4); B: k = t, t+4.
+// Fragments (g = lane / 4, t = lane % 4): A rows g, g+8; B column g; D rows g, g+8, columns 2t,
+// 2t+1. 16-bit k16: A registers (row, k): (g, 2t..), (g+8, 2t..), (g, 2t+8..), (g+8, 2t+8..). tf32
+// k8:    A registers (row, k): (g, t), (g+8, t), (g, t+4), (g+8, t+4); B: k = t, t+4.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -46,32 +46,6 @@ __device__ __forceinline__ void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (
       "{%0,%1,%2,%3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
-// fp32 product on tf32 units. Three passes split each operand into a tf32 value and its remainder
-// and drop only remainder x remainder: error near fp32's own. NaN and infinity go through the
-// leading pass; their remainders are not meaningful and are dropped.
-__device__ __forceinline__ uint32_t tf32_remainder(float x, uint32_t leading) {
-  const float rest = x - __uint_as_float(leading);
-  return to_tf32(fabsf(x) <= 3.0e38f ? rest : 0.f);
-}
-__device__ __forceinline__ void mma_m16n8k8_fp32(float (&d)[4], const float (&a)[4],
-                                                 const float (&b)[2], bool single_pass) {
-  uint32_t ah[4], bh[2];
-#pragma unroll
-  for (int i = 0; i < 4; ++i) ah[i] = to_tf32(a[i]);
-#pragma unroll
-  for (int i = 0; i < 2; ++i) bh[i] = to_tf32(b[i]);
-  if (!single_pass) {
-    uint32_t al[4], bl[2];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) al[i] = tf32_remainder(a[i], ah[i]);
-#pragma unroll
-    for (int i = 0; i < 2; ++i) bl[i] = tf32_remainder(b[i], bh[i]);
-    mma_m16n8k8_tf32(d, al, bh[0], bh[1]);
-    mma_m16n8k8_tf32(d, ah, bl[0], bl[1]);
-  }
-  mma_m16n8k8_tf32(d, ah, bh[0], bh[1]);
 }
 
 }  // namespace pixelfly::device

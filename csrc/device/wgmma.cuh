@@ -1,8 +1,8 @@
 // wgmma: a warpgroup's m64 x n x k16 products, both operands in shared memory, fp32 accumulators.
 //
-// Operands are tiles in the 128-byte swizzle: rows of 64 16-bit elements. K-major: a row holds k; a k16
-// step is 32 bytes on. MN-major (kTrans*): a row holds m (or n) and rows are k; a k16 step is 16 rows,
-// 2048 bytes, on. Descriptors count 16-byte units.
+// Operands are tiles in the 128-byte swizzle: rows of 64 16-bit elements. K-major: a row holds k; a
+// k16 step is 32 bytes on. MN-major (kTrans*): a row holds m (or n) and rows are k; a k16 step is
+// 16 rows, 2048 bytes, on. Descriptors count 16-byte units.
 //
 // Accumulator layout, warp w of the warpgroup, lane l: d[8 j + {0, 1}] is row 16 w + l / 4, columns
 // 16 j + 2 (l % 4) + {0, 1}; d[.. + {2, 3}] is 8 rows below; d[8 j + 4 ..] is 8 columns on.
@@ -29,8 +29,8 @@ __device__ __forceinline__ uint64_t descriptor_mn_major(uint32_t address, uint32
   return (static_cast<uint64_t>(address & 0x3FFFF) >> 4) |
          (static_cast<uint64_t>(chunk_bytes >> 4) << 16) | kGroupStride | kSwizzle128;
 }
-// The same for a 64x64 tile made of four 32x32 boxes (2 KB each, rows of 64 bytes, 64-byte swizzle),
-// stored [k half][m half]: a k half is two k16 steps.
+// The same for a 64x64 tile made of four 32x32 boxes (2 KB each, rows of 64 bytes, 64-byte
+// swizzle), stored [k half][m half]: a k half is two k16 steps.
 constexpr int kQuadBytes = 2048;
 __device__ __forceinline__ uint64_t descriptor_quads(uint32_t address, bool mn_major) {
   constexpr uint64_t kRowGroup = uint64_t{512 >> 4} << 32;  // between groups of 8 rows

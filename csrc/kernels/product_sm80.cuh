@@ -1,13 +1,13 @@
 // y = act(x · Bᵀ + t · uᵀ + bias) + residual on mma.sync, for every GPU from sm_80 on. Transposed:
-// dx = (dz · B + s · v) ⊙ act'(z) over the same stored blocks. Also t = x · vᵀ itself: a product that
-// consists of its low-rank term alone.
+// dx = (dz · B + s · v) ⊙ act'(z) over the same stored blocks. Also t = x · vᵀ itself: a product
+// that consists of its low-rank term alone.
 //
-// A thread block computes 128 tokens x one block row of y (b features, 64 for thin products). It walks
-// the row's blocks and then the low-rank columns in steps of kDepth features, both operands through a
-// ring of cp.async stages:
+// A thread block computes 128 tokens x one block row of y (b features, 64 for thin products). It
+// walks the row's blocks and then the low-rank columns in steps of kDepth features, both operands
+// through a ring of cp.async stages:
 //   x tile [128 tokens][kDepth], weight tile [features][kDepth] (transposed: [kDepth][features]).
-// The accumulators then pass through shared memory as fp32 so that bias, activation, residual and the
-// stores work on 16-byte vectors of whole rows.
+// The accumulators then pass through shared memory as fp32 so that bias, activation, residual and
+// the stores work on 16-byte vectors of whole rows.
 #pragma once
 
 #include "device/epilogue_math.cuh"
@@ -33,9 +33,8 @@ constexpr int kProductTokens = 128;
 template <typename T, int kBlock>
 struct ProductShape {
   static constexpr int kFeatures = kBlock;
-  static constexpr int kDepth = kBlock < 128 / static_cast<int>(sizeof(T))
-                                    ? kBlock
-                                    : 128 / static_cast<int>(sizeof(T));
+  static constexpr int kDepth =
+      kBlock < 128 / static_cast<int>(sizeof(T)) ? kBlock : 128 / static_cast<int>(sizeof(T));
   static constexpr int kWarpsN = kBlock >= 128 ? 2 : 1;
   static constexpr int kThreads = 128 * kWarpsN;
   static constexpr int kStages = 3;
@@ -71,18 +70,18 @@ __device__ __forceinline__ void load_step(const ProductArgs& args, int step, int
         p.in_features - col, args.x_vectors);
     const T* block = static_cast<const T*>(p.blocks) + id * kBlock * kBlock;
     if constexpr (kTransposed) {
-      load_tile<T, S::kDepth, S::kFeatures, S::kThreads>(
-          weight, block + int64_t{part} * kBlock, kBlock, S::kDepth, S::kFeatures,
-          args.blocks_vectors);
+      load_tile<T, S::kDepth, S::kFeatures, S::kThreads>(weight, block + int64_t{part} * kBlock,
+                                                         kBlock, S::kDepth, S::kFeatures,
+                                                         args.blocks_vectors);
     } else {
-      load_tile<T, S::kFeatures, S::kDepth, S::kThreads>(
-          weight, block + part, kBlock, S::kFeatures, S::kDepth, args.blocks_vectors);
+      load_tile<T, S::kFeatures, S::kDepth, S::kThreads>(weight, block + part, kBlock, S::kFeatures,
+                                                         S::kDepth, args.blocks_vectors);
     }
   } else {
     const int r = (step - block_steps) * S::kDepth;
     load_tile<T, kProductTokens, S::kDepth, S::kThreads>(
-        stage, static_cast<const T*>(p.t) + token * p.t_stride + r, p.t_stride, rows,
-        args.rank - r, args.t_vectors);
+        stage, static_cast<const T*>(p.t) + token * p.t_stride + r, p.t_stride, rows, args.rank - r,
+        args.t_vectors);
     const T* factor = static_cast<const T*>(p.factor);
     if constexpr (kTransposed) {
       load_tile<T, S::kDepth, S::kFeatures, S::kThreads>(
@@ -90,8 +89,8 @@ __device__ __forceinline__ void load_step(const ProductArgs& args, int step, int
           p.out_features - feature, args.factor_vectors);
     } else {
       load_tile<T, S::kFeatures, S::kDepth, S::kThreads>(
-          weight, factor + feature * p.factor_stride + r, p.factor_stride,
-          p.out_features - feature, args.rank - r, args.factor_vectors);
+          weight, factor + feature * p.factor_stride + r, p.factor_stride, p.out_features - feature,
+          args.rank - r, args.factor_vectors);
     }
   }
 }
@@ -150,8 +149,7 @@ __device__ void product_epilogue(const ProductArgs& args, const float* staging, 
         for (int e = 0; e < kVec; ++e) v[e] += bias[e];
       }
       if (p.preact != nullptr) {
-        store_row<T>(static_cast<T*>(p.preact) + t * p.preact_stride + n, v, valid,
-                     args.y_vectors);
+        store_row<T>(static_cast<T*>(p.preact) + t * p.preact_stride + n, v, valid, args.y_vectors);
       }
       if (p.z != nullptr) {
         float z[kVec];
@@ -210,8 +208,7 @@ __global__ void __launch_bounds__(ProductShape<T, kBlock>::kThreads)
     const uint32_t x = base + step % S::kStages * S::kStageBytes;
     const uint32_t weight = x + S::XTile::kBytes;
     constexpr Order kOrder = kTransposed ? Order::kAcross : Order::kDirect;
-    constexpr int kWeightRow =
-        kTransposed ? S::AcrossTile::kRowBytes : S::DirectTile::kRowBytes;
+    constexpr int kWeightRow = kTransposed ? S::AcrossTile::kRowBytes : S::DirectTile::kRowBytes;
     WarpProduct<T, 2, S::kNTiles, S::kDepth, Order::kDirect, kOrder, S::XTile::kRowBytes,
                 kWeightRow>::run(acc, x, weight, m0, n0, 0, args.p.allow_tf32);
   }

@@ -122,10 +122,10 @@ struct Unit {
   const int4* steps;
 
   __device__ Unit(const GroupArgs& args, int index) {
-    const int4 u = __ldg(reinterpret_cast<const int4*>(args.plan + args.section.units_offset) +
-                         index);
-    const int4 g = __ldg(reinterpret_cast<const int4*>(args.plan + args.section.groups_offset) +
-                         u.x);
+    const int4 u =
+        __ldg(reinterpret_cast<const int4*>(args.plan + args.section.units_offset) + index);
+    const int4 g =
+        __ldg(reinterpret_cast<const int4*>(args.plan + args.section.groups_offset) + u.x);
     lane = u.y;
     lanes = u.z;
     rows[0] = g.x;
@@ -162,8 +162,7 @@ __device__ void load_weight(const GroupMaps& maps, const GroupArgs& args, uint32
     device::tma_load_2d(at, &maps.blocks, full, col, (weight >> args.weight_shift) * kGroupTile);
   } else {
     const int rank = (x_tile - args.num_x_tiles) * kGroupTile, out = row * kGroupTile;
-    device::tma_load_2d(at, &maps.factor, full, kTransposed ? out : rank,
-                        kTransposed ? rank : out);
+    device::tma_load_2d(at, &maps.factor, full, kTransposed ? out : rank, kTransposed ? rank : out);
   }
 }
 
@@ -210,8 +209,8 @@ __device__ void produce(const GroupMaps& maps, const GroupArgs& args, const Layo
           const uint32_t full = layout.full(ring.stage);
           device::mbarrier_wait(layout.empty(ring.stage), ring.phase ^ 1);
           device::mbarrier_expect_tx(full, kGroupXBytes);
-          device::tma_load_2d(layout.stage(ring.stage), &maps.aux, full,
-                              unit.rows[r] * kGroupTile, token);
+          device::tma_load_2d(layout.stage(ring.stage), &maps.aux, full, unit.rows[r] * kGroupTile,
+                              token);
           ring.advance();
         }
       }
@@ -262,9 +261,8 @@ struct Consumer {
   // Sends 64 tokens x 64 features of accumulators to global memory.
   __device__ __forceinline__ void store(const float* acc, const CUtensorMap* map, int feature,
                                         int token) {
-    const uint32_t tile =
-        layout.staging +
-        (warpgroup * args.staging_tiles + next_staging) * static_cast<uint32_t>(kGroupTileBytes);
+    const uint32_t tile = layout.staging + (warpgroup * args.staging_tiles + next_staging) *
+                                               static_cast<uint32_t>(kGroupTileBytes);
     if (args.staging_tiles == 2) {
       next_staging ^= 1;
       if (leader()) device::tma_store_wait_read<1>();

@@ -1,13 +1,14 @@
 // y = act(x · Bᵀ + (x · vᵀ) · uᵀ + bias) + residual, token-stationary, Hopper (sm_90a).
 //
-// A thread block keeps all of x for 64 tokens in shared memory and streams every weight past it, so x
-// comes from HBM once even though the low-rank term needs it twice (t = x vᵀ, then t uᵀ). All thread
-// blocks walk the weights in the same order, which L2 serves at about twice the rate of distinct
-// data. Any layout balances: every thread block does all output tiles.
+// A thread block keeps all of x for 64 tokens in shared memory and streams every weight past it, so
+// x comes from HBM once even though the low-rank term needs it twice (t = x vᵀ, then t uᵀ). All
+// thread blocks walk the weights in the same order, which L2 serves at about twice the rate of
+// distinct data. Any layout balances: every thread block does all output tiles.
 //
-//   shared memory: x tiles [num_x_tiles][64 tokens][64], t tile [64][64], and one ring of 8 KB weight
-//   tiles per consumer warpgroup; every tile in the 128-byte swizzle. The slot of a row's last
-//   weight tile becomes the staging tile of the row's epilogue before it goes back to the ring.
+//   shared memory: x tiles [num_x_tiles][64 tokens][64], t tile [64][64], and one ring of 8 KB
+//   weight tiles per consumer warpgroup; every tile in the 128-byte swizzle. The slot of a row's
+//   last weight tile becomes the staging tile of the row's epilogue before it goes back to the
+//   ring.
 //
 //   roles: consumer warpgroups 0 .. W-1, each with its own list of output tiles (TokenStep);
 //          the last warpgroup produces: warp w feeds ring w, warp 3 loads x.
@@ -15,8 +16,8 @@
 //   w_full/w_empty[w][s]: the same for slot s of ring w
 //   the same pair for the t tile, which warpgroup 0 forms and everyone reads
 //
-// The weight tile is wgmma's A (M = 64 output features), tokens are N: the accumulator holds yᵀ, bias
-// is two values a thread, and stmatrix.trans turns it into rows of tokens for one TMA store.
+// The weight tile is wgmma's A (M = 64 output features), tokens are N: the accumulator holds yᵀ,
+// bias is two values a thread, and stmatrix.trans turns it into rows of tokens for one TMA store.
 // dx is the same kernel with transposed (MN-major) A over the transposed schedule.
 #pragma once
 
@@ -171,8 +172,8 @@ __device__ inline void produce_x(const TokenMaps& maps, const TokenArgs& args, u
   }
 }
 
-// Address in a swizzled [64 tokens][64 features] tile of the 8x8 matrix row that this lane serves in
-// the j-th stmatrix/ldmatrix.x4.trans of a warp's m64n64 accumulator slice.
+// Address in a swizzled [64 tokens][64 features] tile of the 8x8 matrix row that this lane serves
+// in the j-th stmatrix/ldmatrix.x4.trans of a warp's m64n64 accumulator slice.
 __device__ inline uint32_t fragment_address(uint32_t tile, int j) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, matrix = lane / 8;
   const int token = j * 16 + (matrix / 2) * 8 + lane % 8;
@@ -301,15 +302,15 @@ struct Consumer {
   // it ends, so that its latency hides behind the row's products.
   __device__ void load_bias(int flags, T (&bias)[2]) const {
     if (args.bias == nullptr || (flags & kTokenFactorIn)) return;
-    const int m = (flags >> kTokenRowShift) * kTokenTile + threadIdx.x % 128 / 32 * 16 +
-                  threadIdx.x % 32 / 4;
+    const int m =
+        (flags >> kTokenRowShift) * kTokenTile + threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
     const T* values = static_cast<const T*>(args.bias);
     if (m < args.out_features) bias[0] = values[m];
     if (m + 8 < args.out_features) bias[1] = values[m + 8];
   }
 
-  // acc (+)= weight tile · x tile, asynchronously. Descriptors count 16-byte units; a k16 step is 32
-  // bytes along a K-major row, or 16 rows of 128 bytes of an MN-major tile.
+  // acc (+)= weight tile · x tile, asynchronously. Descriptors count 16-byte units; a k16 step is
+  // 32 bytes along a K-major row, or 16 rows of 128 bytes of an MN-major tile.
   __device__ void multiply(float (&acc)[32], uint32_t weight, uint32_t x, bool accumulate) {
     const uint64_t a =
         kTransposed ? device::descriptor_mn_major(weight, 0) : device::descriptor_k_major(weight);
@@ -424,8 +425,8 @@ __global__ void __launch_bounds__(kTokenThreads, 1)
     ring += args.stages[w] * kTokenTileBytes;
   }
   if (warpgroup < kTokenWarpgroups) {
-    tokens::Consumer<T, kTransposed> consumer{
-        maps, args, at, warpgroup, base, t_tile, ring, threadIdx.x % 128 == 0};
+    tokens::Consumer<T, kTransposed> consumer{maps, args,   at,   warpgroup,
+                                              base, t_tile, ring, threadIdx.x % 128 == 0};
     consumer.run();
   } else if (ring_index < kTokenWarpgroups) {
     tokens::produce_weights(maps, args, ring_index, ring, at);

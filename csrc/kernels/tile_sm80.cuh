@@ -1,8 +1,8 @@
 // Shared by the sm_80 kernels: a masked 2-D tile loader and warp-level products out of padded
 // shared-memory tiles.
 //
-// A tile is [rows][kCols] elements with every row padded by kPad bytes, which makes ldmatrix (16-bit
-// types) and scalar fragment loads (fp32) free of bank conflicts or nearly so.
+// A tile is [rows][kCols] elements with every row padded by kPad bytes, which makes ldmatrix
+// (16-bit types) and scalar fragment loads (fp32) free of bank conflicts or nearly so.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -26,8 +26,8 @@ struct Tile {
 };
 
 // Loads rows [0, valid_rows) x columns [0, valid_cols) of a row-major matrix into a tile, zeros
-// elsewhere. `vectors` says that rows are 16-byte aligned and valid_cols is a multiple of the vector:
-// then copies are asynchronous; otherwise elements are loaded one by one (rare shapes).
+// elsewhere. `vectors` says that rows are 16-byte aligned and valid_cols is a multiple of the
+// vector: then copies are asynchronous; otherwise elements are loaded one by one (rare shapes).
 template <typename T, int kRows, int kCols, int kThreads>
 __device__ __forceinline__ void load_tile(uint32_t tile, const T* source, int64_t stride,
                                           int valid_rows, int valid_cols, bool vectors) {
@@ -73,12 +73,11 @@ struct WarpProduct {
   }
 
   static __device__ __forceinline__ void run(float (&acc)[kMTiles][kNTiles][4], uint32_t a,
-                                             uint32_t b, int m0, int n0, int k0,
-                                             bool single_pass) {
+                                             uint32_t b, int m0, int n0, int k0, bool allow_tf32) {
     if constexpr (sizeof(T) == 2) {
       run16(acc, a, b, m0, n0, k0);
     } else {
-      run32(acc, a, b, m0, n0, k0, single_pass);
+      run32(acc, a, b, m0, n0, k0, allow_tf32);
     }
   }
 
@@ -118,9 +117,11 @@ struct WarpProduct {
     }
   }
 
+  // fp32 storage: tf32 tensor cores if one pass of tf32 is allowed, else plain fp32 arithmetic
+  // (three tf32 passes were tried: their error is several times that of fp32).
   static __device__ __forceinline__ void run32(float (&acc)[kMTiles][kNTiles][4], uint32_t a,
                                                uint32_t b, int m0, int n0, int k0,
-                                               bool single_pass) {
+                                               bool allow_tf32) {
     const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     auto load_a = [&](int m, int k) {
       return load_shared_float(kA == Order::kDirect ? at(a, m, k, kRowBytesA)
@@ -130,25 +131,55 @@ struct WarpProduct {
       return load_shared_float(kB == Order::kDirect ? at(b, n, k, kRowBytesB)
                                                     : at(b, k, n, kRowBytesB));
     };
+    if (!allow_tf32) {
+      // Each stage is summed on its own and then added: shorter chains of additions keep the error
+      // within that of cuBLAS. One pair of n8 tiles at a time, for the registers.
+#pragma unroll
+      for (int n = 0; n < kNTiles; n += 2) {
+        float sum[kMTiles][2][4] = {};
+#pragma unroll 4
+        for (int k = k0; k < k0 + kDepth; ++k) {
+          float cols[2][2];
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            cols[i / 2][i % 2] = load_b(n0 + (n + i / 2) * 8 + 2 * t + i % 2, k);
+          }
+#pragma unroll
+          for (int m = 0; m < kMTiles; ++m) {
+            const float rows[2] = {load_a(m0 + m * 16 + g, k), load_a(m0 + m * 16 + g + 8, k)};
+#pragma unroll
+            for (int i = 0; i < 8; ++i) {
+              sum[m][i / 4][i % 4] =
+                  fmaf(rows[i % 4 / 2], cols[i / 4][i % 2], sum[m][i / 4][i % 4]);
+            }
+          }
+        }
+#pragma unroll
+        for (int m = 0; m < kMTiles; ++m) {
+#pragma unroll
+          for (int i = 0; i < 8; ++i) acc[m][n + i / 4][i % 4] += sum[m][i / 4][i % 4];
+        }
+      }
+      return;
+    }
 #pragma unroll 2
     for (int k = k0; k < k0 + kDepth; k += 8) {
-      float af[kMTiles][4];
+      uint32_t af[kMTiles][4];
 #pragma unroll
       for (int m = 0; m < kMTiles; ++m) {
         const int mm = m0 + m * 16 + g;
-        af[m][0] = load_a(mm, k + t);
-        af[m][1] = load_a(mm + 8, k + t);
-        af[m][2] = load_a(mm, k + t + 4);
-        af[m][3] = load_a(mm + 8, k + t + 4);
+        af[m][0] = device::to_tf32(load_a(mm, k + t));
+        af[m][1] = device::to_tf32(load_a(mm + 8, k + t));
+        af[m][2] = device::to_tf32(load_a(mm, k + t + 4));
+        af[m][3] = device::to_tf32(load_a(mm + 8, k + t + 4));
       }
 #pragma unroll
       for (int n = 0; n < kNTiles; ++n) {
         const int nn = n0 + n * 8 + g;
-        const float bf[2] = {load_b(nn, k + t), load_b(nn, k + t + 4)};
+        const uint32_t b0 = device::to_tf32(load_b(nn, k + t));
+        const uint32_t b1 = device::to_tf32(load_b(nn, k + t + 4));
 #pragma unroll
-        for (int m = 0; m < kMTiles; ++m) {
-          device::mma_m16n8k8_fp32(acc[m][n], af[m], bf, single_pass);
-        }
+        for (int m = 0; m < kMTiles; ++m) device::mma_m16n8k8_tf32(acc[m][n], af[m], b0, b1);
       }
     }
   }

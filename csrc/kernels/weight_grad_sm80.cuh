@@ -1,5 +1,5 @@
-// Weight gradients on mma.sync, for every GPU from sm_80 on: dB[k] = dzᵀ_i x_j for every kept block,
-// du = dzᵀ t, dv = sᵀ x, dbias = Σ dz.
+// Weight gradients on mma.sync, for every GPU from sm_80 on: dB[k] = dzᵀ_i x_j for every kept
+// block, du = dzᵀ t, dv = sᵀ x, dbias = Σ dz.
 //
 // The gradients form a list of b x b output tiles, each a product over tokens of a column tile of
 // dz (or s) with a column tile of x (or t). A thread block takes one output tile and one span of
@@ -85,8 +85,7 @@ __device__ __forceinline__ GradTile<T> grad_tile(const GradArgs& args, int tile)
 }
 
 template <typename T, int kBlock>
-__global__ void __launch_bounds__(128)
-    weight_grad_sm80(const __grid_constant__ GradArgs args) {
+__global__ void __launch_bounds__(128) weight_grad_sm80(const __grid_constant__ GradArgs args) {
   using S = GradShape<T, kBlock>;
   extern __shared__ __align__(16) uint8_t shared[];
   const uint32_t base = device::smem_address(shared);
@@ -172,7 +171,8 @@ __global__ void reduce_weight_grad_sm80(const __grid_constant__ GradArgs args) {
   for (int s = 0; s < args.spans; ++s) sum += args.partial[s * count + i];
   const WeightGradParams& p = args.p;
   int tile = static_cast<int>(i / (kBlock * kBlock));
-  const int row = static_cast<int>(i % (kBlock * kBlock)) / kBlock, col = static_cast<int>(i % kBlock);
+  const int row = static_cast<int>(i % (kBlock * kBlock)) / kBlock,
+            col = static_cast<int>(i % kBlock);
   const T value = device::from_float<T>(sum);
   if (tile < args.num_blocks) {
     static_cast<T*>(p.dblocks)[i] = value;

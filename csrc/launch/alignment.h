@@ -8,8 +8,8 @@
 namespace pixelfly {
 
 inline bool aligned_rows(const void* data, int64_t stride, DType dtype) {
-  return data == nullptr || (reinterpret_cast<uintptr_t>(data) % 16 == 0 &&
-                             stride * size_of(dtype) % 16 == 0);
+  return data == nullptr ||
+         (reinterpret_cast<uintptr_t>(data) % 16 == 0 && stride * size_of(dtype) % 16 == 0);
 }
 
 }  // namespace pixelfly

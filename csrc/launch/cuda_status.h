@@ -7,17 +7,16 @@
 
 #include "pixelfly/status.h"
 
-#define PIXELFLY_CUDA(call)                                                          \
-  do {                                                                               \
-    const cudaError_t error_ = (call);                                               \
-    if (error_ != cudaSuccess) {                                                     \
-      return ::pixelfly::Status::cuda(std::string(#call ": ") +                      \
-                                      cudaGetErrorString(error_));                   \
-    }                                                                                \
+#define PIXELFLY_CUDA(call)                                                                  \
+  do {                                                                                       \
+    const cudaError_t error_ = (call);                                                       \
+    if (error_ != cudaSuccess) {                                                             \
+      return ::pixelfly::Status::cuda(std::string(#call ": ") + cudaGetErrorString(error_)); \
+    }                                                                                        \
   } while (0)
 
-#define PIXELFLY_RETURN_IF_ERROR(call)      \
-  do {                                      \
-    ::pixelfly::Status status_ = (call);    \
-    if (!status_.ok()) return status_;      \
+#define PIXELFLY_RETURN_IF_ERROR(call)   \
+  do {                                   \
+    ::pixelfly::Status status_ = (call); \
+    if (!status_.ok()) return status_;   \
   } while (0)

@@ -21,10 +21,10 @@ Status device_info(int32_t device_index, DeviceInfo* out) {
       return cudaDeviceGetAttribute(value, attribute, device_index);
     };
     int major = 0, minor = 0, sms = 0, shared = 0;
-    for (cudaError_t error : {get(cudaDevAttrComputeCapabilityMajor, &major),
-                              get(cudaDevAttrComputeCapabilityMinor, &minor),
-                              get(cudaDevAttrMultiProcessorCount, &sms),
-                              get(cudaDevAttrMaxSharedMemoryPerBlockOptin, &shared)}) {
+    for (cudaError_t error :
+         {get(cudaDevAttrComputeCapabilityMajor, &major),
+          get(cudaDevAttrComputeCapabilityMinor, &minor), get(cudaDevAttrMultiProcessorCount, &sms),
+          get(cudaDevAttrMaxSharedMemoryPerBlockOptin, &shared)}) {
       if (error != cudaSuccess) {
         return Status::cuda(std::string("cudaDeviceGetAttribute: ") + cudaGetErrorString(error));
       }

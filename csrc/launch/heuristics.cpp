@@ -16,7 +16,8 @@ constexpr int64_t kFewTokens = 256;
 
 Status cannot(const char* forced, const char* what) {
   return Status::unsupported(std::string("PIXELFLY_KERNEL=") + forced + " cannot serve this " +
-                             what + ": it needs a Hopper GPU, a 16-bit dtype, 16-byte aligned rows "
+                             what +
+                             ": it needs a Hopper GPU, a 16-bit dtype, 16-byte aligned rows "
                              "and a block size and rank that the kernel covers");
 }
 

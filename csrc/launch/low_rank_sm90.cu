@@ -1,11 +1,10 @@
-#include "launch/low_rank_sm90.h"
-
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
 #include "kernels/low_rank_sm90.cuh"
 #include "launch/alignment.h"
 #include "launch/cuda_status.h"
+#include "launch/low_rank_sm90.h"
 #include "launch/tensor_map.h"
 
 namespace pixelfly {

@@ -1,7 +1,6 @@
-#include "launch/product_sm80.h"
-
 #include "kernels/product_sm80.cuh"
 #include "launch/alignment.h"
+#include "launch/product_sm80.h"
 
 namespace pixelfly {
 namespace sm80 {
@@ -31,10 +30,10 @@ void set_vectors(ProductArgs* args) {
   args->t_vectors = rows(p.t, p.t_stride, args->rank);
   args->factor_vectors =
       rows(p.factor, p.factor_stride, p.transposed ? p.out_features : args->rank);
-  args->y_vectors = rows(p.y, p.y_stride, p.out_features) &&
-                    rows(p.preact, p.preact_stride, p.out_features);
-  args->epilogue_vectors = rows(p.z, p.z_stride, p.out_features) &&
-                           rows(p.residual, p.residual_stride, p.out_features);
+  args->y_vectors =
+      rows(p.y, p.y_stride, p.out_features) && rows(p.preact, p.preact_stride, p.out_features);
+  args->epilogue_vectors =
+      rows(p.z, p.z_stride, p.out_features) && rows(p.residual, p.residual_stride, p.out_features);
 }
 
 }  // namespace

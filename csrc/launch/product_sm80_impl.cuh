@@ -11,8 +11,8 @@ template <typename T, int kBlock, bool kTransposed>
 Status launch_one(const ProductArgs& args, Stream stream) {
   using S = ProductShape<T, kBlock>;
   auto kernel = product_sm80<T, kBlock, kTransposed>;
-  PIXELFLY_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                     S::kSharedBytes));
+  PIXELFLY_CUDA(
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, S::kSharedBytes));
   const int64_t token_tiles = (args.p.tokens + kProductTokens - 1) / kProductTokens;
   const int64_t grid = token_tiles * args.out_tiles;
   if (grid > INT32_MAX) return Status::unsupported("product_sm80: more than 2^31 output tiles");

@@ -1,5 +1,3 @@
-#include "launch/product_sm90.h"
-
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -8,6 +6,7 @@
 #include "kernels/product_sm90.cuh"
 #include "launch/alignment.h"
 #include "launch/cuda_status.h"
+#include "launch/product_sm90.h"
 #include "launch/tensor_map.h"
 
 namespace pixelfly {
@@ -59,15 +58,17 @@ template <typename T>
 Status launch(const ProductParams& p, const GroupMaps& maps, const GroupArgs& args, int grid,
               int shared_bytes, Stream stream) {
   const bool quads = p.header->block_size == 32;
-  auto kernel = p.transposed ? (quads ? launch_kernel<T, true, true> : launch_kernel<T, true, false>)
-                             : (quads ? launch_kernel<T, false, true> : launch_kernel<T, false, false>);
+  auto kernel = p.transposed
+                    ? (quads ? launch_kernel<T, true, true> : launch_kernel<T, true, false>)
+                    : (quads ? launch_kernel<T, false, true> : launch_kernel<T, false, false>);
   return kernel(maps, args, grid, shared_bytes, stream);
 }
 
 }  // namespace
 
 bool product_sm90_supports(const ProductParams& p, const DeviceInfo& device) {
-  if (device.arch != 90 || p.dtype == DType::kFloat32 || section_of(p).num_groups == 0) return false;
+  if (device.arch != 90 || p.dtype == DType::kFloat32 || section_of(p).num_groups == 0)
+    return false;
   if (p.z != nullptr && (p.residual != nullptr || !p.transposed)) return false;
   if (p.transposed && p.z == nullptr && p.activation != Activation::kNone) return false;
   auto aligned = [&](const void* data, int64_t stride) {
@@ -75,8 +76,7 @@ bool product_sm90_supports(const ProductParams& p, const DeviceInfo& device) {
   };
   return aligned(p.x, p.x_stride) && aligned(p.blocks, 0) && aligned(p.factor, p.factor_stride) &&
          aligned(p.t, p.t_stride) && aligned(p.residual, p.residual_stride) &&
-         aligned(p.z, p.z_stride) && aligned(p.y, p.y_stride) &&
-         aligned(p.preact, p.preact_stride);
+         aligned(p.z, p.z_stride) && aligned(p.y, p.y_stride) && aligned(p.preact, p.preact_stride);
 }
 
 Status launch_product_sm90(const ProductParams& p, const DeviceInfo& device, Stream stream) {

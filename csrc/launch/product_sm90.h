@@ -11,5 +11,4 @@ namespace pixelfly {
 bool product_sm90_supports(const ProductParams& p, const DeviceInfo& device);
 Status launch_product_sm90(const ProductParams& p, const DeviceInfo& device, Stream stream);
 
-
 }  // namespace pixelfly

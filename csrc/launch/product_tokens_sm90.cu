@@ -1,5 +1,3 @@
-#include "launch/product_tokens_sm90.h"
-
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -7,6 +5,7 @@
 
 #include "kernels/product_tokens_sm90.cuh"
 #include "launch/cuda_status.h"
+#include "launch/product_tokens_sm90.h"
 #include "launch/tensor_map.h"
 
 namespace pixelfly {
@@ -43,7 +42,7 @@ bool product_tokens_sm90_supports(const ProductParams& p, const DeviceInfo& devi
     return false;
   }
   if (p.header->rank > 0 && p.factor_in == nullptr) return false;  // this kernel makes t itself
-  if (p.z != nullptr && p.residual != nullptr) return false;  // one auxiliary tile at a time
+  if (p.z != nullptr && p.residual != nullptr) return false;       // one auxiliary tile at a time
   auto aligned = [](const void* pointer, int64_t stride) {
     return pointer == nullptr ||
            (reinterpret_cast<uintptr_t>(pointer) % 16 == 0 && stride % 8 == 0);
@@ -55,14 +54,14 @@ bool product_tokens_sm90_supports(const ProductParams& p, const DeviceInfo& devi
          aligned(p.preact, p.preact_stride) && weight_slots(p, device) >= 3 * kTokenWarpgroups;
 }
 
-Status launch_product_tokens_sm90(const ProductParams& p, const DeviceInfo& device,
-                                  Stream stream) {
+Status launch_product_tokens_sm90(const ProductParams& p, const DeviceInfo& device, Stream stream) {
   if (p.tokens == 0) return Status::success();
   const PlanHeader& h = *p.header;
   TokenMaps maps;
   auto map = [&](CUtensorMap* out, const void* data, int64_t rows, int64_t cols, int64_t stride) {
     // Absent operands get x's map: it is never used, but must be a valid parameter.
-    if (data == nullptr) return encode_tile_map(out, p.dtype, p.x, p.tokens, p.in_features, p.x_stride);
+    if (data == nullptr)
+      return encode_tile_map(out, p.dtype, p.x, p.tokens, p.in_features, p.x_stride);
     return encode_tile_map(out, p.dtype, data, rows, cols, stride);
   };
   const int64_t b = h.block_size;

@@ -39,12 +39,11 @@ Status encode_tile_map(CUtensorMap* out, DType dtype, const void* data, int64_t 
   const cuuint64_t strides[1] = {static_cast<cuuint64_t>(stride * size_of(dtype))};
   const cuuint32_t box[2] = {static_cast<cuuint32_t>(box_cols), static_cast<cuuint32_t>(box_rows)};
   const cuuint32_t steps[2] = {1, 1};
-  const CUresult result =
-      encode(out, type_of(dtype), 2, const_cast<void*>(data), sizes, strides, box, steps,
-             CU_TENSOR_MAP_INTERLEAVE_NONE,
-             box_cols * size_of(dtype) == 64 ? CU_TENSOR_MAP_SWIZZLE_64B
-                                             : CU_TENSOR_MAP_SWIZZLE_128B,
-             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const CUresult result = encode(
+      out, type_of(dtype), 2, const_cast<void*>(data), sizes, strides, box, steps,
+      CU_TENSOR_MAP_INTERLEAVE_NONE,
+      box_cols * size_of(dtype) == 64 ? CU_TENSOR_MAP_SWIZZLE_64B : CU_TENSOR_MAP_SWIZZLE_128B,
+      CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result == CUDA_SUCCESS) return Status::success();
   return Status::cuda("cuTensorMapEncodeTiled failed with " + std::to_string(result) + " for a " +
                       std::to_string(rows) + " x " + std::to_string(cols) + " matrix of stride " +

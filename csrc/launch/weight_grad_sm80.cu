@@ -1,10 +1,9 @@
-#include "launch/weight_grad_sm80.h"
-
 #include <algorithm>
 
 #include "kernels/weight_grad_sm80.cuh"
 #include "launch/alignment.h"
 #include "launch/cuda_status.h"
+#include "launch/weight_grad_sm80.h"
 
 namespace pixelfly {
 namespace sm80 {
@@ -60,8 +59,7 @@ size_t weight_grad_workspace_sm80(const WeightGradParams& p, const DeviceInfo& d
   return static_cast<size_t>(std::max(args.spans * tiles * b * b, bias)) * sizeof(float);
 }
 
-Status launch_weight_grad_sm80(const WeightGradParams& p, const DeviceInfo& device,
-                               Stream stream) {
+Status launch_weight_grad_sm80(const WeightGradParams& p, const DeviceInfo& device, Stream stream) {
   const sm80::GradArgs args = sm80::make_args(p, device);
   switch (p.dtype) {
     case DType::kBFloat16: return sm80::launch_weight_grad_bf16(args, p.header->block_size, stream);

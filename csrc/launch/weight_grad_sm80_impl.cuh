@@ -11,8 +11,8 @@ template <typename T, int kBlock>
 Status launch_grad_block(const GradArgs& args, Stream stream) {
   using S = GradShape<T, kBlock>;
   auto kernel = weight_grad_sm80<T, kBlock>;
-  PIXELFLY_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                     S::kSharedBytes));
+  PIXELFLY_CUDA(
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, S::kSharedBytes));
   const int64_t tiles = int64_t{args.num_blocks} + args.du_tiles + args.dv_tiles;
   kernel<<<static_cast<unsigned>(tiles * args.spans), S::kThreads, S::kSharedBytes, stream>>>(args);
   PIXELFLY_CUDA(cudaGetLastError());
@@ -31,7 +31,7 @@ Status launch_bias_grad(const GradArgs& args, Stream stream) {
   float* partial = args.partial;  // after the tiles' partial sums were consumed
   const dim3 grid(static_cast<unsigned>((p.out_features + 31) / 32), spans);
   bias_grad_partial<T><<<grid, dim3(32, 8), 0, stream>>>(static_cast<const T*>(p.dz), p.dz_stride,
-                                                        p.tokens, p.out_features, partial);
+                                                         p.tokens, p.out_features, partial);
   PIXELFLY_CUDA(cudaGetLastError());
   bias_grad_reduce<T><<<static_cast<unsigned>((p.out_features + 127) / 128), 128, 0, stream>>>(
       partial, static_cast<int>(spans), p.out_features, static_cast<T*>(p.dbias));

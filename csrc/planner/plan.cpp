@@ -23,8 +23,8 @@ void check(const LayoutView& layout) {
     const int32_t row = layout.row_idx[k], col = layout.col_idx[k];
     if (row < 0 || row >= layout.num_rows() || col < 0 || col >= layout.num_cols()) {
       fail("block " + std::to_string(k) + " at (" + std::to_string(row) + ", " +
-           std::to_string(col) + ") lies outside the grid of " +
-           std::to_string(layout.num_rows()) + " x " + std::to_string(layout.num_cols()));
+           std::to_string(col) + ") lies outside the grid of " + std::to_string(layout.num_rows()) +
+           " x " + std::to_string(layout.num_cols()));
     }
     const int64_t key = static_cast<int64_t>(row) * layout.num_cols() + col;
     if (key <= previous) fail("blocks must be in row-major order without repeats");

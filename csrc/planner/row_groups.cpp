@@ -60,7 +60,8 @@ std::vector<Row> tile_rows(const LayoutView& layout, bool transposed) {
     const int32_t in = transposed ? layout.row_idx[k] : layout.col_idx[k];
     for (int32_t o = out * sub; o < std::min((out + 1) * sub, out_tiles); ++o) {
       for (int32_t x = in * sub; x < std::min((in + 1) * sub, x_tiles); ++x) {
-        const int32_t stored_row = (transposed ? x : o) % sub, stored_col = (transposed ? o : x) % sub;
+        const int32_t stored_row = (transposed ? x : o) % sub,
+                      stored_col = (transposed ? o : x) % sub;
         rows[static_cast<size_t>(o)].push_back({x, (k * sub + stored_row) * sub + stored_col});
       }
     }
@@ -101,7 +102,8 @@ std::vector<std::pair<int32_t, int32_t>> pair_rows(const std::vector<Row>& rows,
     touched.clear();
     for (const Entry& e : rows[static_cast<size_t>(i)]) {
       auto& list = users[static_cast<size_t>(e.x_tile)];  // descending: the nearest come last
-      while (!list.empty() && (list.back() <= i || partner[static_cast<size_t>(list.back())] >= 0)) {
+      while (!list.empty() &&
+             (list.back() <= i || partner[static_cast<size_t>(list.back())] >= 0)) {
         list.pop_back();
       }
       const size_t first = list.size() > kCandidates ? list.size() - kCandidates : 0;
@@ -265,8 +267,8 @@ GroupSection append_row_groups(PlanBuilder& builder, const LayoutView& layout, b
 
   std::vector<std::vector<GroupStep>> lists;
   for (const auto& [a, b] : pairs) {
-    lists.push_back(merge(&rows[static_cast<size_t>(a)],
-                          b < 0 ? nullptr : &rows[static_cast<size_t>(b)]));
+    lists.push_back(
+        merge(&rows[static_cast<size_t>(a)], b < 0 ? nullptr : &rows[static_cast<size_t>(b)]));
   }
   for (size_t begin = 0; begin < lists.size(); begin += kGroupThreadBlocks) {
     std::vector<std::vector<GroupStep>*> side_by_side;

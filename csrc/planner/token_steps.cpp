@@ -26,8 +26,8 @@ std::vector<std::vector<TokenStep>> output_rows(const LayoutView& layout, bool t
     for (int32_t o = out * sub; o < std::min((out + 1) * sub, out_tiles); ++o) {
       for (int32_t x = in * sub; x < std::min((in + 1) * sub, x_tiles); ++x) {
         const int32_t row_half = (transposed ? x : o) % sub, col_half = (transposed ? o : x) % sub;
-        rows[static_cast<size_t>(o)].push_back({x, col_half * kTokenTile,
-                                                k * layout.block_size + row_half * kTokenTile, 0});
+        rows[static_cast<size_t>(o)].push_back(
+            {x, col_half * kTokenTile, k * layout.block_size + row_half * kTokenTile, 0});
       }
     }
   }
@@ -103,8 +103,9 @@ TokenSection append_token_steps(PlanBuilder& builder, const LayoutView& layout, 
     if (row.empty()) row.push_back({0, 0, 0, kTokenNoProduct});
     row.front().flags |= kTokenRowBegin;
     row.back().flags |= kTokenRowEnd;
-    auto& list = *std::min_element(
-        lists.begin(), lists.end(), [](const auto& a, const auto& b) { return a.size() < b.size(); });
+    auto& list = *std::min_element(lists.begin(), lists.end(), [](const auto& a, const auto& b) {
+      return a.size() < b.size();
+    });
     for (auto& step : row) {
       step.flags |= o << kTokenRowShift;
       list.push_back(step);

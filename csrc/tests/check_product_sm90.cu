@@ -25,13 +25,13 @@
 
 using namespace pixelfly;
 
-#define CHECK_CUDA(call)                                                                   \
-  do {                                                                                     \
-    const cudaError_t e_ = (call);                                                         \
-    if (e_ != cudaSuccess) {                                                               \
-      std::printf("%s:%d %s: %s\n", __FILE__, __LINE__, #call, cudaGetErrorString(e_));    \
-      std::exit(1);                                                                        \
-    }                                                                                      \
+#define CHECK_CUDA(call)                                                                \
+  do {                                                                                  \
+    const cudaError_t e_ = (call);                                                      \
+    if (e_ != cudaSuccess) {                                                            \
+      std::printf("%s:%d %s: %s\n", __FILE__, __LINE__, #call, cudaGetErrorString(e_)); \
+      std::exit(1);                                                                     \
+    }                                                                                   \
   } while (0)
 
 template <typename T>
@@ -140,7 +140,8 @@ LayoutView make_layout(const Case& c) {
   std::mt19937 random(7);
   for (int64_t i = 0; i < rows; ++i) {
     for (int64_t j = 0; j < cols; ++j) {
-      const auto e = static_cast<uint64_t>(i * cells / rows) ^ static_cast<uint64_t>(j * cells / cols);
+      const auto e =
+          static_cast<uint64_t>(i * cells / rows) ^ static_cast<uint64_t>(j * cells / cols);
       const bool butterfly = (e & (e - 1)) == 0;
       bool keep = butterfly;
       if (c.kind == Kind::kRandom) keep = random() % 100 < 30 && i % 3 != 1 && j % 4 != 2;
@@ -224,7 +225,8 @@ int run(const Case& c, bool timing) {
   CHECK_CUDA(cudaMalloc(&device_plan, plan.size() * 4));
   arena.all.push_back(device_plan);
   CHECK_CUDA(cudaMemcpy(device_plan, plan.data(), plan.size() * 4, cudaMemcpyHostToDevice));
-  const int sets = !timing ? 1 : std::clamp(static_cast<int>(300e6 / (2.0 * c.T * (in + out))), 2, 6);
+  const int sets =
+      !timing ? 1 : std::clamp(static_cast<int>(300e6 / (2.0 * c.T * (in + out))), 2, 6);
   ProductParams base{};
   base.dtype = std::is_same_v<T, __half> ? DType::kFloat16 : DType::kBFloat16;
   base.transposed = c.transposed;
@@ -241,7 +243,8 @@ int run(const Case& c, bool timing) {
   base.activation = c.activation;
   base.header = &h;
   base.plan = device_plan;
-  const T* factor_in = c.form_t ? arena.data(size_t(in) * c.rank, 53, 1.f / std::sqrt(in)) : nullptr;
+  const T* factor_in =
+      c.form_t ? arena.data(size_t(in) * c.rank, 53, 1.f / std::sqrt(in)) : nullptr;
   std::vector<ProductParams> params(sets, base);
   for (int i = 0; i < sets; ++i) {
     ProductParams& p = params[i];
@@ -254,10 +257,13 @@ int run(const Case& c, bool timing) {
   }
 
   char name[160];
-  std::snprintf(name, sizeof name, "T%ld %d->%d b%d r%d %s kind%d act%d%s%s%s%s%s", long(c.T), c.K, c.N,
-                c.b, c.rank, c.transposed ? "dx " : "fwd", int(c.kind), int(c.activation),
+  std::snprintf(name, sizeof name, "T%ld %d->%d b%d r%d %s kind%d act%d%s%s%s%s%s", long(c.T), c.K,
+                c.N, c.b, c.rank, c.transposed ? "dx " : "fwd", int(c.kind), int(c.activation),
                 c.bias ? " bias" : "", c.preact ? " pre" : "", c.residual ? " res" : "",
-                c.z ? " z" : "", std::is_same_v<T, __half> ? " fp16" : c.form_t ? " +t" : "");
+                c.z ? " z" : "",
+                std::is_same_v<T, __half> ? " fp16"
+                : c.form_t                ? " +t"
+                                          : "");
   if (!product_sm90_supports(params[0], device)) {
     std::printf("FAIL %s: not supported\n", name);
     return 1;
@@ -270,9 +276,10 @@ int run(const Case& c, bool timing) {
   auto launch = [&](int i, cudaStream_t stream) {
     const ProductParams& p = params[i % sets];
     if (c.form_t) {
-      must(launch_low_rank_sm90({p.dtype, false, p.transposed, p.tokens, p.in_features, c.rank, p.x,
-                                 p.x_stride, factor_in, p.transposed ? c.rank : in, p.t, p.t_stride},
-                                device, stream));
+      must(
+          launch_low_rank_sm90({p.dtype, false, p.transposed, p.tokens, p.in_features, c.rank, p.x,
+                                p.x_stride, factor_in, p.transposed ? c.rank : in, p.t, p.t_stride},
+                               device, stream));
     }
     must(launch_product_sm90(p, device, stream));
   };
@@ -280,11 +287,22 @@ int run(const Case& c, bool timing) {
   CHECK_CUDA(cudaDeviceSynchronize());
 
   const ProductParams& p = params[0];
-  const Operand o{p.x, p.blocks, p.t, p.factor, p.bias, p.residual, p.z,
+  const Operand o{p.x,
+                  p.blocks,
+                  p.t,
+                  p.factor,
+                  p.bias,
+                  p.residual,
+                  p.z,
                   device_plan + (c.transposed ? h.col_ptr_offset : h.row_ptr_offset),
                   device_plan + (c.transposed ? h.t_row_offset : h.col_idx_offset),
                   c.transposed ? device_plan + h.t_block_offset : nullptr,
-                  in, out, c.b, c.rank, c.transposed, c.activation};
+                  in,
+                  out,
+                  c.b,
+                  c.rank,
+                  c.transposed,
+                  c.activation};
   double sums[8];
   double* device_sums;
   float *want_y, *want_preact;
@@ -296,7 +314,8 @@ int run(const Case& c, bool timing) {
   arena.all.insert(arena.all.end(), {device_sums, want_y, want_preact});
   for (int64_t first = 0; first < c.T; first += chunk) {
     const int64_t n = std::min(chunk, c.T - first);
-    reference<T><<<dim3((out + 63) / 64, (n + 3) / 4), dim3(64, 4)>>>(o, want_y, want_preact, first, n);
+    reference<T>
+        <<<dim3((out + 63) / 64, (n + 3) / 4), dim3(64, 4)>>>(o, want_y, want_preact, first, n);
     compare<<<512, 256>>>(want_y, static_cast<const T*>(p.y) + first * out, n * out, device_sums);
     if (!c.preact) continue;
     compare<<<512, 256>>>(want_preact, static_cast<const T*>(p.preact) + first * out, n * out,
@@ -318,8 +337,9 @@ int run(const Case& c, bool timing) {
   }
   auto relative = [&](int i) { return std::sqrt(sums[i] / std::max(sums[i + 1], 1e-30)); };
   if (bad || !timing) {
-    std::printf("%s %-60s err %.1e nan %.0f out %.0f | preact %.1e %.0f %.0f\n", bad ? "FAIL" : "ok  ",
-                name, relative(0), sums[2], sums[3], relative(4), sums[6], sums[7]);
+    std::printf("%s %-60s err %.1e nan %.0f out %.0f | preact %.1e %.0f %.0f\n",
+                bad ? "FAIL" : "ok  ", name, relative(0), sums[2], sums[3], relative(4), sums[6],
+                sums[7]);
   }
   if (!timing || bad) return bad;
 
@@ -373,8 +393,13 @@ int check() {
       bad += run<__nv_bfloat16>(c, false);
       bad += run<__half>(c, false);
     }
-    for (const auto& [K, N] : {std::pair{768, 3072}, {3072, 768}, {4096, 4096}, {2560, 10240},
-                               {8192, 8192}, {1600, 6400}, {16384, 17000}}) {
+    for (const auto& [K, N] : {std::pair{768, 3072},
+                               {3072, 768},
+                               {4096, 4096},
+                               {2560, 10240},
+                               {8192, 8192},
+                               {1600, 6400},
+                               {16384, 17000}}) {
       bad += run<__nv_bfloat16>({3000, K, N, 64, 64, Kind::kButterfly, transposed}, false);
     }
     bad += run<__nv_bfloat16>({3000, 4096, 4096, 64, 0, Kind::kGlobal, transposed}, false);
@@ -389,10 +414,10 @@ int time_all(const std::string& filter) {
     int K, N;
     double dense, dense_dx;
   };
-  const Shape shapes[] = {{25216, 768, 768, .053, .052},   {25216, 768, 3072, .19, .18},
-                          {25216, 3072, 768, .174, .19},   {16384, 1024, 1024, .057, .055},
-                          {16384, 1024, 4096, .21, .20},   {16384, 4096, 1024, .197, .21},
-                          {16384, 2048, 8192, .845, .79},  {16384, 4096, 4096, .81, .81},
+  const Shape shapes[] = {{25216, 768, 768, .053, .052},  {25216, 768, 3072, .19, .18},
+                          {25216, 3072, 768, .174, .19},  {16384, 1024, 1024, .057, .055},
+                          {16384, 1024, 4096, .21, .20},  {16384, 4096, 1024, .197, .21},
+                          {16384, 2048, 8192, .845, .79}, {16384, 4096, 4096, .81, .81},
                           {8192, 8192, 8192, 1.57, 1.58}};
   int bad = 0;
   auto go = [&](const Case& c, const std::string& tag) {

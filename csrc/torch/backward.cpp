@@ -10,10 +10,10 @@ namespace {
 constexpr const char* kOp = "pixelfly::backward";
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
-    Tensor dy, Tensor x, Tensor blocks, OptionalTensor u, OptionalTensor v, Tensor t,
-    Tensor preact, Tensor plan, std::vector<int64_t> header_words, int64_t activation_index,
-    bool allow_tf32, bool deterministic, bool need_dx, bool need_dblocks, bool need_du,
-    bool need_dv, bool need_dbias) {
+    Tensor dy, Tensor x, Tensor blocks, OptionalTensor u, OptionalTensor v, Tensor t, Tensor preact,
+    Tensor plan, std::vector<int64_t> header_words, int64_t activation_index, bool allow_tf32,
+    bool deterministic, bool need_dx, bool need_dblocks, bool need_du, bool need_dv,
+    bool need_dbias) {
   const PlanHeader h = parse_header(header_words, plan, kOp);
   const DType dtype = dtype_of(x, kOp);
   const auto activation = static_cast<Activation>(activation_index);

@@ -44,7 +44,8 @@ inline DType dtype_of(const Tensor& t, const char* op) {
   return DType::kFloat32;
 }
 
-// Checks one operand against x: same device, same dtype, the shape given, contiguous last dimension.
+// Checks one operand against x: same device, same dtype, the shape given, contiguous last
+// dimension.
 inline void check_operand(const char* op, const char* name, const Tensor& t, const Tensor& x,
                           std::initializer_list<int64_t> shape) {
   STD_TORCH_CHECK(t.is_cuda() && t.get_device_index() == x.get_device_index(), op, ": ", name,
@@ -97,8 +98,9 @@ inline Tensor padded_rows(const Tensor& x, int64_t rows, int64_t cols) {
   return torch::stable::narrow(full, 1, 0, cols);
 }
 
-// The tensor itself if it starts at, and its rows are, multiples of 16 bytes; else a copy that does.
-// Slices of wider tensors and views into flat parameters may start anywhere; kernels read vectors.
+// The tensor itself if it starts at, and its rows are, multiples of 16 bytes; else a copy that
+// does. Slices of wider tensors and views into flat parameters may start anywhere; kernels read
+// vectors.
 inline Tensor aligned(const Tensor& t) {
   const int64_t size = t.scalar_type() == ScalarType::Float ? 4 : 2;
   const bool start = reinterpret_cast<uintptr_t>(t.data_ptr()) % 16 == 0;

@@ -38,8 +38,8 @@ std::tuple<Tensor, Tensor, Tensor> forward(Tensor x, Tensor blocks, OptionalTens
   residual = aligned(residual);
   Tensor y = torch::stable::new_empty(x, {tokens, n});
   Tensor t = padded_rows(x, tokens, h.rank);
-  Tensor preact = save_preact ? torch::stable::new_empty(x, {tokens, n})
-                              : torch::stable::new_empty(x, {0});
+  Tensor preact =
+      save_preact ? torch::stable::new_empty(x, {tokens, n}) : torch::stable::new_empty(x, {0});
 
   ProductParams p{};
   p.dtype = dtype;

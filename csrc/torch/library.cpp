@@ -1,4 +1,5 @@
-// Operator schemas. Implementations: CUDA beside this file, CPU, fakes and autograd in pixelfly/ops.
+// Operator schemas. Implementations: CUDA beside this file, CPU, fakes and autograd in
+// pixelfly/ops.
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(pixelfly, m) {

@@ -1,5 +1,6 @@
 // The launchers: the whole interface between the binding and the CUDA code. Each enqueues work on
-// `stream` and returns without synchronising; T == 0 is a valid no-op (weight gradients are zeroed).
+// `stream` and returns without synchronising; T == 0 is a valid no-op (weight gradients are
+// zeroed).
 #pragma once
 
 #include <cstddef>
@@ -21,9 +22,11 @@ Status launch_low_rank(const LowRankParams& p, const DeviceInfo& device, Stream 
 Status launch_product(const ProductParams& p, const DeviceInfo& device, Stream stream);
 size_t weight_grad_workspace(const WeightGradParams& p, const DeviceInfo& device);
 Status launch_weight_grad(const WeightGradParams& p, const DeviceInfo& device, Stream stream);
-Status launch_activation_grad(const ActivationGradParams& p, const DeviceInfo& device, Stream stream);
+Status launch_activation_grad(const ActivationGradParams& p, const DeviceInfo& device,
+                              Stream stream);
 
-// Names of the kernels that would serve a call, for ops.explain: e.g. "product_sm90<b=64, resident>".
+// Names of the kernels that would serve a call, for ops.explain: e.g. "product_sm90<b=64,
+// resident>".
 std::string explain_product(const ProductParams& p, const DeviceInfo& device);
 std::string explain_weight_grad(const WeightGradParams& p, const DeviceInfo& device);
 std::string explain_low_rank(const LowRankParams& p, const DeviceInfo& device);

@@ -20,7 +20,7 @@ struct DeviceInfo {
 // t = x · vᵀ, or s = dz · u when `transposed` (factor is then [features, rank]).
 struct LowRankParams {
   DType dtype;
-  bool allow_tf32;  // fp32 only: single-pass TF32; otherwise 3xTF32
+  bool allow_tf32;  // fp32 only: TF32 tensor cores; otherwise plain fp32 arithmetic
   bool transposed;
   int64_t tokens;
   int32_t features;  // contraction length: K (forward) or N (transposed)
@@ -44,7 +44,7 @@ struct ProductParams {
   int32_t out_features;  // result features: N, or K when transposed
   const void* x;         // [T, in_features]
   int64_t x_stride;
-  const void* blocks;  // [nnz, b, b]: out x in inside a block, whatever `transposed` is
+  const void* blocks;     // [nnz, b, b]: out x in inside a block, whatever `transposed` is
   const void* factor_in;  // v: [rank, K]; transposed: u: [N, rank]; null: t is given or rank is 0
   int64_t factor_in_stride;
   void* t;  // [T, rank] or null: written if factor_in is given (t = x · vᵀ), else read
@@ -65,8 +65,8 @@ struct ProductParams {
   const int32_t* plan;       // device
 };
 
-// dB[k] = dzᵀ_i x_j for every kept block, du = dzᵀ t, dv = sᵀ x, dbias = Σ_T dz. Null outputs are skipped.
-// Sums are fp32; results are rounded once to `dtype`.
+// dB[k] = dzᵀ_i x_j for every kept block, du = dzᵀ t, dv = sᵀ x, dbias = Σ_T dz. Null outputs are
+// skipped. Sums are fp32; results are rounded once to `dtype`.
 struct WeightGradParams {
   DType dtype;
   bool allow_tf32;
@@ -82,10 +82,10 @@ struct WeightGradParams {
   int64_t t_stride;
   const void* s;  // [T, rank] or null
   int64_t s_stride;
-  void* dblocks;  // [nnz, b, b] contiguous
-  void* du;       // [N, rank] contiguous
-  void* dv;       // [rank, K] contiguous
-  void* dbias;    // [N]
+  void* dblocks;    // [nnz, b, b] contiguous
+  void* du;         // [N, rank] contiguous
+  void* dv;         // [rank, K] contiguous
+  void* dbias;      // [N]
   void* workspace;  // weight_grad_workspace() bytes, 256-byte aligned, uninitialised
   const PlanHeader* header;
   const int32_t* plan;

@@ -5,9 +5,10 @@
 // host int[] so that launchers can choose grids and kernels without a device read.
 // All `*_offset` fields count int32 elements from the start of the array.
 //
-// Low rank is a border of the sparse matrix: with rank r and block size b, `rank_tiles = ceil(r / b)`
-// extra block columns (the tensor t = x vᵀ) follow the real ones, and in the transposed product the
-// same number of extra block columns (the tensor s = dy u) follow the block rows. A column index
+// Low rank is a border of the sparse matrix: with rank r and block size b, `rank_tiles = ceil(r /
+// b)` extra block columns (the tensor t = x vᵀ) follow the real ones, and in the transposed product
+// the same number of extra block columns (the tensor s = dy u) follow the block rows. A column
+// index
 // `>= num_cols` in a step therefore means "tile (index - num_cols) of t", and a block id `>= nnz`
 // means "the low-rank factor's tile for this output row".
 #pragma once
@@ -20,9 +21,9 @@ constexpr int32_t kPlanMagic = 0x70666c79;  // "pfly"
 constexpr int32_t kPlanVersion = 1;
 constexpr int kPlanHeaderSize = 64;
 
-// Schedule of the row-group product (kernels/product_sm90.cuh). Everything is in units of 64x64 tiles,
-// whatever the block size (32, 64 or 128): output tiles, x tiles (tile >= num_x_tiles: tile of t)
-// and weight tiles. With 32x32 blocks a weight tile is four blocks, absent ones being zero.
+// Schedule of the row-group product (kernels/product_sm90.cuh). Everything is in units of 64x64
+// tiles, whatever the block size (32, 64 or 128): output tiles, x tiles (tile >= num_x_tiles: tile
+// of t) and weight tiles. With 32x32 blocks a weight tile is four blocks, absent ones being zero.
 constexpr int kGroupTile = 64;
 
 // One step of a row group: a tile of x columns and the weight tiles that multiply it.
@@ -60,13 +61,13 @@ constexpr int kGroupThreadBlocks = 132;
 
 // A set of row groups covering every output tile exactly once (rows with no blocks included).
 struct GroupSection {
-  int32_t num_groups;  // 0: no schedule (block size not served)
+  int32_t num_groups;     // 0: no schedule (block size not served)
   int32_t groups_offset;  // RowGroup[num_groups]
   int32_t steps_offset;   // GroupStep[...]
   int32_t quads_offset;   // GroupQuad[], block size 32 only
   int32_t units_offset;   // GroupUnit[num_units]
   int32_t num_units;
-  int32_t max_blocks;     // weight tiles (low-rank ones included) of the largest group
+  int32_t max_blocks;  // weight tiles (low-rank ones included) of the largest group
 };
 
 // Gradient outputs one thread block accumulates: up to two rows of dy (one per warpgroup), each
@@ -75,8 +76,8 @@ constexpr int kGradTiles = 12;
 constexpr int kGradOutputs = 6;
 struct GradChunk {
   int32_t num_tiles;
-  int32_t tile_col[kGradTiles];           // block column of x; >= num_cols: tile of t
-  int32_t row[2];                         // block row of dy; >= num_rows: tile of s; -1: idle
+  int32_t tile_col[kGradTiles];  // block column of x; >= num_cols: tile of t
+  int32_t row[2];                // block row of dy; >= num_rows: tile of s; -1: idle
   int32_t num_outputs[2];
   int32_t output_tile[2][kGradOutputs];   // index into tile_col
   int32_t output_block[2][kGradOutputs];  // block id; for low-rank tiles see grad_chunks.h
@@ -97,12 +98,12 @@ constexpr int kTokenTile = 64;
 constexpr int kTokenWarpgroups = PIXELFLY_TOKEN_WARPGROUPS;
 
 enum TokenFlags : int32_t {
-  kTokenRowBegin = 1,   // start a new accumulator from the bias
-  kTokenRowEnd = 2,     // the output tile is complete: run the epilogue
-  kTokenRelease = 4,    // this warpgroup's last use of the x tile within a token tile
-  kTokenFactorIn = 8,   // the weight tile comes from v (transposed: u); the row makes the t tile
-  kTokenFactorOut = 16, // the weight tile comes from u (transposed: v) and multiplies the t tile
-  kTokenNoProduct = 32, // an output tile without blocks: epilogue only
+  kTokenRowBegin = 1,    // start a new accumulator from the bias
+  kTokenRowEnd = 2,      // the output tile is complete: run the epilogue
+  kTokenRelease = 4,     // this warpgroup's last use of the x tile within a token tile
+  kTokenFactorIn = 8,    // the weight tile comes from v (transposed: u); the row makes the t tile
+  kTokenFactorOut = 16,  // the weight tile comes from u (transposed: v) and multiplies the t tile
+  kTokenNoProduct = 32,  // an output tile without blocks: epilogue only
 };
 constexpr int kTokenRowShift = 8;  // flags >> kTokenRowShift: the output tile
 
@@ -120,12 +121,12 @@ struct TokenLoad {
 };
 
 struct TokenSection {
-  int32_t num_x_tiles;    // 0: no schedule (block size or rank not served)
-  int32_t steps_offset;   // TokenStep[], one run per warpgroup
-  int32_t num_steps[4];   // steps of each warpgroup
-  int32_t loads_offset;   // TokenLoad[num_loads]
+  int32_t num_x_tiles;   // 0: no schedule (block size or rank not served)
+  int32_t steps_offset;  // TokenStep[], one run per warpgroup
+  int32_t num_steps[4];  // steps of each warpgroup
+  int32_t loads_offset;  // TokenLoad[num_loads]
   int32_t num_loads;
-  int32_t t_users;        // warpgroups that read the t tile
+  int32_t t_users;  // warpgroups that read the t tile
 };
 
 struct PlanHeader {

@@ -1,5 +1,5 @@
-// What a launcher returns. The binding turns anything but ok() into a Python exception; nothing below
-// the binding throws, exits or prints.
+// What a launcher returns. The binding turns anything but ok() into a Python exception; nothing
+// below the binding throws, exits or prints.
 #pragma once
 
 #include <cstdint>
