@@ -8,8 +8,8 @@ Environment:
     PIXELFLY_BUILD_LOG      file that receives the kernels' register and spill report
     CUDA_HOME               toolkit to use; default: the one nvcc on PATH belongs to
 
-The kernels do not depend on torch, and the operators only on torch's stable ABI, so one build serves
-every torch from 2.11 on, CPU or CUDA, and compiles where there is no GPU.
+The kernels do not depend on torch, and the operators only on torch's stable ABI, so one build
+serves every torch from 2.11 on, CPU or CUDA, and compiles where there is no GPU.
 """
 
 import os
@@ -56,8 +56,8 @@ def find_nvcc() -> str | None:
         )
     print(
         "pixelfly: nvcc was not found, so this is a CPU-only build: everything runs, on the CPU.\n"
-        "pixelfly: for the CUDA kernels install the CUDA toolkit (12.8 or newer), put nvcc on PATH,\n"
-        "pixelfly: and run: PIXELFLY_FORCE_CUDA=1 pip install --force-reinstall --no-deps .",
+        "pixelfly: for the CUDA kernels install the CUDA toolkit (12.8 or newer), put nvcc on\n"
+        "pixelfly: PATH, and run: PIXELFLY_FORCE_CUDA=1 pip install --force-reinstall --no-deps .",
         file=sys.stderr,
     )
     return None
