@@ -147,6 +147,32 @@ struct Wgmma<__half, 128, kTransA, kTransB> {
   }
 };
 
+template <bool kTransA, bool kTransB>
+struct Wgmma<__nv_bfloat16, 8, kTransA, kTransB> {
+  static __device__ __forceinline__ void run(float (&d)[4], uint64_t a, uint64_t b,
+                                             int accumulate) {
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %6, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%0, %1, %2, %3}, %4, %5, p, 1, 1, "
+        "%7, %8;\n}\n"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "l"(a), "l"(b), "r"(accumulate), "n"(int(kTransA)), "n"(int(kTransB)));
+  }
+};
+
+template <bool kTransA, bool kTransB>
+struct Wgmma<__half, 8, kTransA, kTransB> {
+  static __device__ __forceinline__ void run(float (&d)[4], uint64_t a, uint64_t b,
+                                             int accumulate) {
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %6, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n8k16.f32.f16.f16 {%0, %1, %2, %3}, %4, %5, p, 1, 1, "
+        "%7, %8;\n}\n"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "l"(a), "l"(b), "r"(accumulate), "n"(int(kTransA)), "n"(int(kTransB)));
+  }
+};
+
 // d (+)= a · b for one k16 step; accumulate == 0 overwrites d.
 template <typename T, bool kTransA, bool kTransB, int kRegisters>
 __device__ __forceinline__ void wgmma(float (&d)[kRegisters], uint64_t a, uint64_t b,

@@ -1,0 +1,114 @@
+#include "launch/weight_grad_sm90.h"
+
+#include <algorithm>
+
+#include "kernels/weight_grad_sm90.cuh"
+#include "launch/alignment.h"
+#include "launch/cuda_status.h"
+#include "launch/tensor_map.h"
+
+namespace pixelfly {
+namespace {
+
+// Token spans per chunk. Chunks x spans thread blocks run in waves of one per SM; each costs its share
+// of the tokens plus a fixed part (fill, drain, partial sums) worth about this many stages.
+int choose_spans(int chunks, int total_steps, int num_sms) {
+  constexpr double kFixedSteps = 10;
+  constexpr int kMinSteps = 8, kMaxSpans = 64;
+  int best = 1;
+  double best_cost = 1e30;
+  for (int spans = 1; spans <= kMaxSpans && total_steps / spans >= (spans > 1 ? kMinSteps : 0);
+       ++spans) {
+    const int waves = (chunks * spans + num_sms - 1) / num_sms;
+    const int steps = (total_steps + spans - 1) / spans;
+    // Every span beyond the first adds partial sums that the reduction reads back.
+    const double cost = waves * (steps + kFixedSteps) + (spans > 1 ? 4 + 0.5 * spans : 0);
+    if (cost < best_cost) {
+      best = spans;
+      best_cost = cost;
+    }
+  }
+  return best;
+}
+
+GradKernelArgs make_args(const WeightGradParams& p, const DeviceInfo& device) {
+  const PlanHeader& h = *p.header;
+  GradKernelArgs args{};
+  args.chunks = reinterpret_cast<const GradChunk*>(p.plan + h.grad.chunks_offset);
+  args.num_chunks = h.grad.num_chunks;
+  args.total_steps = static_cast<int32_t>((p.tokens + kGradTokens - 1) / kGradTokens);
+  const int spans = choose_spans(args.num_chunks, args.total_steps, device.num_sms);
+  args.span_steps = (args.total_steps + spans - 1) / spans;
+  args.spans = (args.total_steps + args.span_steps - 1) / args.span_steps;
+  args.block_parts = h.block_size / 64;
+  args.row_tiles = h.num_rows * args.block_parts;
+  args.col_tiles = h.num_cols * args.block_parts;
+  args.out_features = p.out_features;
+  args.in_features = p.in_features;
+  args.rank = h.rank;
+  args.dblocks = p.dblocks;
+  args.du = p.du;
+  args.dv = p.dv;
+  args.dbias = p.dbias;
+  const int64_t slots = int64_t{2} * args.num_chunks * args.spans;
+  args.partial = static_cast<float*>(p.workspace);
+  args.bias_partial = args.partial + slots * kGradOutputs * kGradPartial;
+  return args;
+}
+
+template <typename T>
+Status launch(const GradMaps& maps, const GradKernelArgs& args, Stream stream) {
+  auto kernel = weight_grad_sm90<T>;
+  PIXELFLY_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                     kGradSharedBytes));
+  const auto grid = static_cast<unsigned>(args.num_chunks * args.spans);
+  kernel<<<grid, kGradThreads, kGradSharedBytes, stream>>>(maps, args);
+  PIXELFLY_CUDA(cudaGetLastError());
+  if (args.spans > 1) {
+    const auto tiles = static_cast<unsigned>(args.num_chunks * 2 * (kGradOutputs + 1));
+    reduce_weight_grad_sm90<T><<<tiles, 128, 0, stream>>>(args);
+    PIXELFLY_CUDA(cudaGetLastError());
+  }
+  return Status::success();
+}
+
+}  // namespace
+
+bool weight_grad_sm90_supports(const WeightGradParams& p, const DeviceInfo& device) {
+  const PlanHeader& h = *p.header;
+  if (device.arch != 90 || p.dtype == DType::kFloat32 || h.grad.num_chunks == 0) return false;
+  if (h.rank % 8 != 0) return false;
+  return aligned_rows(p.dz, p.dz_stride, p.dtype) && aligned_rows(p.x, p.x_stride, p.dtype) &&
+         aligned_rows(p.t, p.t_stride, p.dtype) && aligned_rows(p.s, p.s_stride, p.dtype);
+}
+
+size_t weight_grad_workspace_sm90(const WeightGradParams& p, const DeviceInfo& device) {
+  const GradKernelArgs args = make_args(p, device);
+  if (args.spans == 1) return 0;
+  const int64_t slots = int64_t{2} * args.num_chunks * args.spans;
+  return static_cast<size_t>(slots * (kGradOutputs * kGradPartial + 64)) * sizeof(float);
+}
+
+Status launch_weight_grad_sm90(const WeightGradParams& p, const DeviceInfo& device,
+                               Stream stream) {
+  const GradKernelArgs args = make_args(p, device);
+  const int64_t rank = p.header->rank;
+  GradMaps maps;
+  // An operand that is not there (its gradient is not wanted) is replaced by dz: read, never written.
+  auto map = [&](CUtensorMap* out, const void* data, int64_t cols, int64_t stride) {
+    if (data == nullptr) {
+      data = p.dz;
+      cols = p.out_features;
+      stride = p.dz_stride;
+    }
+    return encode_tile_map(out, p.dtype, data, p.tokens, cols, stride, kGradTokens);
+  };
+  PIXELFLY_RETURN_IF_ERROR(map(&maps.dz, p.dz, p.out_features, p.dz_stride));
+  PIXELFLY_RETURN_IF_ERROR(map(&maps.x, p.x, p.in_features, p.x_stride));
+  PIXELFLY_RETURN_IF_ERROR(map(&maps.t, p.t, rank, p.t_stride));
+  PIXELFLY_RETURN_IF_ERROR(map(&maps.s, p.s, rank, p.s_stride));
+  return p.dtype == DType::kBFloat16 ? launch<__nv_bfloat16>(maps, args, stream)
+                                     : launch<__half>(maps, args, stream);
+}
+
+}  // namespace pixelfly
