@@ -8,6 +8,7 @@ in turn, so that drift in clocks and temperature falls on all of them alike.
 from __future__ import annotations
 
 import dataclasses
+import os
 import statistics
 import subprocess
 from collections.abc import Callable
@@ -122,7 +123,9 @@ def environment() -> dict[str, object]:
 
 
 def git_sha() -> str:
-    """Short commit id of the source tree, or "unknown" outside a checkout."""
+    """Short commit id: PIXELFLY_SHA if set (for copies of the tree), git's, or "unknown"."""
+    if os.environ.get("PIXELFLY_SHA"):
+        return os.environ["PIXELFLY_SHA"]
     try:
         done = subprocess.run(
             ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, timeout=20

@@ -1,19 +1,19 @@
 // dB = dzᵀ x on the kept blocks, du = dzᵀ t, dv = sᵀ x, dbias = Σ dz: one pass over tokens, Hopper
 // (sm_90a).
 //
-// A thread block takes one chunk (GradChunk) and one span of tokens. Two consumer warpgroups hold one
-// column tile of [dz | s] each and multiply it with up to six column tiles of [x | t]: 6 x 64x64 fp32
-// accumulators, 192 registers a thread. Both operands come straight from their row-major tensors: rows
-// are tokens, so tiles are MN-major for wgmma, A transposed and B transposed.
+// A thread block takes one chunk (GradChunk) and one span of tokens. Two consumer warpgroups hold
+// one column tile of [dz | s] each and multiply it with up to six column tiles of [x | t]: 6 x
+// 64x64 fp32 accumulators, 192 registers a thread. Both operands come straight from their row-major
+// tensors: rows are tokens, so tiles are MN-major for wgmma, A transposed and B transposed.
 //
-//   stage: [dz tiles: 1 or 2][x tiles: up to 9], each 32 tokens x 64 features, 4 KB, 128-byte swizzle
-//   ones:  a constant K-major tile; dz times it is the sum over tokens, dbias
-//   full[s]: producer -> consumers     empty[s]: the 8 consumer warps -> producer
+//   stage: [dz tiles: 1 or 2][x tiles: up to 9], each 32 tokens x 64 features, 4 KB, 128-byte
+//   swizzle ones:  a constant K-major tile; dz times it is the sum over tokens, dbias full[s]:
+//   producer -> consumers     empty[s]: the 8 consumer warps -> producer
 //
 // Producer: one TMA box a lane, its coordinates in registers (one thread reading a table was the
-// bottleneck of the prototype). Partial sums go to the workspace in fragment order, fully coalesced; a
-// second kernel adds the spans in order, so results are deterministic, and rounds once. With one span
-// the results are written directly.
+// bottleneck of the prototype). Partial sums go to the workspace in fragment order, fully
+// coalesced; a second kernel adds the spans in order, so results are deterministic, and rounds
+// once. With one span the results are written directly.
 #pragma once
 
 #include <cuda.h>
@@ -28,9 +28,9 @@
 
 namespace pixelfly {
 
-constexpr int kGradTokens = 32;                           // tokens a stage
-constexpr int kGradTileBytes = kGradTokens * 64 * 2;      // 4 KB
-constexpr int kGradRingBytes = 5 * 11 * kGradTileBytes;   // 220 KB
+constexpr int kGradTokens = 32;                          // tokens a stage
+constexpr int kGradTileBytes = kGradTokens * 64 * 2;     // 4 KB
+constexpr int kGradRingBytes = 5 * 11 * kGradTileBytes;  // 220 KB
 constexpr int kGradMaxStages = 12;
 constexpr int kGradOnesBytes = 1024;
 constexpr int kGradSharedBytes = kGradRingBytes + kGradOnesBytes + 1024;
@@ -148,16 +148,15 @@ __device__ void consume(const GradChunk& chunk, const GradKernelArgs& args, int 
   device::wgmma_wait<0>();
 
   const bool direct = args.spans == 1;
-  const int64_t slot =
-      (static_cast<int64_t>(span) * args.num_chunks + chunk_index) * 2 + warpgroup;
+  const int64_t slot = (static_cast<int64_t>(span) * args.num_chunks + chunk_index) * 2 + warpgroup;
 #pragma unroll
   for (int o = 0; o < kOutputs; ++o) {
     float4* partial =
         reinterpret_cast<float4*>(args.partial + (slot * kGradOutputs + o) * kGradPartial);
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
-      const float4 v = make_float4(acc[o][j * 4], acc[o][j * 4 + 1], acc[o][j * 4 + 2],
-                                   acc[o][j * 4 + 3]);
+      const float4 v =
+          make_float4(acc[o][j * 4], acc[o][j * 4 + 1], acc[o][j * 4 + 2], acc[o][j * 4 + 3]);
       if (direct) {
         write_fragment<T>(args, chunk.output[warpgroup][o], thread, j, v);
       } else {
@@ -273,41 +272,41 @@ __global__ void __launch_bounds__(kGradThreads, 1)
 #endif
 }
 
-// Adds the spans of every output in order. Grid: chunks x 2 warpgroups x (outputs + 1); the last is
-// dbias.
+// Adds the spans of every output in order. Grid: chunks x 2 warpgroups x (outputs + 1) x 8; the
+// last output is dbias, the last index one of eight slices of an output tile, so that enough loads
+// are in flight to cover their latency.
 template <typename T>
 __global__ void __launch_bounds__(128)
     reduce_weight_grad_sm90(const __grid_constant__ GradKernelArgs args) {
-  const int output = blockIdx.x % (kGradOutputs + 1), rest = blockIdx.x / (kGradOutputs + 1);
+  const int j = blockIdx.x % 8, output = blockIdx.x / 8 % (kGradOutputs + 1);
+  const int rest = blockIdx.x / (8 * (kGradOutputs + 1));
   const int warpgroup = rest % 2, chunk_index = rest / 2, thread = threadIdx.x;
   const GradChunk& chunk = args.chunks[chunk_index];
   const int64_t slot = static_cast<int64_t>(chunk_index) * 2 + warpgroup;
   const int64_t slots = static_cast<int64_t>(args.num_chunks) * 2;
   if (output == kGradOutputs) {
-    if (!chunk.bias[warpgroup] || thread >= 64) return;
+    if (j > 0 || !chunk.bias[warpgroup] || thread >= 64) return;
     float sum = 0.f;
+#pragma unroll 8
     for (int s = 0; s < args.spans; ++s) sum += args.bias_partial[(s * slots + slot) * 64 + thread];
     grad::write_bias<T>(args, chunk.row[warpgroup], thread, sum);
     return;
   }
   if (output >= chunk.num_outputs[warpgroup]) return;
-  float4 sum[8] = {};
+  const float4* partial = reinterpret_cast<const float4*>(
+                              args.partial + (slot * kGradOutputs + output) * kGradPartial) +
+                          j * 128 + thread;
+  const int64_t step = slots * kGradOutputs * (kGradPartial / 4);
+  float4 sum = {};
+#pragma unroll 8
   for (int s = 0; s < args.spans; ++s) {
-    const float4* partial = reinterpret_cast<const float4*>(
-        args.partial + ((s * slots + slot) * kGradOutputs + output) * kGradPartial);
-#pragma unroll
-    for (int j = 0; j < 8; ++j) {
-      const float4 v = __ldcs(partial + j * 128 + thread);
-      sum[j].x += v.x;
-      sum[j].y += v.y;
-      sum[j].z += v.z;
-      sum[j].w += v.w;
-    }
+    const float4 v = __ldcs(partial + s * step);
+    sum.x += v.x;
+    sum.y += v.y;
+    sum.z += v.z;
+    sum.w += v.w;
   }
-#pragma unroll
-  for (int j = 0; j < 8; ++j) {
-    grad::write_fragment<T>(args, chunk.output[warpgroup][output], thread, j, sum[j]);
-  }
+  grad::write_fragment<T>(args, chunk.output[warpgroup][output], thread, j, sum);
 }
 
 }  // namespace pixelfly

@@ -1,17 +1,16 @@
-#include "launch/weight_grad_sm90.h"
-
 #include <algorithm>
 
 #include "kernels/weight_grad_sm90.cuh"
 #include "launch/alignment.h"
 #include "launch/cuda_status.h"
 #include "launch/tensor_map.h"
+#include "launch/weight_grad_sm90.h"
 
 namespace pixelfly {
 namespace {
 
-// Token spans per chunk. Chunks x spans thread blocks run in waves of one per SM; each costs its share
-// of the tokens plus a fixed part (fill, drain, partial sums) worth about this many stages.
+// Token spans per chunk. Chunks x spans thread blocks run in waves of one per SM; each costs its
+// share of the tokens plus a fixed part (fill, drain, partial sums) worth about this many stages.
 int choose_spans(int chunks, int total_steps, int num_sms) {
   constexpr double kFixedSteps = 10;
   constexpr int kMinSteps = 8, kMaxSpans = 64;
@@ -59,13 +58,13 @@ GradKernelArgs make_args(const WeightGradParams& p, const DeviceInfo& device) {
 template <typename T>
 Status launch(const GradMaps& maps, const GradKernelArgs& args, Stream stream) {
   auto kernel = weight_grad_sm90<T>;
-  PIXELFLY_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                     kGradSharedBytes));
+  PIXELFLY_CUDA(
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kGradSharedBytes));
   const auto grid = static_cast<unsigned>(args.num_chunks * args.spans);
   kernel<<<grid, kGradThreads, kGradSharedBytes, stream>>>(maps, args);
   PIXELFLY_CUDA(cudaGetLastError());
   if (args.spans > 1) {
-    const auto tiles = static_cast<unsigned>(args.num_chunks * 2 * (kGradOutputs + 1));
+    const auto tiles = static_cast<unsigned>(args.num_chunks * 2 * (kGradOutputs + 1) * 8);
     reduce_weight_grad_sm90<T><<<tiles, 128, 0, stream>>>(args);
     PIXELFLY_CUDA(cudaGetLastError());
   }
@@ -89,12 +88,12 @@ size_t weight_grad_workspace_sm90(const WeightGradParams& p, const DeviceInfo& d
   return static_cast<size_t>(slots * (kGradOutputs * kGradPartial + 64)) * sizeof(float);
 }
 
-Status launch_weight_grad_sm90(const WeightGradParams& p, const DeviceInfo& device,
-                               Stream stream) {
+Status launch_weight_grad_sm90(const WeightGradParams& p, const DeviceInfo& device, Stream stream) {
   const GradKernelArgs args = make_args(p, device);
   const int64_t rank = p.header->rank;
   GradMaps maps;
-  // An operand that is not there (its gradient is not wanted) is replaced by dz: read, never written.
+  // An operand that is not there (its gradient is not wanted) is replaced by dz: read, never
+  // written.
   auto map = [&](CUtensorMap* out, const void* data, int64_t cols, int64_t stride) {
     if (data == nullptr) {
       data = p.dz;

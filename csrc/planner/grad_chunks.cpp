@@ -1,5 +1,5 @@
-// Work list of the Hopper weight-gradient kernel: the kept 64x64 tiles of dB, bordered by du (a column
-// t) and dv (a row s), cut into chunks of two rows that share tiles of x.
+// Work list of the Hopper weight-gradient kernel: the kept 64x64 tiles of dB, bordered by du (a
+// column t) and dv (a row s), cut into chunks of two rows that share tiles of x.
 #include <algorithm>
 #include <array>
 #include <vector>

@@ -71,16 +71,16 @@ struct GroupSection {
 };
 
 // Weight-gradient work of one thread block (kernels/weight_grad_sm90.cuh), in 64x64 tiles whatever
-// the block size (64 or 128): per warpgroup, one column tile of [dz | s] against up to kGradOutputs of
-// the chunk's column tiles of [x | t].
+// the block size (64 or 128): per warpgroup, one column tile of [dz | s] against up to kGradOutputs
+// of the chunk's column tiles of [x | t].
 constexpr int kGradTiles = 9;
 constexpr int kGradOutputs = 6;
 struct GradChunk {
-  int32_t num_rows;                     // distinct tiles of [dz | s]: 1 or 2
-  int32_t row[2];                       // column tile of dz; num_row_tiles: s
-  int32_t bias[2];                      // 1: this warpgroup also sums row's tokens for dbias
+  int32_t num_rows;  // distinct tiles of [dz | s]: 1 or 2
+  int32_t row[2];    // column tile of dz; num_row_tiles: s
+  int32_t bias[2];   // 1: this warpgroup also sums row's tokens for dbias
   int32_t num_tiles;
-  int32_t tile[kGradTiles];             // column tile of x; num_col_tiles: t
+  int32_t tile[kGradTiles];  // column tile of x; num_col_tiles: t
   int32_t num_outputs[2];
   int32_t output_tile[2][kGradOutputs];  // index into tile
   int32_t output[2][kGradOutputs];       // destination, see GradOutput
@@ -90,9 +90,9 @@ static_assert(sizeof(GradChunk) % 16 == 0, "chunks are read as int4");
 
 // Where an output tile goes: kind in the top bits, index below.
 enum GradOutput : int32_t {
-  kGradBlock = 0,        // 64x64 part `index` of dB: (block, row half, column half)
-  kGradDu = 1 << 28,     // rows 64 index .. of du
-  kGradDv = 2 << 28,     // columns 64 index .. of dv
+  kGradBlock = 0,     // 64x64 part `index` of dB: (block, row half, column half)
+  kGradDu = 1 << 28,  // rows 64 index .. of du
+  kGradDv = 2 << 28,  // columns 64 index .. of dv
   kGradIndexMask = (1 << 28) - 1,
 };
 
