@@ -104,9 +104,9 @@ void row_pair(std::vector<GradChunk>* chunks, int32_t row, const Row& first, con
       add(&chunk, 0, shared[i][0]);
       add(&chunk, 1, shared[i][1]);
     }
-    for (int w = 0; w < 2; ++w) {
-      for (size_t i = c; i < own[w].size(); i += count) add(&chunk, w, own[w][i]);
-    }
+    // The second row is dealt from the other end, so that chunks load equally many tiles.
+    for (size_t i = c; i < own[0].size(); i += count) add(&chunk, 0, own[0][i]);
+    for (size_t i = count - 1 - c; i < own[1].size(); i += count) add(&chunk, 1, own[1][i]);
     chunks->push_back(chunk);
   }
 }
