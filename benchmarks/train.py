@@ -1,0 +1,275 @@
+"""Trains a dense model and its pixelfly version side by side on real data and compares them.
+
+    python benchmarks/train.py                                  # digits, a small Mixer, any CPU
+    python benchmarks/train.py --data fashion-mnist --model vit_tiny_patch16_224 --patch-size 4
+    python benchmarks/train.py --data imagefolder:PATH --model mixer_b16_224 --amp --compile
+    python benchmarks/train.py --text PATH --steps 2000         # a GPT-2 over bytes
+
+Ctrl-C leaves a checkpoint; the same command with --resume goes on with nothing lost. Writes
+results.json, curves.png and checkpoint.pt to --out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pathlib
+import platform
+import signal
+import time
+import types
+
+import torch
+from data import Data, DataMissing, load
+from networks import build, sparsify
+from timing import git_sha
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+from training import Learner, Settings, read_checkpoint, save_checkpoint, train
+
+from pixelfly.report import Report
+
+NOT_SAVED = ("resume", "out", "device", "stop_after")  # may differ when a run is resumed
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--data", default="digits", help="digits | fashion-mnist | cifar10 | imagefolder:PATH")
+    add("--data-dir", default="data", help="where fashion-mnist and cifar10 lie")
+    add("--text", default=None, metavar="PATH", help="train a GPT-2 on the text files of a folder")
+    add("--model", default="mixer", help="mixer (built in) or any timm name")
+    add("--patch-size", type=int, default=None, help="of the mixer or of a timm ViT or Mixer")
+    add("--image-size", type=int, default=None, help="of an imagefolder's images (default 224)")
+    add("--width", type=int, default=256, help="of the mixer or the GPT-2")
+    add("--layers", type=int, default=3, help="of the mixer or the GPT-2")
+    add("--length", type=int, default=256, help="bytes of text in a sample")
+    add("--density", type=float, default=0.25, help="weights kept, low rank included")
+    add("--block-size", type=int, default=32, help="16 | 32 | 64 | 128")
+    add("--rank", type=int, default=None, help="of the low-rank term; 0: none; default: chosen")
+    add("--steps", type=int, default=600)
+    add("--batch", type=int, default=64)
+    add("--lr", type=float, default=2e-3)
+    add("--weight-decay", type=float, default=0.05)
+    add("--eval-every", type=int, default=None, help="steps (default: a tenth of all)")
+    add("--seed", type=int, default=0)
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu | cuda[:i]")
+    add("--amp", action="store_true", help="bfloat16 autocast")
+    add("--compile", action="store_true", help="torch.compile both models")
+    add("--out", type=pathlib.Path, default=None, help="folder (default runs/<data>-<model>)")
+    add("--resume", action="store_true", help="go on from the checkpoint in --out")
+    add("--stop-after", type=int, default=None, help="stop and save after so many steps in all")
+    args = parser.parse_args(argv)
+    for name in ("steps", "batch", "width", "layers", "length"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name}: expected at least 1, got {getattr(args, name)}")
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        parser.error(f"--device {args.device}: torch sees no CUDA device here; use --device cpu")
+    if args.text is not None and args.width % 64:
+        parser.error(f"--width: a GPT-2 has heads of 64, expected a multiple, got {args.width}")
+    if args.out is None:
+        kind = "text-gpt2" if args.text else f"{args.data.split(':')[0]}-{args.model}"
+        args.out = pathlib.Path("runs") / kind
+    return args
+
+
+def saved_options(args: argparse.Namespace) -> dict[str, object]:
+    return {k: v for k, v in vars(args).items() if k not in NOT_SAVED}
+
+
+def check_same_run(saved: dict[str, object], args: argparse.Namespace) -> None:
+    """Exits if the checkpoint belongs to a run with other options."""
+    mine = saved_options(args)
+    other = [
+        f"--{name.replace('_', '-')} was {saved.get(name)}, now {value}"
+        for name, value in mine.items()
+        if saved.get(name) != value
+    ]
+    if other:
+        raise SystemExit(f"--resume: not the options of that run: {'; '.join(other)}")
+
+
+def count_macs(model: nn.Module, report: Report, data: Data) -> tuple[int, int]:
+    """Multiply-accumulates of one sample through the dense model and its pixelfly version."""
+    tokens: dict[str, int] = {}
+    hooks = [
+        model.get_submodule(layer.name).register_forward_pre_hook(
+            lambda m, inputs, layer=layer: tokens.update(
+                {layer.name: inputs[0].numel() // layer.in_features}
+            )
+        )
+        for layer in report.layers
+    ]
+    model.eval()
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(data.test(torch.arange(1))[0])
+    for hook in hooks:
+        hook.remove()
+    dense = counter.get_total_flops() // 2
+    saved = sum((x.macs_before - x.macs_after) * tokens.get(x.name, 0) for x in report.layers)
+    return dense, dense - saved
+
+
+def plot(path: pathlib.Path, learners: list[Learner], title: str) -> None:
+    try:
+        import matplotlib
+    except ImportError:
+        print('curves.png needs matplotlib: pip install ".[train]"')
+        return
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.5), layout="constrained")
+    for learner in learners:
+        steps = [h["step"] for h in learner.history]
+        axes[0].plot(steps, [h["test_loss"] for h in learner.history], label=learner.name)
+        axes[1].plot(steps, [100 * h["accuracy"] for h in learner.history], label=learner.name)
+    axes[0].set(xlabel="step", ylabel="test loss")
+    axes[1].set(xlabel="step", ylabel="test accuracy, %")
+    axes[1].legend()
+    figure.suptitle(title)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def results(args: argparse.Namespace, learners: list[Learner], macs: dict[str, int]) -> dict:
+    cuda = args.device.startswith("cuda")
+    meta = {
+        "device": torch.cuda.get_device_name(args.device) if cuda else platform.machine() + " CPU",
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "sha": git_sha(),
+        "options": saved_options(args),
+        "memory": "peak allocated" if cuda else "weights, gradients, moments, saved activations",
+    }
+    records = [
+        {
+            "name": x.name,
+            "accuracy": x.history[-1]["accuracy"],
+            "test_loss": x.history[-1]["test_loss"],
+            "params": sum(p.numel() for p in x.model.parameters()),
+            "macs": macs[x.name],
+            "step_ms": x.step_ms(),
+            "memory_mb": x.peak_bytes / 2**20,
+            "history": x.history,
+        }
+        for x in learners
+    ]
+    return {"meta": meta, "records": records}
+
+
+def print_table(console: object, data: dict) -> None:
+    from rich.table import Table
+
+    table = Table(title="dense and pixelfly")
+    table.add_column("model")
+    for name in ("test accuracy", "parameters", "MACs / sample", "step ms", "memory MB"):
+        table.add_column(name, justify="right")
+    for r in data["records"]:
+        table.add_row(
+            r["name"],
+            f"{100 * r['accuracy']:.2f} %",
+            f"{r['params'] / 1e6:.3f} M",
+            f"{r['macs'] / 1e6:.1f} M",
+            f"{r['step_ms']:.2f}",
+            f"{r['memory_mb']:.1f}",
+        )
+    console.print(table)
+    console.print(f"memory: {data['meta']['memory']}")
+
+
+class StopRequest:
+    """Turns the first Ctrl-C (or SIGTERM) into a request; the second one interrupts at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._ask)
+
+    def _ask(self, number: int, frame: types.FrameType | None) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    try:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+        from rich.progress import TimeRemainingColumn as Remaining
+    except ImportError:
+        raise SystemExit('benchmarks/train.py needs rich: pip install ".[train]"') from None
+    console, stop = Console(), StopRequest()
+    try:
+        data = load(args.data, args.text, args.data_dir, args.image_size, args.length)
+    except DataMissing as missing:
+        raise SystemExit(str(missing)) from None
+    settings = Settings(
+        steps=args.steps,
+        batch=args.batch,
+        lr=args.lr,
+        weight_decay=args.weight_decay,
+        warmup=max(1, args.steps // 20),
+        eval_every=args.eval_every or max(1, args.steps // 10),
+        seed=args.seed,
+        device=args.device,
+        amp="bfloat16" if args.amp else None,
+        compile=args.compile,
+    )
+    checkpoint = args.out / "checkpoint.pt"
+    saved = read_checkpoint(checkpoint) if args.resume else None
+    if saved is not None:
+        check_same_run(saved["options"], args)
+    dense, ours = build(args, data.shape, data.classes), build(args, data.shape, data.classes)
+    report = sparsify(ours, args)
+    report.print()
+    macs = dict(zip(("dense", "pixelfly"), count_macs(dense, report, data), strict=True))
+    learners = [Learner("dense", dense, settings), Learner("pixelfly", ours, settings)]
+    start = 0
+    if saved is not None:
+        start = saved["step"]
+        for learner in learners:
+            learner.load(saved["learners"][learner.name])
+        console.print(f"resumed at step {start} of {settings.steps}")
+
+    done, begin = start, time.perf_counter()
+    columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Remaining()]
+    with Progress(*columns, console=console) as progress:
+        bar = progress.add_task("training", total=settings.steps, completed=start)
+
+        def on_step(step: int, losses: dict[str, float]) -> None:
+            nonlocal done
+            done = step
+            text = "  ".join(f"{name} loss {value:.3f}" for name, value in losses.items())
+            progress.update(bar, completed=step, description=text)
+
+        def on_eval(step: int) -> None:
+            last = [(x.name, 100 * x.history[-1]["accuracy"]) for x in learners]
+            progress.console.print(
+                f"step {step}: " + ", ".join(f"{name} {value:.2f} %" for name, value in last)
+            )
+            save_checkpoint(checkpoint, learners, step, saved_options(args))
+
+        def stopped() -> bool:
+            return stop.asked or (args.stop_after is not None and done >= args.stop_after)
+
+        done = train(learners, data, settings, start, stopped, on_step, on_eval)
+    if done < settings.steps:
+        save_checkpoint(checkpoint, learners, done, saved_options(args))
+        console.print(f"stopped after step {done}; the same command with --resume goes on")
+        return 130
+    outcome = results(args, learners, macs)
+    print_table(console, outcome)
+    (args.out / "results.json").write_text(json.dumps(outcome, indent=1) + "\n")
+    plot(args.out / "curves.png", learners, f"{args.text or args.data}, {args.steps} steps")
+    spent = time.perf_counter() - begin
+    console.print(f"{spent:.0f} s; wrote results.json and curves.png to {args.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
