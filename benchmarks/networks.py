@@ -61,8 +61,12 @@ class GPT2(nn.Module):
         super().__init__()
         try:
             from transformers import GPT2Config, GPT2LMHeadModel
-        except ImportError as error:
-            raise SystemExit('--text needs transformers: pip install ".[train]"') from error
+        except Exception as error:  # it may import torchvision, see _timm
+            raise SystemExit(
+                f"--text needs transformers, which does not import here ({error}). Run "
+                'pip install ".[train]"; if torchvision is what fails, install the one built for '
+                f"torch {torch.__version__}"
+            ) from error
         config = GPT2Config(
             vocab_size=256,
             n_positions=length,
@@ -141,7 +145,10 @@ def sparsify(model: nn.Module, args: argparse.Namespace) -> Report:
         return name.endswith(names) if names else not name.endswith(("head", "classifier"))
 
     torch.manual_seed(args.seed + 1)
-    config = PixelflyConfig(density=args.density, block_size=args.block_size, rank=args.rank)
+    try:
+        config = PixelflyConfig(density=args.density, block_size=args.block_size, rank=args.rank)
+    except ValueError as error:
+        raise SystemExit(f"--density, --block-size or --rank: {error}") from None
     report = sparsify_(model, config, chosen)
     if not report.layers:
         raise SystemExit(f"no layer of {args.model} could be converted:\n{report}")

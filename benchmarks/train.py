@@ -50,7 +50,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--block-size", type=int, default=32, help="16 | 32 | 64 | 128")
     add("--rank", type=int, default=None, help="of the low-rank term; 0: none; default: chosen")
     add("--steps", type=int, default=600)
-    add("--batch", type=int, default=64)
+    add("--batch", type=int, default=32)
     add("--lr", type=float, default=2e-3)
     add("--weight-decay", type=float, default=0.05)
     add("--eval-every", type=int, default=None, help="steps (default: a tenth of all)")
