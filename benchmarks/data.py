@@ -178,7 +178,7 @@ class Text(Data):
 
 
 def digits() -> Data:
-    """scikit-learn's 1,797 handwritten digits, 8 x 8, centred, so not shifted; a fifth is for testing."""
+    """scikit-learn's 1,797 handwritten digits, 8 x 8, a fifth for testing; centred: no shifts."""
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:

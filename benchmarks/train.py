@@ -49,7 +49,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--density", type=float, default=0.25, help="weights kept, low rank included")
     add("--block-size", type=int, default=32, help="16 | 32 | 64 | 128")
     add("--rank", type=int, default=None, help="of the low-rank term; 0: none; default: chosen")
-    add("--steps", type=int, default=600)
+    add("--steps", type=int, default=400)
     add("--batch", type=int, default=32)
     add("--lr", type=float, default=2e-3)
     add("--weight-decay", type=float, default=0.05)
