@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 
-FASHION_PLACES = ("/usr/share/dataset-fashion-mnist", "FashionMNIST/raw", "fashion-mnist", ".")
+FASHION_PLACES = ("/usr/share/datasets/fashion-mnist", "FashionMNIST/raw", "fashion-mnist", ".")
 IMAGE_ENDINGS = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm"}
 
 
