@@ -18,9 +18,10 @@ pytest.importorskip("rich")
 
 BENCHMARKS = pathlib.Path(__file__).resolve().parent.parent / "benchmarks"
 TESTS = pathlib.Path(__file__).resolve().parent
-# transformers beside a CPU torch, see vision_ops.py; then the program as it would run by itself.
+# transformers beside a CPU torch, see vision_ops.py; then the program as it would run by itself: its
+# folder first in the path, not the current one (a source tree without its library would be found).
 RUN = (
-    f"import runpy, sys; sys.path[:0] = [{str(BENCHMARKS)!r}, {str(TESTS)!r}]; import vision_ops; "
+    f"import runpy, sys; sys.path[:1] = [{str(BENCHMARKS)!r}, {str(TESTS)!r}]; import vision_ops; "
     f"sys.argv[0] = {str(BENCHMARKS / 'train.py')!r}; runpy.run_path(sys.argv[0], None, '__main__')"
 )
 SMALL = ["--device", "cpu", "--width", "64", "--layers", "1", "--batch", "16", "--density", "0.5"]
