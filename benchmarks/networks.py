@@ -146,7 +146,9 @@ def sparsify(model: nn.Module, args: argparse.Namespace) -> Report:
 
     torch.manual_seed(args.seed + 1)
     try:
-        config = PixelflyConfig(density=args.density, block_size=args.block_size, rank=args.rank)
+        config = PixelflyConfig(
+            density=args.density, block_size=args.block_size, rank=args.rank, lowrank=args.lowrank
+        )
     except ValueError as error:
         raise SystemExit(f"--density, --block-size or --rank: {error}") from None
     report = sparsify_(model, config, chosen)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import pathlib
 import platform
 import signal
@@ -21,6 +22,7 @@ import types
 
 import torch
 from data import Data, DataMissing, load
+from display import Console, print_table, progress_bar
 from networks import build, sparsify
 from timing import git_sha
 from torch import nn
@@ -49,6 +51,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--density", type=float, default=0.25, help="weights kept, low rank included")
     add("--block-size", type=int, default=32, help="16 | 32 | 64 | 128")
     add("--rank", type=int, default=None, help="of the low-rank term; 0: none; default: chosen")
+    add("--lowrank", default="factored", choices=["factored", "global"], help="its form")
     add("--steps", type=int, default=400)
     add("--batch", type=int, default=32)
     add("--lr", type=float, default=2e-3)
@@ -161,23 +164,25 @@ def results(args: argparse.Namespace, learners: list[Learner], macs: dict[str, i
     return {"meta": meta, "records": records}
 
 
-def print_table(console: object, data: dict) -> None:
-    from rich.table import Table
-
-    table = Table(title="dense and pixelfly")
-    table.add_column("model")
-    for name in ("test accuracy", "parameters", "MACs / sample", "step ms", "memory MB"):
-        table.add_column(name, justify="right")
+def show(console: Console, data: dict, text: bool) -> None:
+    """One row per model; text is judged by loss and perplexity per byte, images by accuracy."""
+    header = ["model", *(["test loss", "perplexity"] if text else ["test accuracy"])]
+    header += ["parameters", "MACs / sample", "step ms", "memory MB"]
+    rows = []
     for r in data["records"]:
-        table.add_row(
-            r["name"],
-            f"{100 * r['accuracy']:.2f} %",
-            f"{r['params'] / 1e6:.3f} M",
-            f"{r['macs'] / 1e6:.1f} M",
-            f"{r['step_ms']:.2f}",
-            f"{r['memory_mb']:.1f}",
+        loss = r["test_loss"]
+        judged = [f"{loss:.3f}", f"{math.exp(min(loss, 99)):.3g}"]
+        rows.append(
+            [
+                r["name"],
+                *(judged if text else [f"{100 * r['accuracy']:.2f} %"]),
+                f"{r['params'] / 1e6:.3f} M",
+                f"{r['macs'] / 1e6:.1f} M",
+                f"{r['step_ms']:.2f}",
+                f"{r['memory_mb']:.1f}",
+            ]
         )
-    console.print(table)
+    print_table(console, "dense and pixelfly", header, rows)
     console.print(f"memory: {data['meta']['memory']}")
 
 
@@ -197,13 +202,8 @@ class StopRequest:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
-    try:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-        from rich.progress import TimeRemainingColumn as Remaining
-    except ImportError:
-        raise SystemExit('benchmarks/train.py needs rich: pip install ".[train]"') from None
-    console, stop = Console(), StopRequest()
+    progress, stop = progress_bar(), StopRequest()
+    console = progress.console
     try:
         data = load(args.data, args.text, args.data_dir, args.image_size, args.length)
     except DataMissing as missing:
@@ -237,8 +237,7 @@ def main(argv: list[str] | None = None) -> int:
         console.print(f"resumed at step {start} of {settings.steps}")
 
     done, begin = start, time.perf_counter()
-    columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Remaining()]
-    with Progress(*columns, console=console) as progress:
+    with progress:
         bar = progress.add_task("training", total=settings.steps, completed=start)
 
         def on_step(step: int, losses: dict[str, float]) -> None:
@@ -248,10 +247,14 @@ def main(argv: list[str] | None = None) -> int:
             progress.update(bar, completed=step, description=text)
 
         def on_eval(step: int) -> None:
-            last = [(x.name, 100 * x.history[-1]["accuracy"]) for x in learners]
-            progress.console.print(
-                f"step {step}: " + ", ".join(f"{name} {value:.2f} %" for name, value in last)
+            last = {x.name: x.history[-1] for x in learners}
+            judged = (
+                f"{name} loss {h['test_loss']:.3f}"
+                if args.text
+                else f"{name} {100 * h['accuracy']:.2f} %"
+                for name, h in last.items()
             )
+            console.print(f"step {step}: {', '.join(judged)}")
             save_checkpoint(checkpoint, learners, step, saved_options(args))
 
         def stopped() -> bool:
@@ -263,7 +266,7 @@ def main(argv: list[str] | None = None) -> int:
         console.print(f"stopped after step {done}; the same command with --resume goes on")
         return 130
     outcome = results(args, learners, macs)
-    print_table(console, outcome)
+    show(console, outcome, text=args.text is not None)
     (args.out / "results.json").write_text(json.dumps(outcome, indent=1) + "\n")
     plot(args.out / "curves.png", learners, f"{args.text or args.data}, {args.steps} steps")
     spent = time.perf_counter() - begin
