@@ -54,13 +54,12 @@ py::dict build_info() {
 std::vector<std::pair<std::string, std::string>> explain(const IndexArray& plan, int32_t dtype,
                                                          int64_t tokens, int32_t activation,
                                                          bool allow_tf32, bool deterministic,
-                                                         int32_t device_index) {
+                                                         int32_t arch, int32_t num_sms,
+                                                         int32_t max_shared_bytes) {
   if (plan.size() < pixelfly::kPlanHeaderSize) throw std::invalid_argument("explain: not a plan");
   pixelfly::PlanHeader header;
   std::memcpy(&header, plan.data(), sizeof(header));
-  pixelfly::DeviceInfo device;
-  const pixelfly::Status status = pixelfly::device_info(device_index, &device);
-  if (!status.ok()) throw std::runtime_error(status.message);
+  const pixelfly::DeviceInfo device{0, arch, num_sms, max_shared_bytes};
   return pixelfly::explain_call(
       {static_cast<pixelfly::DType>(dtype), tokens, static_cast<pixelfly::Activation>(activation),
        allow_tf32, deterministic},
@@ -77,8 +76,9 @@ PYBIND11_MODULE(_C, m) {
         "Plan of a block layout: int32 array, see csrc/include/pixelfly/schedule.h.");
 #ifdef PIXELFLY_WITH_CUDA
   m.def("explain", &explain, py::arg("plan"), py::arg("dtype"), py::arg("tokens"),
-        py::arg("activation"), py::arg("allow_tf32"), py::arg("deterministic"),
-        py::arg("device_index"), "(step, kernel) pairs that would serve a call; see ops.explain.");
+        py::arg("activation"), py::arg("allow_tf32"), py::arg("deterministic"), py::arg("arch"),
+        py::arg("num_sms"), py::arg("max_shared_bytes"),
+        "(step, kernel) pairs that would serve a call on such a device; see ops.explain.");
 #endif
   m.def("build_info", &build_info, "What this library was built with.");
 }

@@ -4,7 +4,6 @@
 #include <cstring>
 
 #include "launch/product_sm90.h"
-#include "launch/product_tokens_sm90.h"
 #include "launch/weight_grad_sm90.h"
 
 namespace pixelfly {
@@ -26,7 +25,6 @@ Status cannot(const char* forced, const char* what) {
 const char* name_of(Path path) {
   switch (path) {
     case Path::kHopper: return "sm90";
-    case Path::kHopperTokens: return "sm90-tokens";
     default: return "sm80";
   }
 }
@@ -36,7 +34,6 @@ Forced forced_path() {
   if (value == nullptr || *value == '\0' || std::strcmp(value, "auto") == 0) return Forced::kAuto;
   if (std::strcmp(value, "sm80") == 0) return Forced::kSm80;
   if (std::strcmp(value, "sm90") == 0) return Forced::kHopper;
-  if (std::strcmp(value, "sm90-tokens") == 0) return Forced::kHopperTokens;
   return Forced::kUnknown;
 }
 
@@ -46,13 +43,8 @@ Choice choose_product(const ProductParams& p, const DeviceInfo& device, Forced f
     case Forced::kSm80: return {Path::kSm80, Status::success()};
     case Forced::kHopper:
       return {Path::kHopper, hopper ? Status::success() : cannot("sm90", "product")};
-    case Forced::kHopperTokens:
-      return {Path::kHopperTokens, product_tokens_sm90_supports(p, device)
-                                       ? Status::success()
-                                       : cannot("sm90-tokens", "product")};
     case Forced::kUnknown:
-      return {Path::kSm80, Status::invalid("PIXELFLY_KERNEL must be auto, sm80, sm90 or "
-                                           "sm90-tokens")};
+      return {Path::kSm80, Status::invalid("PIXELFLY_KERNEL must be auto, sm80 or sm90")};
     default: break;
   }
   if (p.tokens <= kFewTokens) return {};
@@ -64,11 +56,9 @@ Choice choose_weight_grad(const WeightGradParams& p, const DeviceInfo& device, F
   switch (forced) {
     case Forced::kSm80: return {};
     case Forced::kHopper:
-    case Forced::kHopperTokens:
       return {Path::kHopper, hopper ? Status::success() : cannot("sm90", "weight gradient")};
     case Forced::kUnknown:
-      return {Path::kSm80, Status::invalid("PIXELFLY_KERNEL must be auto, sm80, sm90 or "
-                                           "sm90-tokens")};
+      return {Path::kSm80, Status::invalid("PIXELFLY_KERNEL must be auto, sm80 or sm90")};
     default: break;
   }
   if (p.tokens <= kFewTokens) return {};

@@ -8,14 +8,13 @@
 namespace pixelfly {
 
 enum class Path {
-  kSm80,          // product_sm80, weight_grad_sm80: mma.sync, serves everything
-  kHopper,        // product_sm90, weight_grad_sm90: wgmma + TMA
-  kHopperTokens,  // product_tokens_sm90: wgmma + TMA, forms t on the way
+  kSm80,    // product_sm80, weight_grad_sm80: mma.sync, serves everything
+  kHopper,  // product_sm90, weight_grad_sm90: wgmma + TMA
 };
 const char* name_of(Path path);
 
-// What PIXELFLY_KERNEL asks for: "auto" (or unset), "sm80", "sm90", "sm90-tokens".
-enum class Forced { kAuto, kSm80, kHopper, kHopperTokens, kUnknown };
+// What PIXELFLY_KERNEL asks for: "auto" (or unset), "sm80" or "sm90".
+enum class Forced { kAuto, kSm80, kHopper, kUnknown };
 Forced forced_path();
 
 struct Choice {

@@ -3,7 +3,6 @@
 #include "launch/low_rank_sm90.h"
 #include "launch/product_sm80.h"
 #include "launch/product_sm90.h"
-#include "launch/product_tokens_sm90.h"
 
 namespace pixelfly {
 namespace {
@@ -24,9 +23,8 @@ Status launch_product(const ProductParams& p, const DeviceInfo& device, Stream s
   if (p.tokens == 0) return Status::success();
   const Choice choice = choose_product(p, device, forced_path());
   if (!choice.status.ok()) return choice.status;
-  if (choice.path == Path::kHopperTokens) return launch_product_tokens_sm90(p, device, stream);
 
-  // The other kernels read t: form it first if it was not given.
+  // The kernels read t: form it first if it was not given.
   ProductParams given = p;
   if (p.factor_in != nullptr) {
     LowRankParams q{};

@@ -89,8 +89,6 @@ std::vector<int32_t> build_plan(const LayoutView& layout) {
 
   header.forward = append_row_groups(builder, layout, /*transposed=*/false);
   header.transposed = append_row_groups(builder, layout, /*transposed=*/true);
-  header.tokens_forward = append_token_steps(builder, layout, /*transposed=*/false);
-  header.tokens_transposed = append_token_steps(builder, layout, /*transposed=*/true);
   header.grad = append_grad_chunks(builder, layout);
   return builder.finish(header);
 }

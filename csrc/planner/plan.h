@@ -55,9 +55,6 @@ std::vector<int32_t> build_plan(const LayoutView& layout);
 // layout's block columns.
 GroupSection append_row_groups(PlanBuilder& builder, const LayoutView& layout, bool transposed);
 
-// Schedule of the token-stationary product; empty where that kernel does not serve the layout.
-TokenSection append_token_steps(PlanBuilder& builder, const LayoutView& layout, bool transposed);
-
 // Work list of the weight-gradient kernel.
 GradSection append_grad_chunks(PlanBuilder& builder, const LayoutView& layout);
 

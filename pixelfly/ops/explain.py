@@ -80,7 +80,7 @@ def explain(
 
     Returns:
         An `Explanation`; `str()` of it is readable. On a GPU, the environment variable
-        `PIXELFLY_KERNEL` (auto, sm80, sm90, sm90-tokens) takes part in the choice, as in a call.
+        `PIXELFLY_KERNEL` (auto, sm80, sm90) takes part in the choice, as in a call.
 
     Raises:
         ValueError: x does not fit the layout, or the activation is unknown.
@@ -110,6 +110,7 @@ def explain(
         if x.dtype not in _DTYPE_NUMBERS:
             raise ValueError(f"explain: the GPU has no kernels for x.dtype={x.dtype}")
         rank += -rank % 8  # as the operator pads it
+        properties = torch.cuda.get_device_properties(x.device)
         kernels = _C.explain(
             host_plan(layout, rank),
             _DTYPE_NUMBERS[x.dtype],
@@ -117,9 +118,11 @@ def explain(
             ACTIVATIONS[activation],
             x.dtype == torch.float32 and matmul_allows_tf32(),
             torch.are_deterministic_algorithms_enabled(),
-            x.device.index,
+            10 * properties.major + properties.minor,
+            properties.multi_processor_count,
+            properties.shared_memory_per_block_optin,
         )
-        device = f"{x.device} ({torch.cuda.get_device_name(x.device)})"
+        device = f"{x.device} ({properties.name})"
     else:
         kernels, device = _cpu_kernels(layout, rank), str(x.device)
     return Explanation(

@@ -18,7 +18,7 @@
 namespace pixelfly {
 
 constexpr int32_t kPlanMagic = 0x70666c79;  // "pfly"
-constexpr int32_t kPlanVersion = 1;
+constexpr int32_t kPlanVersion = 2;
 constexpr int kPlanHeaderSize = 64;
 
 // Schedule of the row-group product (kernels/product_sm90.cuh). Everything is in units of 64x64
@@ -101,47 +101,6 @@ struct GradSection {
   int32_t chunks_offset;  // GradChunk[num_chunks]
 };
 
-// Schedule of the token-stationary product (kernels/product_tokens_sm90.cuh): a thread block keeps
-// every x tile of 64 tokens in shared memory and streams all weights past it. Everything is in
-// units of 64x64 tiles, whatever the block size (64 or 128).
-constexpr int kTokenTile = 64;
-#ifndef PIXELFLY_TOKEN_WARPGROUPS
-#define PIXELFLY_TOKEN_WARPGROUPS 3
-#endif
-constexpr int kTokenWarpgroups = PIXELFLY_TOKEN_WARPGROUPS;
-
-enum TokenFlags : int32_t {
-  kTokenRowBegin = 1,    // start a new accumulator from the bias
-  kTokenRowEnd = 2,      // the output tile is complete: run the epilogue
-  kTokenRelease = 4,     // this warpgroup's last use of the x tile within a token tile
-  kTokenFactorIn = 8,    // the weight tile comes from v (transposed: u); the row makes the t tile
-  kTokenFactorOut = 16,  // the weight tile comes from u (transposed: v) and multiplies the t tile
-  kTokenNoProduct = 32,  // an output tile without blocks: epilogue only
-};
-constexpr int kTokenRowShift = 8;  // flags >> kTokenRowShift: the output tile
-
-struct TokenStep {
-  int32_t x_tile;  // num_x_tiles: the t tile
-  int32_t w_col;   // element coordinates of the weight tile in its matrix
-  int32_t w_row;
-  int32_t flags;
-};
-
-// An x tile the producer loads, in order of first use; `users` warpgroups release it.
-struct TokenLoad {
-  int32_t x_tile;
-  int32_t users;
-};
-
-struct TokenSection {
-  int32_t num_x_tiles;   // 0: no schedule (block size or rank not served)
-  int32_t steps_offset;  // TokenStep[], one run per warpgroup
-  int32_t num_steps[4];  // steps of each warpgroup
-  int32_t loads_offset;  // TokenLoad[num_loads]
-  int32_t num_loads;
-  int32_t t_users;  // warpgroups that read the t tile
-};
-
 struct PlanHeader {
   int32_t magic;
   int32_t version;
@@ -169,10 +128,8 @@ struct PlanHeader {
   GroupSection forward;     // output rows = block rows, contraction over block columns
   GroupSection transposed;  // output rows = block columns, contraction over block rows (dx)
   GradSection grad;
-  TokenSection tokens_forward;
-  TokenSection tokens_transposed;
 
-  int32_t reserved[kPlanHeaderSize - 19 - 2 * 7 - 2 - 2 * 9];
+  int32_t reserved[kPlanHeaderSize - 19 - 2 * 7 - 2];
 };
 static_assert(sizeof(PlanHeader) == kPlanHeaderSize * sizeof(int32_t), "header layout");
 

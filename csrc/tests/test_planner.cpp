@@ -1,0 +1,329 @@
+// Checks every schedule the planner writes against the layout it was given. No GPU, no torch.
+//
+// Each schedule is read back as kernels read it and turned into a list of element-level facts
+// ("this output tile gets x tile times that part of that block"), which must be the layout's facts,
+// each exactly once.
+#include <algorithm>
+#include <array>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <map>
+#include <random>
+#include <set>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "planner/plan.h"
+
+namespace pixelfly {
+namespace {
+
+std::string g_case;
+int g_failures = 0;
+
+void expect(bool ok, const char* what) {
+  if (ok) return;
+  ++g_failures;
+  std::printf("FAILED: %s: %s\n", g_case.c_str(), what);
+}
+
+struct Plan {
+  explicit Plan(const LayoutView& layout) : words(build_plan(layout)) {
+    std::memcpy(&header, words.data(), sizeof(header));
+  }
+  template <typename T>
+  const T* at(int32_t offset) const {
+    return reinterpret_cast<const T*>(words.data() + offset);
+  }
+  std::vector<int32_t> words;
+  PlanHeader header;
+};
+
+int32_t tiles(int32_t features) { return (features + 63) / 64; }
+
+constexpr int kPiece = 32;  // the smallest block the schedules know
+
+// (output tile, output half, x tile, x half) -> (block, stored row / 32, stored column / 32).
+using Facts = std::map<std::array<int32_t, 4>, std::array<int32_t, 3>>;
+
+// What the product must compute, in 32x32 pieces. Pieces wholly past the features are left out.
+Facts product_facts(const LayoutView& layout, bool transposed) {
+  Facts facts;
+  const int32_t n = layout.block_size / kPiece;
+  for (int32_t k = 0; k < layout.nnz(); ++k) {
+    for (int32_t r = 0; r < n; ++r) {
+      for (int32_t c = 0; c < n; ++c) {
+        const int32_t row = layout.row_idx[k] * n + r, col = layout.col_idx[k] * n + c;
+        if (row / 2 >= tiles(layout.out_features) || col / 2 >= tiles(layout.in_features)) continue;
+        const int32_t out = transposed ? col : row, in = transposed ? row : col;
+        facts[{out / 2, out % 2, in / 2, in % 2}] = {k, r, c};
+      }
+    }
+  }
+  return facts;
+}
+
+void check_index(const LayoutView& layout, const Plan& plan) {
+  const PlanHeader& h = plan.header;
+  expect(h.magic == kPlanMagic && h.version == kPlanVersion, "magic and version");
+  expect(h.size == static_cast<int32_t>(plan.words.size()), "size");
+  expect(h.nnz == layout.nnz() && h.rank == layout.rank, "nnz and rank");
+  const auto* row_ptr = plan.at<int32_t>(h.row_ptr_offset);
+  const auto* col_ptr = plan.at<int32_t>(h.col_ptr_offset);
+  const auto* cols = plan.at<int32_t>(h.col_idx_offset);
+  const auto* rows = plan.at<int32_t>(h.row_idx_offset);
+  const auto* t_row = plan.at<int32_t>(h.t_row_offset);
+  const auto* t_block = plan.at<int32_t>(h.t_block_offset);
+  int32_t most_row = 0, most_col = 0;
+  for (int32_t i = 0; i < h.num_rows; ++i) {
+    most_row = std::max(most_row, row_ptr[i + 1] - row_ptr[i]);
+    for (int32_t k = row_ptr[i]; k < row_ptr[i + 1]; ++k) {
+      expect(rows[k] == i && layout.row_idx[k] == i && layout.col_idx[k] == cols[k], "row index");
+    }
+  }
+  std::set<int32_t> seen;
+  for (int32_t j = 0; j < h.num_cols; ++j) {
+    most_col = std::max(most_col, col_ptr[j + 1] - col_ptr[j]);
+    for (int32_t k = col_ptr[j]; k < col_ptr[j + 1]; ++k) {
+      const int32_t block = t_block[k];
+      expect(layout.col_idx[block] == j && layout.row_idx[block] == t_row[k], "transposed index");
+      expect(seen.insert(block).second, "a block twice in the transposed index");
+    }
+  }
+  expect(row_ptr[h.num_rows] == h.nnz && col_ptr[h.num_cols] == h.nnz, "index ends");
+  expect(h.max_row_blocks == most_row && h.max_col_blocks == most_col, "longest row and column");
+}
+
+// Adds what a weight tile of the blocks contributes to an output tile.
+void add_weight(const Plan& plan, const GroupSection& s, bool transposed, int32_t out_tile,
+                int32_t x_tile, int32_t weight, Facts* facts) {
+  const int32_t b = plan.header.block_size;
+  for (int32_t out = 0; out < 2; ++out) {
+    for (int32_t in = 0; in < 2; ++in) {
+      std::array<int32_t, 3> source;
+      if (b == 32) {
+        const int32_t block = plan.at<GroupQuad>(s.quads_offset)[weight].block[2 * in + out];
+        if (block < 0) continue;
+        source = {block, 0, 0};
+      } else {
+        const int32_t sub = b / 64, shift = b == 128 ? 1 : 0;
+        // As schedule.h describes: rows and columns of the stored [nnz * b, b] matrix.
+        const int32_t first_row = (weight >> shift) * 64, first_col = (weight % sub) * 64;
+        const int32_t row = first_row / 32 + (transposed ? in : out);
+        const int32_t col = first_col / 32 + (transposed ? out : in);
+        source = {row / (b / 32), row % (b / 32), col};
+      }
+      const bool fresh = facts->insert({{out_tile, out, x_tile, in}, source}).second;
+      expect(fresh, "a piece of the product twice");
+    }
+  }
+}
+
+void check_product(const LayoutView& layout, const Plan& plan, bool transposed) {
+  const GroupSection& s = transposed ? plan.header.transposed : plan.header.forward;
+  if (layout.block_size == 16) {
+    expect(s.num_groups == 0, "block size 16 has no row groups");
+    return;
+  }
+  const int32_t out_tiles = tiles(transposed ? layout.in_features : layout.out_features);
+  const int32_t x_tiles = tiles(transposed ? layout.out_features : layout.in_features);
+  const auto* groups = plan.at<RowGroup>(s.groups_offset);
+  const auto* steps = plan.at<GroupStep>(s.steps_offset);
+  Facts facts;
+  std::vector<int32_t> times(static_cast<size_t>(out_tiles), 0);
+  int32_t most = 0;
+  for (int32_t g = 0; g < s.num_groups; ++g) {
+    int32_t slot = 0;
+    std::set<int32_t> ranks[2], seen;
+    for (int i = 0; i < 2; ++i) {
+      const int32_t row = groups[g].rows[i];
+      if (row < 0 && i == 1) continue;
+      expect(row >= 0 && row < out_tiles, "output tile in range");
+      ++times[static_cast<size_t>(row)];
+    }
+    for (int32_t k = groups[g].step_begin; k < groups[g].step_end; ++k) {
+      const GroupStep& step = steps[k];
+      expect(seen.insert(step.x_tile).second, "an x tile is loaded once per group");
+      expect(step.slot == slot, "slot counts the weight tiles before");
+      for (int i = 0; i < 2; ++i) {
+        if (step.weight[i] < 0) continue;
+        ++slot;
+        expect(groups[g].rows[i] >= 0, "no weights for an absent row");
+        if (step.x_tile >= x_tiles) {
+          ranks[i].insert(step.x_tile - x_tiles);
+        } else {
+          add_weight(plan, s, transposed, groups[g].rows[i], step.x_tile, step.weight[i], &facts);
+        }
+      }
+    }
+    most = std::max(most, slot);
+    for (int i = 0; i < 2; ++i) {
+      const int32_t want = groups[g].rows[i] < 0 ? 0 : tiles(layout.rank);
+      expect(static_cast<int32_t>(ranks[i].size()) == want, "every tile of t for every row");
+    }
+  }
+  expect(most == s.max_blocks, "max_blocks");
+  expect(std::all_of(times.begin(), times.end(), [](int32_t n) { return n == 1; }),
+         "every output tile in exactly one group");
+  // Pieces past the features in the last tiles may be computed: they are masked.
+  for (const auto& [key, source] : product_facts(layout, transposed)) {
+    const auto at = facts.find(key);
+    expect(at != facts.end() && at->second == source, "a kept block is in the schedule");
+    if (at != facts.end()) facts.erase(at);
+  }
+  expect(facts.empty(), "nothing but kept blocks is in the schedule");
+
+  // The lanes of each group: every residue of the token tiles exactly once.
+  std::map<int32_t, std::multiset<int32_t>> lanes;
+  std::map<int32_t, int32_t> counts;
+  const auto* units = plan.at<GroupUnit>(s.units_offset);
+  for (int32_t i = 0; i < s.num_units; ++i) {
+    lanes[units[i].group].insert(units[i].lane);
+    const auto [at, fresh] = counts.try_emplace(units[i].group, units[i].lanes);
+    expect(fresh || at->second == units[i].lanes, "one number of lanes per group");
+  }
+  expect(static_cast<int32_t>(lanes.size()) == s.num_groups, "every group has units");
+  for (const auto& [group, found] : lanes) {
+    bool whole = static_cast<int32_t>(found.size()) == counts[group];
+    for (int32_t lane = 0; lane < counts[group]; ++lane) whole = whole && found.count(lane) == 1;
+    expect(whole, "lanes 0 .. lanes - 1, each once");
+  }
+}
+
+void check_grad(const LayoutView& layout, const Plan& plan) {
+  const GradSection& s = plan.header.grad;
+  const int32_t b = layout.block_size;
+  if (b % 64 != 0 || layout.rank > 64) {
+    expect(s.num_chunks == 0, "no weight-gradient chunks where the kernel does not serve");
+    return;
+  }
+  const int32_t sub = b / 64;
+  const int32_t row_tiles = layout.num_rows() * sub, col_tiles = layout.num_cols() * sub;
+  const auto* chunks = plan.at<GradChunk>(s.chunks_offset);
+  std::set<int32_t> outputs;
+  std::vector<int32_t> bias(static_cast<size_t>(row_tiles), 0);
+  for (int32_t c = 0; c < s.num_chunks; ++c) {
+    const GradChunk& chunk = chunks[c];
+    expect(chunk.num_tiles <= kGradTiles, "tiles fit");
+    for (int w = 0; w < 2; ++w) {
+      expect(chunk.num_outputs[w] <= kGradOutputs, "outputs fit");
+      if (chunk.bias[w]) ++bias[static_cast<size_t>(chunk.row[w])];
+      for (int32_t o = 0; o < chunk.num_outputs[w]; ++o) {
+        const int32_t output = chunk.output[w][o], index = output & kGradIndexMask;
+        const int32_t row = chunk.row[w], col = chunk.tile[chunk.output_tile[w][o]];
+        expect(chunk.output_tile[w][o] < chunk.num_tiles, "output uses a loaded tile");
+        expect(outputs.insert(output).second, "a gradient tile twice");
+        if (output >= kGradDv) {
+          expect(row == row_tiles && col == index && index < col_tiles, "dv = s' x");
+        } else if (output >= kGradDu) {
+          expect(col == col_tiles && row == index && index < row_tiles, "du = dz' t");
+        } else {
+          const int32_t k = index / (sub * sub), r = index / sub % sub, q = index % sub;
+          expect(k < layout.nnz() && row == layout.row_idx[k] * sub + r &&
+                     col == layout.col_idx[k] * sub + q,
+                 "a part of dB comes from its row and column");
+        }
+      }
+    }
+  }
+  const int32_t border = layout.rank > 0 ? row_tiles + col_tiles : 0;
+  expect(static_cast<int32_t>(outputs.size()) == layout.nnz() * sub * sub + border,
+         "every gradient tile");
+  expect(std::all_of(bias.begin(), bias.end(), [](int32_t n) { return n == 1; }),
+         "every row tile is summed for dbias once");
+}
+
+void check(const std::string& name, const LayoutView& layout) {
+  g_case = name;
+  const Plan plan(layout);
+  check_index(layout, plan);
+  check_product(layout, plan, false);
+  check_product(layout, plan, true);
+  check_grad(layout, plan);
+}
+
+LayoutView make(int32_t rows, int32_t cols, int32_t b, int32_t rank, int32_t tail,
+                const std::function<bool(int32_t, int32_t)>& keep) {
+  LayoutView layout{rows * b - tail, cols * b - tail, b, rank, {}, {}};
+  for (int32_t i = 0; i < rows; ++i) {
+    for (int32_t j = 0; j < cols; ++j) {
+      if (!keep(i, j)) continue;
+      layout.row_idx.push_back(i);
+      layout.col_idx.push_back(j);
+    }
+  }
+  return layout;
+}
+
+bool butterfly(int32_t i, int32_t j) {
+  const int32_t d = i ^ j;
+  return (d & (d - 1)) == 0;
+}
+
+void check_bad_layouts() {
+  const auto rejected = [](const std::string& name, const LayoutView& layout) {
+    g_case = name;
+    try {
+      build_plan(layout);
+    } catch (const std::invalid_argument&) {
+      return;
+    }
+    expect(false, "std::invalid_argument");
+  };
+  rejected("no features", {0, 64, 64, 0, {}, {}});
+  rejected("negative rank", {64, 64, 64, -1, {0}, {0}});
+  rejected("one index longer", {64, 64, 64, 0, {0}, {}});
+  rejected("outside the grid", {64, 64, 64, 0, {0}, {1}});
+  rejected("a block twice", {64, 64, 64, 0, {0, 0}, {0, 0}});
+  rejected("not row-major", {128, 128, 64, 0, {1, 0}, {0, 0}});
+}
+
+}  // namespace
+}  // namespace pixelfly
+
+int main() {
+  using namespace pixelfly;
+  std::mt19937 random(20211130);
+  int cases = 0;
+  for (const int32_t b : {16, 32, 64, 128}) {
+    for (const int32_t rank : {0, 8, 64, 72, 200}) {
+      for (const int32_t tail : {0, 8, b - 8}) {
+        const std::string tag = " b=" + std::to_string(b) + " rank=" + std::to_string(rank) +
+                                " tail=" + std::to_string(tail);
+        const auto run = [&](const char* name, int32_t rows, int32_t cols, auto keep) {
+          check(name + tag, make(rows, cols, b, rank, tail, keep));
+          ++cases;
+        };
+        run("butterfly", 16, 16, butterfly);
+        run("butterfly 12", 12, 12, butterfly);
+        run("wide", 4, 16, [](int32_t i, int32_t j) { return butterfly(i, j / 4); });
+        run("tall", 16, 4, [](int32_t i, int32_t j) { return butterfly(i / 4, j); });
+        run("global", 16, 16, [](int32_t i, int32_t j) { return !i || !j || butterfly(i, j); });
+        run("dense", 5, 7, [](int32_t, int32_t) { return true; });
+        run("empty", 3, 5, [](int32_t, int32_t) { return false; });
+        run("single", 1, 1, [](int32_t, int32_t) { return true; });
+        run("one column", 9, 9, [](int32_t, int32_t j) { return j == 4; });
+        run("one row", 9, 9, [](int32_t i, int32_t) { return i == 4; });
+        run("empty rows", 8, 6, [](int32_t i, int32_t j) { return i % 2 && (i + j) % 3; });
+        for (const double density : {0.05, 0.3, 0.8}) {
+          std::bernoulli_distribution coin(density);
+          const auto rows = static_cast<int32_t>(1 + random() % 20);
+          const auto cols = static_cast<int32_t>(1 + random() % 20);
+          run("random", rows, cols, [&](int32_t, int32_t) { return coin(random); });
+        }
+      }
+    }
+  }
+  check("128 x 128 butterfly", make(128, 128, 64, 64, 0, butterfly));
+  check("256 x 256 butterfly", make(256, 256, 32, 64, 0, butterfly));
+  check_bad_layouts();
+  if (g_failures) {
+    std::printf("%d checks failed\n", g_failures);
+    return 1;
+  }
+  std::printf("planner: %d layouts, all schedules agree with them\n", cases + 2);
+  return 0;
+}

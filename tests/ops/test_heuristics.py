@@ -1,0 +1,68 @@
+"""Which kernel the launchers choose. Host code: it needs a CUDA build, but no GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pixelfly import _C, build_info, masks
+from pixelfly.ops.plan import host_plan
+
+pytestmark = pytest.mark.skipif(build_info()["cuda"] is None, reason="a CPU-only build")
+H100 = (90, 132, 232448)  # arch, multiprocessors, shared bytes a thread block can have
+A100 = (80, 108, 166912)
+B200 = (100, 148, 232448)
+FLOAT32, BFLOAT16, FLOAT16 = 0, 1, 2  # dtype.h
+
+
+def choose(device=H100, *, tokens=4096, b=64, rank=0, dtype=BFLOAT16, activation=0) -> dict:
+    layout = masks.flat_block_butterfly(1024, 2048, block_size=b)
+    plan = host_plan(layout, rank)
+    return dict(_C.explain(plan, dtype, tokens, activation, False, False, *device))
+
+
+def test_hopper_has_its_own_kernels():
+    for dtype in (BFLOAT16, FLOAT16):
+        for b in (64, 128):
+            kernels = choose(b=b, dtype=dtype, rank=64)
+            assert kernels["y"] == kernels["dx"] == "product_sm90"
+            assert kernels["dblocks, du, dv, dbias"] == "weight_grad_sm90"
+
+
+def test_activation_adds_a_step():
+    assert "dz" not in choose() and "dz" in choose(activation=2)
+
+
+@pytest.mark.parametrize("device", [A100, B200])
+def test_other_devices_run_the_portable_kernels(device):
+    assert all("sm80" in kernel for kernel in choose(device, rank=8).values())
+
+
+def test_what_hopper_kernels_do_not_cover():
+    assert all("sm80" in kernel for kernel in choose(dtype=FLOAT32).values())
+    assert all("sm80" in kernel for kernel in choose(b=16).values())
+    assert choose(b=32)["y"] == "product_sm90"
+    assert choose(b=32)["dblocks, du, dv, dbias"] == "weight_grad_sm80"
+    assert choose(rank=72)["y"] == "product_sm90"
+    assert choose(rank=72)["dblocks, du, dv, dbias"] == "weight_grad_sm80"
+
+
+def test_few_tokens_run_the_portable_kernels():
+    for tokens, path in ((1, "sm80"), (256, "sm80"), (257, "sm90")):
+        assert all(kernel.endswith(path) for kernel in choose(tokens=tokens).values())
+
+
+def test_forced_path(monkeypatch):
+    monkeypatch.setenv("PIXELFLY_KERNEL", "sm80")
+    assert choose()["y"] == "product_sm80"
+    monkeypatch.setenv("PIXELFLY_KERNEL", "sm90")
+    assert choose(tokens=1)["y"] == "product_sm90"
+    assert "cannot serve" in choose(dtype=FLOAT32)["y"]
+    assert "cannot serve" in choose(A100)["dx"]
+    monkeypatch.setenv("PIXELFLY_KERNEL", "sm70")
+    assert choose()["y"] == "PIXELFLY_KERNEL must be auto, sm80 or sm90"
+
+
+def test_not_a_plan():
+    with pytest.raises(ValueError, match="not a plan"):
+        _C.explain(torch.zeros(3, dtype=torch.int32).numpy(), 1, 64, 0, False, False, *H100)
