@@ -58,30 +58,28 @@ def operator_table(data: dict) -> str:
 
 
 def model_table(data: dict) -> str:
-    rows = [
-        [
-            f"{r['model']} ({r['batch']})",
-            r["mode"],
-            r["form"],
-            f"{r['dense_params'] / 1e6:.1f} → {r['ours_params'] / 1e6:.1f} M",
-            f"{r['dense_ms']:.1f}",
-            f"{r['ours_ms']:.1f}",
-            f"**{r['ratio']:.2f}×**",
-            f"{r['dense_mem_gb']:.1f} → {r['ours_mem_gb']:.1f} GB",
-        ]
-        for r in data["records"]
-    ]
-    names = [
-        "model",
-        "mode",
-        "form",
-        "parameters",
-        "dense ms",
-        "ours ms",
-        "speed-up",
-        "peak memory",
-    ]
-    return source(data["meta"]) + markdown(names, rows)
+    """One row per model, mode and form; "in a graph": the whole step replayed as a CUDA graph."""
+    rows = []
+    for r in data["records"]:
+        graph = r.get("graph_ratio")
+        joules = [r.get("dense_joules"), r.get("ours_joules")]
+        rows.append(
+            [
+                f"{r['model']} ({r['batch']})",
+                r["mode"],
+                r["form"],
+                f"{r['dense_params'] / 1e6:.1f} → {r['ours_params'] / 1e6:.1f} M",
+                f"{r['dense_ms']:.1f}",
+                f"{r['ours_ms']:.1f}",
+                f"**{r['ratio']:.2f}×**",
+                "–" if graph is None else f"{graph:.2f}×",
+                f"{r['dense_mem_gb']:.1f} → {r['ours_mem_gb']:.1f} GB",
+                "–" if None in joules else f"{joules[0]:.1f} → {joules[1]:.1f} J",
+            ]
+        )
+    header = ["model", "mode", "form", "parameters", "dense ms", "ours ms", "speed-up"]
+    header += ["in a graph", "peak memory", "energy a step"]
+    return source(data["meta"]) + markdown(header, rows)
 
 
 def training_table(data: dict) -> str:
