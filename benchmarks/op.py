@@ -1,121 +1,68 @@
 """Operator benchmark: dense, peers, the roofline floor and pixelfly, in one run.
 
-    python benchmarks/op.py                     # the shapes of the README table
-    python benchmarks/op.py --shapes 16384x1024x4096 --kinds blocks --peers
+    python benchmarks/op.py                                # every study (benchmarks/cases.py)
+    python benchmarks/op.py --studies table epilogue
+    python benchmarks/op.py --shapes 16384x1024x4096 --kinds blocks --directions forward dx
+    python benchmarks/op.py --device cpu --shapes 512x4096x4096 --max-stride 64 --dtype float32
 
-Writes benchmarks/results/op_<gpu>.json; `python benchmarks/report.py` turns it into tables.
+Writes benchmarks/results/op_<device>.json after every shape; `python benchmarks/report.py` turns it
+into tables, `python benchmarks/op_plots.py` into plots.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import dataclasses
 import json
 import pathlib
 import re
 
 import torch
 import torch.nn.functional as F
+from cases import DIRECTIONS, KINDS, STUDIES, Case, Group
+from peers import forward_peers
 from timing import Timing, environment, num_buffer_sets, time_all
 
-from pixelfly import masks
-from pixelfly.ops import butterfly_lowrank_mm
+from pixelfly.ops import butterfly_lowrank_mm, butterfly_lowrank_mm_reference
 
-# Measured ceilings of an H100 SXM, see csrc/README.md: the roofline floor is stated against these.
-PEAK_FLOPS = 790e12
-PEAK_BYTES = 3.0e12
-
-# T x K x N: ViT/Mixer-B (batch 128), GPT-2 medium widths, and wider.
-SHAPES = [
-    (25216, 768, 768),
-    (25216, 768, 3072),
-    (25216, 3072, 768),
-    (16384, 1024, 1024),
-    (16384, 1024, 4096),
-    (16384, 4096, 1024),
-    (16384, 2048, 8192),
-    (16384, 4096, 4096),
-    (8192, 8192, 8192),
-]
-KINDS = ("blocks", "factored", "global")
-DIRECTIONS = ("forward", "dx", "dw", "forward_backward")
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """One pixelfly layer to time: a shape, a pattern and its low-rank form."""
-
-    tokens: int
-    in_features: int
-    out_features: int
-    block_size: int
-    max_stride: int | None
-    kind: str  # blocks | factored | global
-    rank: int
-    activation: str | None = None
-
-    def layout(self) -> masks.BlockLayout:
-        layout = masks.flat_block_butterfly(
-            self.out_features,
-            self.in_features,
-            block_size=self.block_size,
-            max_stride=self.max_stride,
-        )
-        if self.kind == "global":
-            layout = layout | masks.global_(
-                self.out_features, self.in_features, block_size=self.block_size, width=self.rank
-            )
-        return layout
-
-    @property
-    def factored_rank(self) -> int:
-        return self.rank if self.kind == "factored" else 0
-
-    def floor_ms(self, direction: str) -> float:
-        """Roofline floor: the larger of the FLOP time and the bytes-touched-once time."""
-        t, k, n, r = self.tokens, self.in_features, self.out_features, self.factored_rank
-        kept = self.layout().nnz * self.block_size**2
-        flops = 2.0 * t * (kept + r * (k + n))
-        weights = 2.0 * (kept + r * (k + n))
-        extra = 2.0 * t * n if self.activation else 0.0  # the pre-activation: written, then read
-        one_pass = max(flops / PEAK_FLOPS, (2.0 * t * (k + n) + weights + extra) / PEAK_BYTES)
-        passes = 3 if direction == "forward_backward" else 1
-        return 1e3 * passes * one_pass
+ACTIVATIONS = {
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda y: F.gelu(y, approximate="tanh"),
+    "silu": F.silu,
+}
 
 
 class Layer:
     """The weights of one candidate, dense or pixelfly."""
 
-    def __init__(self, case: Case, dtype: torch.dtype, dense: bool) -> None:
+    def __init__(self, case: Case, dtype: torch.dtype, device: str, dense: bool) -> None:
         k, n, r = case.in_features, case.out_features, case.factored_rank
-        generator = torch.Generator(device="cuda").manual_seed(0)
+        generator = torch.Generator(device=device).manual_seed(0)
 
         def normal(*shape: int, scale: float = 1.0) -> torch.Tensor:
-            values = torch.randn(*shape, device="cuda", dtype=dtype, generator=generator)
+            values = torch.randn(*shape, device=device, dtype=dtype, generator=generator)
             return (values * scale).requires_grad_()
 
-        self.case = case
-        self.bias = normal(n)
+        self.case, self.dense, self.bias = case, dense, normal(n)
         if dense:
             self.weights = (normal(n, k, scale=k**-0.5),)
-        else:
-            self.layout = case.layout()
-            kept_per_row = self.layout.nnz / self.layout.grid.shape[0] * case.block_size
-            blocks = normal(
-                self.layout.nnz, case.block_size, case.block_size, scale=kept_per_row**-0.5
-            )
-            factors = (normal(n, r, scale=r**-0.5), normal(r, k, scale=k**-0.5)) if r else ()
-            self.weights = (blocks, *factors)
-        self.dense = dense
+            return
+        self.layout = case.layout()
+        b = case.block_size
+        kept_per_row = self.layout.nnz / self.layout.grid.shape[0] * b
+        blocks = normal(self.layout.nnz, b, b, scale=kept_per_row**-0.5)
+        factors = (normal(n, r, scale=r**-0.5), normal(r, k, scale=k**-0.5)) if r else ()
+        self.weights = (blocks, *factors)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         if not self.dense:
+            factors = self.weights[1:] or (None, None)
             return butterfly_lowrank_mm(
                 x,
                 self.weights[0],
                 self.layout,
-                *(self.weights[1:] or (None, None)),
+                *factors,
                 self.bias,
                 activation=self.case.activation,
             )
@@ -140,12 +87,24 @@ class Layer:
         return (*self.weights, self.bias) if direction == "dw" else (x, *self.weights, self.bias)
 
 
-ACTIVATIONS = {
-    "relu": F.relu,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda y: F.gelu(y, approximate="tanh"),
-    "silu": F.silu,
-}
+@torch.no_grad()
+def error_ratio(layer: Layer, x: torch.Tensor) -> float:
+    """RMS error of the operator / RMS error of torch in x's dtype, both against a wider dtype."""
+    x = x[:2048]
+    factors = layer.weights[1:] or (None, None)
+    operands = (x, layer.weights[0], *factors, layer.bias)
+    wide_dtype = torch.float64 if x.dtype == torch.float32 else torch.float32
+    wide = [None if t is None else t.to(wide_dtype) for t in operands]
+
+    def reference(x, blocks, u, v, bias):
+        return butterfly_lowrank_mm_reference(
+            x, blocks, layer.layout, u, v, bias, activation=layer.case.activation
+        ).to(wide_dtype)
+
+    exact = reference(*wide)
+    ours = (layer(x).to(wide_dtype) - exact).square().mean().sqrt()
+    torchs = (reference(*operands) - exact).square().mean().sqrt()
+    return (ours / torchs).item() if torchs > 0 else float("nan")
 
 
 def compiled_dense(layer: Layer):
@@ -158,39 +117,6 @@ def compiled_dense(layer: Layer):
 
     compiled = torch.compile(run, fullgraph=True)
     return lambda x: compiled(x, layer.weights[0], layer.bias)
-
-
-def forward_peers(case: Case, dtype: torch.dtype, xs: list[torch.Tensor]) -> dict:
-    """Other people's block-sparse forward on the same pattern (no low rank, no bias)."""
-    layout = case.layout()
-    mask = layout.to_dense().to("cuda")
-    weight = torch.randn(mask.shape, device="cuda", dtype=dtype) * mask
-    size = case.block_size
-    peers = {}
-
-    bsr = weight.to_sparse_bsr((size, size))
-    peers["torch_bsr"] = lambda i: F.linear(xs[i], bsr)
-
-    rows, cols = layout.grid.shape
-    index = [layout.grid[r].nonzero().flatten() for r in range(rows)]
-    if len({len(c) for c in index}) == 1:
-        columns = torch.stack(index).to("cuda")
-        packed = torch.randn(rows, columns.shape[1] * size, size, device="cuda", dtype=dtype)
-
-        def gather_bmm(i: int) -> torch.Tensor:
-            tiles = xs[i].view(-1, cols, size)[:, columns]  # [T, rows, per row, b]
-            return torch.bmm(tiles.flatten(2).transpose(0, 1), packed)
-
-        peers["gather_bmm"] = gather_bmm
-    try:
-        import stk
-
-        if size == 128:
-            sparse = stk.ops.to_sparse(weight, 128)
-            peers["stk"] = lambda i: stk.ops.dds(xs[i], sparse.t())
-    except ImportError:
-        pass
-    return peers
 
 
 def candidate(layer: Layer, call, xs, dys, direction: str):
@@ -221,41 +147,43 @@ def candidate(layer: Layer, call, xs, dys, direction: str):
     return backward
 
 
-def run_shape(shape, args, dtype) -> list[dict]:
-    tokens, k, n = shape
-    size = 2 * tokens * (k + n)
-    sets = num_buffer_sets(size)
-    xs = [
-        torch.randn(tokens, k, device="cuda", dtype=dtype, requires_grad=True) for _ in range(sets)
-    ]
-    dys = [torch.randn(tokens, n, device="cuda", dtype=dtype) for _ in range(sets)]
-    cases = [
-        Case(tokens, k, n, args.block_size, args.max_stride, kind, args.rank, args.activation)
-        for kind in args.kinds
-    ]
-    dense = Layer(cases[0], dtype, dense=True)
-    layers = {case.kind: Layer(case, dtype, dense=False) for case in cases}
+def run_group(group: Group, dtype: torch.dtype, device: str, rounds: int) -> list[dict]:
+    """Times every case of a group against dense, direction by direction."""
+    first = group.cases[0]
+    t, k, n = first.tokens, first.in_features, first.out_features
+    sets = num_buffer_sets(dtype.itemsize * t * (k + n))
+    make = {"device": device, "dtype": dtype}
+    xs = [torch.randn(t, k, requires_grad=True, **make) for _ in range(sets)]
+    dys = [torch.randn(t, n, **make) for _ in range(sets)]
+    dense = Layer(first, dtype, device, dense=True)
+    layers = {case: Layer(case, dtype, device, dense=False) for case in group.cases}
+    errors = {c: error_ratio(layers[c], xs[0]) if group.accuracy else None for c in layers}
     records = []
-    for direction in args.directions:
+    for direction in group.directions:
         runs = {"dense": candidate(dense, lambda layer: layer, xs, dys, direction)}
-        if args.activation or args.peers:
+        if first.activation or group.peers:
             runs["dense_compiled"] = candidate(dense, compiled_dense, xs, dys, direction)
-        for kind, layer in layers.items():
-            runs[kind] = candidate(layer, lambda layer: layer, xs, dys, direction)
-        peers = forward_peers(cases[0], dtype, xs) if args.peers and direction == "forward" else {}
-        timings = time_all(runs | peers, sets, rounds=args.rounds)
-        for case in cases:
-            records.append(record(case, direction, dtype, timings, peers))
-            print(row(records[-1]), flush=True)
+        for case, layer in layers.items():
+            runs[case.kind] = candidate(layer, lambda layer: layer, xs, dys, direction)
+        if group.peers and direction == "forward":
+            runs |= forward_peers(first, dtype, device, xs)
+        timings = time_all(runs, sets, rounds=rounds, device=device)
+        for case in group.cases:
+            entry = record(group.study, case, direction, dtype, timings, device)
+            if direction == "forward" and errors[case] is not None:
+                entry["error_ratio"] = errors[case]
+            records.append(entry)
+            print(row(entry), flush=True)
     return records
 
 
-def record(case: Case, direction: str, dtype, timings: dict, peers: dict) -> dict:
+def record(study: str, case: Case, direction: str, dtype, timings: dict, device: str) -> dict:
     ours, dense = timings[case.kind], timings["dense"]
-    floor = case.floor_ms(direction)
+    floor = case.floor_ms(direction) if device == "cuda" else None
     ok = isinstance(ours, Timing) and isinstance(dense, Timing)
-    layout = case.layout()
+    peers = {name: t for name, t in timings.items() if name != "dense" and name not in KINDS}
     return {
+        "study": study,
         "T": case.tokens,
         "K": case.in_features,
         "N": case.out_features,
@@ -263,10 +191,7 @@ def record(case: Case, direction: str, dtype, timings: dict, peers: dict) -> dic
         "max_stride": case.max_stride,
         "kind": case.kind,
         "rank": case.rank if case.kind != "blocks" else 0,
-        "density": layout.density
-        + case.factored_rank
-        * (case.in_features + case.out_features)
-        / (case.in_features * case.out_features),
+        "density": case.density,
         "epilogue": "bias" + (f"+{case.activation}" if case.activation else ""),
         "direction": direction,
         "dtype": str(dtype).removeprefix("torch."),
@@ -274,58 +199,83 @@ def record(case: Case, direction: str, dtype, timings: dict, peers: dict) -> dic
         "ours_ms": ours.median if isinstance(ours, Timing) else None,
         "floor_ms": floor,
         "ratio": dense.median / ours.median if ok else None,
-        "floor_fraction": floor / ours.median if isinstance(ours, Timing) else None,
+        "floor_fraction": floor / ours.median if floor and isinstance(ours, Timing) else None,
         "spread": {k: v.as_dict() for k, v in timings.items() if isinstance(v, Timing)},
-        "peers": {
-            name: t.median if isinstance(t, Timing) else t
-            for name, t in timings.items()
-            if name in peers or name == "dense_compiled"
-        },
+        "peers": {k: t.median if isinstance(t, Timing) else t for k, t in peers.items()},
         "error": None if ok else f"ours: {ours}; dense: {dense}",
     }
 
 
 def row(r: dict) -> str:
-    name = f"{r['T']:6d} {r['K']:5d}->{r['N']:5d} {r['kind']:9s} {r['direction']:17s}"
+    name = f"{r['T']:6d} {r['K']:5d}->{r['N']:5d} b{r['block_size']:<3d} {r['density']:4.0%} "
+    name += f"{r['kind']:9s} {r['direction']:17s}"
     if r["error"]:
         return f"{name} {r['error']}"
+    floor = f"floor {r['floor_ms']:.4f} ({100 * r['floor_fraction']:.0f}%)" if r["floor_ms"] else ""
     peers = "  ".join(
         f"{k} {v:.4f}" if isinstance(v, float) else f"{k} -" for k, v in r["peers"].items()
     )
     return (
         f"{name} dense {r['dense_ms']:.4f}  ours {r['ours_ms']:.4f}  x{r['ratio']:.2f}  "
-        f"floor {r['floor_ms']:.4f} ({100 * r['floor_fraction']:.0f}%)  {peers}"
+        f"{floor}  {peers}"
     )
 
 
+def groups_of(args: argparse.Namespace) -> list[Group]:
+    """The groups the command line asks for: named studies, or shapes of the caller's own."""
+    if not args.shapes:
+        return [group for name in args.studies for group in STUDIES[name]()]
+    options = {
+        "block_size": args.block_size,
+        "max_stride": args.max_stride,
+        "rank": args.rank,
+        "activation": args.activation,
+    }
+    return [
+        Group(
+            "own",
+            tuple(Case(*map(int, shape.split("x")), kind=kind, **options) for kind in args.kinds),
+            tuple(args.directions),
+            peers=args.peers,
+            accuracy=True,
+        )
+        for shape in args.shapes
+    ]
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shapes", nargs="*", help="TxKxN, default: the README table")
-    parser.add_argument("--kinds", nargs="*", default=list(KINDS), choices=KINDS)
-    parser.add_argument("--directions", nargs="*", default=list(DIRECTIONS), choices=DIRECTIONS)
-    parser.add_argument("--block-size", type=int, default=64)
-    parser.add_argument("--max-stride", type=int, default=None)
-    parser.add_argument("--rank", type=int, default=64)
-    parser.add_argument("--activation", choices=sorted(ACTIVATIONS), default=None)
-    parser.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16")
-    parser.add_argument("--peers", action="store_true", help="also time peers (slower)")
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--out", type=pathlib.Path, default=None)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--studies", nargs="*", default=list(STUDIES), choices=list(STUDIES))
+    add("--shapes", nargs="*", help="TxKxN instead of studies; the next seven options go with it")
+    add("--kinds", nargs="*", default=list(KINDS), choices=KINDS)
+    add("--directions", nargs="*", default=list(DIRECTIONS), choices=DIRECTIONS)
+    add("--block-size", type=int, default=64)
+    add("--max-stride", type=int, default=None)
+    add("--rank", type=int, default=64)
+    add("--activation", choices=sorted(ACTIVATIONS), default=None)
+    add("--peers", action="store_true", help="also time peers (slower)")
+    add("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
+    add("--device", choices=("cuda", "cpu"), default="cuda")
+    add("--rounds", type=int, default=9)
+    add("--out", type=pathlib.Path, default=None)
     args = parser.parse_args()
-    if not torch.cuda.is_available():
-        raise SystemExit("benchmarks/op.py needs a CUDA device; torch sees none")
-    shapes = [tuple(map(int, s.split("x"))) for s in args.shapes or []] or SHAPES
-    meta = environment()
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("benchmarks/op.py: torch sees no CUDA device; use --device cpu")
+    meta = environment(args.device)
     print(meta, flush=True)
-    records = []
-    for shape in shapes:
-        records += run_shape(shape, args, getattr(torch, args.dtype))
-        torch.cuda.empty_cache()
-    gpu = re.sub(r"[^a-z0-9]+", "_", meta["device"].lower().removeprefix("nvidia ")).strip("_")
-    default = pathlib.Path(__file__).parent / "results" / f"op_{gpu.split('_')[0]}.json"
-    out = args.out or default
+    label = re.sub(r"[^a-z0-9]+", "_", meta["device"].lower().removeprefix("nvidia "))
+    label = label.split("_")[0] if args.device == "cuda" else "cpu"
+    out = args.out or pathlib.Path(__file__).parent / "results" / f"op_{label}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps({"meta": meta, "records": records}, indent=1) + "\n")
+    records: list[dict] = []
+    for group in groups_of(args):
+        records += run_group(group, getattr(torch, args.dtype), args.device, args.rounds)
+        out.write_text(json.dumps({"meta": meta, "records": records}, indent=1) + "\n")
+        if args.device == "cuda":
+            torch.cuda.empty_cache()
     print(f"wrote {out}")
 
 

@@ -39,6 +39,8 @@ def operator_table(data: dict) -> str:
     """One row per shape and kind: forward, and forward + backward, beside dense and the floor."""
     cases: dict[tuple, dict[str, dict]] = {}
     for r in data["records"]:
+        if r.get("study", "table") != "table":
+            continue
         cases.setdefault((r["T"], r["K"], r["N"], r["kind"]), {})[r["direction"]] = r
     rows = []
     for (tokens, k, n, kind), found in cases.items():

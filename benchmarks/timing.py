@@ -1,16 +1,19 @@
-"""Sustained, interleaved GPU timing.
+"""Sustained, interleaved timing.
 
-Every candidate is captured into a CUDA graph that walks over several buffer sets (so that inputs do
-not sit in L2), all candidates are loaded for 0.3 s first (a cool chip flatters), and then replayed
-in turn, so that drift in clocks and temperature falls on all of them alike.
+On a GPU every candidate is captured into a CUDA graph that walks over several buffer sets (so that
+inputs do not sit in L2), all candidates are loaded for 0.3 s first (a cool chip flatters), and then
+replayed in turn, so that drift in clocks and temperature falls on all of them alike. On a CPU the
+candidates are called in turn.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import os
+import platform
 import statistics
 import subprocess
+import time
 from collections.abc import Callable
 
 import torch
@@ -54,7 +57,11 @@ def capture(call: Callable[[int], object], sets: int, calls: int) -> torch.cuda.
 
 
 def time_all(
-    candidates: dict[str, Callable[[int], object]], sets: int, *, rounds: int = 9
+    candidates: dict[str, Callable[[int], object]],
+    sets: int,
+    *,
+    rounds: int = 9,
+    device: str = "cuda",
 ) -> dict[str, Timing | str]:
     """Times every candidate in one sustained, interleaved run.
 
@@ -62,45 +69,91 @@ def time_all(
         candidates: name -> callable of the buffer-set index.
         sets: number of buffer sets the callables accept.
         rounds: replays per candidate that are timed.
+        device: "cuda" or "cpu".
 
     Returns:
         name -> `Timing`, or the error text of a candidate that could not run.
     """
-    graphs: dict[str, torch.cuda.CUDAGraph] = {}
-    calls: dict[str, int] = {}
-    out: dict[str, Timing | str] = {}
-    for name, call in candidates.items():
-        try:
-            calls[name] = max(sets, 8)
-            graphs[name] = capture(call, sets, calls[name])
-        except Exception as error:  # a peer that cannot run is a row in the table, not a crash
-            torch.cuda.synchronize()
-            out[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:160]}"
-    start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-
-    def replay(name: str) -> float:
-        start.record()
-        graphs[name].replay()
-        stop.record()
-        stop.synchronize()
-        return start.elapsed_time(stop) / calls[name]
-
-    loaded = 0.0
-    while graphs and loaded < WARM_SECONDS * 1e3:
-        for name in graphs:
-            loaded += replay(name) * calls[name]
-    samples: dict[str, list[float]] = {name: [] for name in graphs}
+    replay = _cuda_replays if device == "cuda" else _cpu_replays
+    runs, out = replay(candidates, sets)
+    warm_until = time.perf_counter() + WARM_SECONDS
+    while runs and time.perf_counter() < warm_until:
+        for run in runs.values():
+            run()
+    samples: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(rounds):
-        for name in graphs:
-            samples[name].append(replay(name))
+        for name, run in runs.items():
+            samples[name].append(run())
     for name, values in samples.items():
-        quartiles = statistics.quantiles(values, n=4)
+        quartiles = statistics.quantiles(values, n=4) if rounds > 1 else values * 3
         out[name] = Timing(statistics.median(values), quartiles[0], quartiles[2], len(values))
     return out
 
 
-def environment() -> dict[str, object]:
+Runs = tuple[dict[str, Callable[[], float]], dict[str, Timing | str]]
+
+
+def _problem(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:160]}"
+
+
+def _cpu_replays(candidates: dict[str, Callable[[int], object]], sets: int) -> Runs:
+    """Functions that time one call each, and the errors of candidates that cannot run."""
+    runs: dict[str, Callable[[], float]] = {}
+    out: dict[str, Timing | str] = {}
+    for name, call in candidates.items():
+        turn = iter(range(1 << 62))
+
+        def run(call: Callable[[int], object] = call, turn=turn) -> float:
+            i = next(turn) % sets
+            begin = time.perf_counter()
+            call(i)
+            return 1e3 * (time.perf_counter() - begin)
+
+        try:
+            run()
+        except Exception as error:  # a peer that cannot run is a row in the table, not a crash
+            out[name] = _problem(error)
+        else:
+            runs[name] = run
+    return runs, out
+
+
+def _cuda_replays(candidates: dict[str, Callable[[int], object]], sets: int) -> Runs:
+    """Functions that replay a graph and return milliseconds a call, and the errors."""
+    runs: dict[str, Callable[[], float]] = {}
+    out: dict[str, Timing | str] = {}
+    calls = max(sets, 8)
+    start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    for name, call in candidates.items():
+        try:
+            graph = capture(call, sets, calls)
+        except Exception as error:  # a peer that cannot run is a row in the table, not a crash
+            torch.cuda.synchronize()
+            out[name] = _problem(error)
+            continue
+
+        def run(graph: torch.cuda.CUDAGraph = graph) -> float:
+            start.record()
+            graph.replay()
+            stop.record()
+            stop.synchronize()
+            return start.elapsed_time(stop) / calls
+
+        runs[name] = run
+    return runs, out
+
+
+def environment(device: str = "cuda") -> dict[str, object]:
     """What a results file says about where it was measured."""
+    if device == "cpu":
+        return {
+            "device": f"{platform.machine()} CPU",
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+            "cuda": None,
+            "sha": git_sha(),
+        }
     properties = torch.cuda.get_device_properties(0)
 
     def query(field: str) -> str:
