@@ -25,10 +25,8 @@ def markdown(header: list[str], rows: list[list[str]]) -> str:
 
 
 def source(meta: dict) -> str:
-    return (
-        f"Measured on {meta['device']}, torch {meta['torch']}, CUDA {meta['cuda']}, "
-        f"commit {meta['sha']}.\n\n"
-    )
+    cuda = f", CUDA {meta['cuda']}" if meta["cuda"] else ""
+    return f"Measured on {meta['device']}, torch {meta['torch']}{cuda}, commit {meta['sha']}.\n\n"
 
 
 def ms(value: float | None) -> str:
@@ -39,23 +37,24 @@ def operator_table(data: dict) -> str:
     """One row per shape and kind: forward, and forward + backward, beside dense and the floor."""
     cases: dict[tuple, dict[str, dict]] = {}
     for r in data["records"]:
-        if r.get("study", "table") != "table":
+        if r.get("study", "table") not in ("table", "own"):
             continue
         cases.setdefault((r["T"], r["K"], r["N"], r["kind"]), {})[r["direction"]] = r
+    floors = any(r["floor_ms"] for r in data["records"])  # a CPU has none
     rows = []
     for (tokens, k, n, kind), found in cases.items():
         cells = [f"{tokens}, {k}→{n}", kind, f"{100 * next(iter(found.values()))['density']:.0f} %"]
         for direction in ("forward", "forward_backward"):
             r = found.get(direction)
             if r is None or r["ratio"] is None:
-                cells += ["–"] * 4
+                cells += ["–"] * (4 if floors else 3)
                 continue
-            times = [ms(r["dense_ms"]), ms(r["floor_ms"]), ms(r["ours_ms"])]
-            cells += [*times, f"**{r['ratio']:.2f}×**"]
+            floor = [ms(r["floor_ms"])] if floors else []
+            cells += [ms(r["dense_ms"]), *floor, ms(r["ours_ms"]), f"**{r['ratio']:.2f}×**"]
         rows.append(cells)
     header = ["T, K→N", "pattern", "density"]
     for name in ("forward", "fwd + bwd"):
-        header += [f"{name}: dense ms", "floor", "ours", "speed-up"]
+        header += [f"{name}: dense ms", *(["floor"] if floors else []), "ours", "speed-up"]
     return source(data["meta"]) + markdown(header, rows)
 
 

@@ -148,7 +148,7 @@ def environment(device: str = "cuda") -> dict[str, object]:
     """What a results file says about where it was measured."""
     if device == "cpu":
         return {
-            "device": f"{platform.machine()} CPU",
+            "device": f"{cpu_name()}, {torch.get_num_threads()} threads",
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
             "cuda": None,
@@ -173,6 +173,16 @@ def environment(device: str = "cuda") -> dict[str, object]:
         "cuda": torch.version.cuda,
         "sha": git_sha(),
     }
+
+
+def cpu_name() -> str:
+    """The processor's name where Linux tells it, else its architecture."""
+    try:
+        with open("/proc/cpuinfo") as lines:
+            names = [line.split(":", 1)[1].strip() for line in lines if "model name" in line]
+    except OSError:
+        names = []
+    return names[0] if names else f"{platform.machine()} CPU"
 
 
 def git_sha() -> str:

@@ -42,6 +42,12 @@ def test_operator_table(results):
     assert report.render(text) == text
 
 
+def test_operator_table_of_a_cpu_has_no_floor(results):
+    text = report.render(results("op_x", [OP | {"direction": "forward", "floor_ms": None}]))
+    assert "| 64, 128→256 | blocks | 25 % | 2.000 | 1.000 | **2.00×** | – | – | – |" in text
+    assert "floor" not in text
+
+
 def test_model_table(results):
     model = {"model": "vit", "mode": "compile", "form": "blocks", "batch": "8 images", "ratio": 1.5}
     sizes = {"params": 2e6, "ms": 3.0, "mem_gb": 1.0}
