@@ -13,18 +13,40 @@ __device__ __forceinline__ float tanh_approx(float x) {
   return y;
 }
 
-// erf by Abramowitz and Stegun 7.1.26, |error| <= 1.5e-7: half the instructions of erff.
-__device__ __forceinline__ float erf_approx(float x) {
-  const float a = fabsf(x);
-  const float t = __fdividef(1.f, fmaf(0.3275911f, a, 1.f));
-  float p = fmaf(1.061405429f, t, -1.453152027f);
-  p = fmaf(p, t, 1.421413741f);
-  p = fmaf(p, t, -0.284496736f);
-  p = fmaf(p, t, 0.254829592f);
-  return copysignf(fmaf(-p * t, __expf(-a * a), 1.f), x);
+// One instruction each, denormals flushed: the library's __fdividef and __expf surround theirs with
+// five more to keep denormals that no result here depends on.
+__device__ __forceinline__ float reciprocal(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+__device__ __forceinline__ float exp2_approx(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
 }
 
-__device__ __forceinline__ float sigmoid(float x) { return __fdividef(1.f, 1.f + __expf(-x)); }
+constexpr float kLog2E = 1.44269504088896341f;
+
+__device__ __forceinline__ float sigmoid(float x) {
+  return reciprocal(1.f + exp2_approx(-kLog2E * x));
+}
+
+// The normal distribution's tail P(X > |x|), absolute error below 1e-7 (erf by Abramowitz and
+// Stegun 7.1.26), and exp(-x^2 / 2), which is a factor of it.
+struct NormalTail {
+  float tail;
+  float bell;
+};
+__device__ __forceinline__ NormalTail normal_tail(float x) {
+  const float t = reciprocal(fmaf(0.3275911f * 0.70710678f, fabsf(x), 1.f));
+  float p = fmaf(0.5f * 1.061405429f, t, 0.5f * -1.453152027f);
+  p = fmaf(p, t, 0.5f * 1.421413741f);
+  p = fmaf(p, t, 0.5f * -0.284496736f);
+  p = fmaf(p, t, 0.5f * 0.254829592f);
+  const float bell = exp2_approx(x * (-0.5f * kLog2E * x));
+  return {p * t * bell, bell};
+}
 
 constexpr float kSqrtHalf = 0.70710678118654752f;
 constexpr float kInvSqrt2Pi = 0.39894228040143268f;
@@ -37,8 +59,10 @@ __device__ __forceinline__ float activate(float x) {
   if constexpr (kActivation == Activation::kRelu) {
     return x > 0.f || x != x ? x : 0.f;  // NaN propagates, as in torch
   } else if constexpr (kActivation == Activation::kGelu) {
-    const float e = kPrecise ? erff(x * kSqrtHalf) : erf_approx(x * kSqrtHalf);
-    return 0.5f * x * (1.f + e);
+    if constexpr (kPrecise) return 0.5f * x * (1.f + erff(x * kSqrtHalf));
+    // x P(X < x) = max(x, 0) - |x| P(X > |x|). The sum is max(x, 0) that keeps NaN, and the bound
+    // keeps infinity times zero away.
+    return fmaf(-fminf(fabsf(x), 1e4f), normal_tail(x).tail, 0.5f * (x + fabsf(x)));
   } else if constexpr (kActivation == Activation::kGeluTanh) {
     const float inner = kSqrt2OverPi * fmaf(kGeluCubic * x * x, x, x);
     return 0.5f * x * (1.f + (kPrecise ? tanhf(inner) : tanh_approx(inner)));
@@ -54,9 +78,11 @@ __device__ __forceinline__ float derivative(float x) {
   if constexpr (kActivation == Activation::kRelu) {
     return x > 0.f || x != x ? 1.f : 0.f;
   } else if constexpr (kActivation == Activation::kGelu) {
-    const float e = kPrecise ? erff(x * kSqrtHalf) : erf_approx(x * kSqrtHalf);
-    const float density = kInvSqrt2Pi * (kPrecise ? expf(-0.5f * x * x) : __expf(-0.5f * x * x));
-    return fmaf(x, density, 0.5f * (1.f + e));
+    if constexpr (kPrecise) {
+      return fmaf(x, kInvSqrt2Pi * expf(-0.5f * x * x), 0.5f * (1.f + erff(x * kSqrtHalf)));
+    }
+    const NormalTail n = normal_tail(x);
+    return fmaf(x, kInvSqrt2Pi * n.bell, x > 0.f ? 1.f - n.tail : n.tail);
   } else if constexpr (kActivation == Activation::kGeluTanh) {
     const float square = x * x;
     const float inner = kSqrt2OverPi * fmaf(kGeluCubic * square, x, x);

@@ -329,7 +329,6 @@ struct Consumer {
                        : kTransposed ? device::descriptor_mn_major(weight, 0)
                                      : device::descriptor_k_major(weight);
     const uint64_t b = device::descriptor_k_major(x);
-    device::wgmma_fence();
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
       const int step = kQuads ? device::quads_step(k, kTransposed) : k * (kTransposed ? 128 : 2);
@@ -377,16 +376,28 @@ struct Consumer {
           const int4 step = ahead;
           ahead = unit.step(s + 1);
           const uint32_t x = layout.stage(ring.stage);
-          uint32_t weight =
+          const uint32_t weight =
               args.resident ? layout.weights + step.w * kGroupTileBytes : x + kGroupXBytes;
           device::mbarrier_wait(layout.full(ring.stage), ring.phase);
-          if (step.y >= 0) {
+          // Each case commits and waits by itself: across a join of branches the compiler commits
+          // every case on its own and the shared wait then drains the step that was just issued.
+          if (step.z < 0) {
+            device::wgmma_fence();
             multiply(acc0, weight, x);
-            weight += kGroupTileBytes;
+            device::wgmma_commit();
+            device::wgmma_wait<1>();
+          } else if (step.y < 0) {
+            device::wgmma_fence();
+            multiply(acc1, weight, x);
+            device::wgmma_commit();
+            device::wgmma_wait<1>();
+          } else {
+            device::wgmma_fence();
+            multiply(acc0, weight, x);
+            multiply(acc1, weight + kGroupTileBytes, x);
+            device::wgmma_commit();
+            device::wgmma_wait<1>();
           }
-          if (step.z >= 0) multiply(acc1, weight, x);
-          device::wgmma_commit();
-          device::wgmma_wait<1>();
           if (previous >= 0) release(previous);
           previous = ring.stage;
           ring.advance();
