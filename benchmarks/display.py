@@ -48,6 +48,15 @@ class PlainProgress:
             self.print(f"{completed}/{self._total}  {description}")
 
 
+def make_console() -> Console:
+    """Returns a console for output without a progress bar."""
+    try:
+        from rich.console import Console
+    except ImportError:
+        return PlainProgress()
+    return Console()
+
+
 def progress_bar() -> Progress:
     """Returns a progress display; its `console` prints above the bar."""
     try:

@@ -24,6 +24,7 @@ from collections.abc import Callable
 import torch
 import torch.nn as nn
 from energy import EnergyCounter
+from ideal import ideal
 from timing import environment
 from workloads import WORKLOADS, Loss
 
@@ -169,9 +170,16 @@ def run(name: str, form: str, mode: str, args: argparse.Namespace) -> dict:
             torch.cuda.empty_cache()
 
 
-def record(name: str, form: str, mode: str, density: float, dense: dict, ours: dict) -> dict:
+def record(
+    name: str, form: str, mode: str, args: argparse.Namespace, dense: dict, ours: dict
+) -> dict:
     """One row of the results: every figure of both models, and the ratios of their times."""
-    row = {"model": name, "mode": mode, "form": form, "batch": dense["batch"], "density": density}
+    row = {"model": name, "mode": mode, "form": form, "batch": dense["batch"]}
+    row["density"] = args.density
+    options = {"density": args.density, "block_size": args.block_size, "rank": args.rank}
+    for side, kind in (("dense", "dense"), ("ours", form)):
+        costs = ideal(name, kind, **options).values()
+        row[f"{side}_ideal_ms"] = 1e3 * sum(cost.seconds for cost in costs)
     for side, figures in (("dense", dense), ("ours", ours)):
         row |= {f"{side}_{key}": value for key, value in figures.items() if key != "batch"}
     row["ratio"] = dense["ms"] / ours["ms"]
@@ -241,7 +249,7 @@ def main() -> None:
             dense = run(name, "dense", mode, args)
             for form in args.forms:
                 ours = run(name, form, mode, args)
-                records.append(record(name, form, mode, args.density, dense, ours))
+                records.append(record(name, form, mode, args, dense, ours))
                 print(json.dumps(records[-1]), flush=True)
                 out.write_text(json.dumps({"meta": meta, "records": records}, indent=1) + "\n")
     plot(out.with_suffix(".png"), records)

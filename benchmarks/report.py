@@ -59,7 +59,8 @@ def operator_table(data: dict) -> str:
 
 
 def model_table(data: dict) -> str:
-    """One row per model, mode and form; "in a graph": the whole step replayed as a CUDA graph."""
+    """One row per model, mode and form. "In a graph": the whole step replayed as a CUDA graph;
+    "ideal": the floor of benchmarks/ideal.py."""
     rows = []
     for r in data["records"]:
         graph = r.get("graph_ratio")
@@ -74,12 +75,13 @@ def model_table(data: dict) -> str:
                 f"{r['ours_ms']:.1f}",
                 f"**{r['ratio']:.2f}×**",
                 "–" if graph is None else f"{graph:.2f}×",
+                f"{r['dense_ideal_ms']:.1f} → {r['ours_ideal_ms']:.1f}",
                 f"{r['dense_mem_gb']:.1f} → {r['ours_mem_gb']:.1f} GB",
                 "–" if None in joules else f"{joules[0]:.1f} → {joules[1]:.1f} J",
             ]
         )
     header = ["model", "mode", "form", "parameters", "dense ms", "ours ms", "speed-up"]
-    header += ["in a graph", "peak memory", "energy a step"]
+    header += ["in a graph", "ideal ms", "peak memory", "energy a step"]
     return source(data["meta"]) + markdown(header, rows)
 
 

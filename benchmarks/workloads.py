@@ -33,23 +33,41 @@ def vision(name: str, batch: int, device: str) -> tuple[nn.Module, Loss, str]:
     return model, lambda m: F.cross_entropy(m(images), labels), f"{batch} images"
 
 
-def gpt2(
-    width: int, layers: int, batch: int, length: int, device: str
-) -> tuple[nn.Module, Loss, str]:
-    """transformers' GPT-2 without dropout, next-token loss over random ids."""
-    from transformers import GPT2Config, GPT2LMHeadModel
+def causal_attention(module, query, key, value, attention_mask, *, scaling=None, **kwargs):
+    """transformers' attention interface over torch's fused causal kernels, [B, H, S, D] inputs.
 
-    config = GPT2Config(
+    Its own "sdpa" builds a mask of S x S when it is compiled, for sequences that might be packed,
+    and so keeps the fused causal kernels from being chosen.
+    """
+    y = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling)
+    return y.transpose(1, 2).contiguous(), None
+
+
+def gpt2_config(width: int, layers: int, head: int, length: int):
+    """A GPT-2 without dropout (as the attention above has none), heads of `head` features."""
+    from transformers import AttentionInterface, GPT2Config
+
+    AttentionInterface.register("fused_causal", causal_attention)
+    return GPT2Config(
         n_embd=width,
         n_layer=layers,
-        n_head=width // 64,
+        n_head=width // head,
         n_positions=length,
         resid_pdrop=0.0,
         embd_pdrop=0.0,
         attn_pdrop=0.0,
         use_cache=False,
-        attn_implementation="sdpa",
+        attn_implementation="fused_causal",
     )
+
+
+def gpt2(
+    width: int, layers: int, batch: int, length: int, device: str
+) -> tuple[nn.Module, Loss, str]:
+    """transformers' GPT-2 without dropout, next-token loss over random ids."""
+    from transformers import GPT2LMHeadModel
+
+    config = gpt2_config(width, layers, 64, length)
     model = GPT2LMHeadModel(config)
     # Unset, the first forward logs a warning, at which torch.compile breaks the graph.
     model.loss_type = "ForCausalLM"
@@ -62,17 +80,9 @@ class Stack(nn.Module):
 
     def __init__(self, width: int, layers: int) -> None:
         super().__init__()
-        from transformers import GPT2Config
         from transformers.models.gpt2.modeling_gpt2 import GPT2Block
 
-        config = GPT2Config(
-            n_embd=width,
-            n_layer=layers,
-            n_head=max(1, width // 128),
-            resid_pdrop=0.0,
-            attn_pdrop=0.0,
-            attn_implementation="sdpa",
-        )
+        config = gpt2_config(width, layers, min(128, width), 1024)
         self.h = nn.ModuleList(GPT2Block(config, layer_idx=i) for i in range(layers))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

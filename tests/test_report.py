@@ -50,13 +50,13 @@ def test_operator_table_of_a_cpu_has_no_floor(results):
 
 def test_model_table(results):
     model = {"model": "vit", "mode": "compile", "form": "blocks", "batch": "8 images", "ratio": 1.5}
-    sizes = {"params": 2e6, "ms": 3.0, "mem_gb": 1.0}
+    sizes = {"params": 2e6, "ms": 3.0, "mem_gb": 1.0, "ideal_ms": 2.5}
     model |= {f"{side}_{key}": value for side in ("dense", "ours") for key, value in sizes.items()}
     graphed = model | {"graph_ratio": 1.75, "dense_joules": 9.0, "ours_joules": 6.0}
     text = report.render(results("models_x", [model, graphed]))
     row = "| vit (8 images) | compile | blocks | 2.0 → 2.0 M | 3.0 | 3.0 | **1.50×** |"
-    assert f"{row} – | 1.0 → 1.0 GB | – |" in text
-    assert f"{row} 1.75× | 1.0 → 1.0 GB | 9.0 → 6.0 J |" in text
+    assert f"{row} – | 2.5 → 2.5 | 1.0 → 1.0 GB | – |" in text
+    assert f"{row} 1.75× | 2.5 → 2.5 | 1.0 → 1.0 GB | 9.0 → 6.0 J |" in text
 
 
 def test_training_table(results):
