@@ -1,30 +1,10 @@
 // Activations and their derivatives in fp32, as the epilogues and activation_grad apply them.
 #pragma once
 
+#include "device/approx.cuh"
 #include "pixelfly/dtype.h"
 
 namespace pixelfly::device {
-
-// tanh by the hardware's approximation: absolute error below 2^-10.9, well under a bf16 ulp of the
-// products it enters.
-__device__ __forceinline__ float tanh_approx(float x) {
-  float y;
-  asm("tanh.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
-// One instruction each, denormals flushed: the library's __fdividef and __expf surround theirs with
-// five more to keep denormals that no result here depends on.
-__device__ __forceinline__ float reciprocal(float x) {
-  float y;
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-__device__ __forceinline__ float exp2_approx(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
 
 constexpr float kLog2E = 1.44269504088896341f;
 

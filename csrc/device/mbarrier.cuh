@@ -4,8 +4,6 @@
 
 #include <cstdint>
 
-#include "device/ldmatrix.cuh"
-
 namespace pixelfly::device {
 
 __device__ __forceinline__ void mbarrier_init(uint32_t barrier, int arrivals) {
@@ -45,15 +43,6 @@ __device__ __forceinline__ void named_barrier_arrive(int id, int threads) {
 // Orders this thread's ordinary shared-memory accesses before later ones of TMA and wgmma.
 __device__ __forceinline__ void fence_proxy_async() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-}
-
-__device__ __forceinline__ void store_shared_int2(uint32_t address, int x, int y) {
-  asm volatile("st.shared.v2.b32 [%0], {%1,%2};" ::"r"(address), "r"(x), "r"(y) : "memory");
-}
-__device__ __forceinline__ int2 load_shared_int2(uint32_t address) {
-  int2 v;
-  asm volatile("ld.shared.v2.b32 {%0,%1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(address) : "memory");
-  return v;
 }
 
 }  // namespace pixelfly::device

@@ -23,15 +23,6 @@ __device__ __forceinline__ void tma_store_2d(const CUtensorMap* map, uint32_t sh
       "r"(shared), "r"(col), "r"(row)
       : "memory");
 }
-// Adds an fp32 tile into global memory.
-__device__ __forceinline__ void tma_reduce_add_2d(const CUtensorMap* map, uint32_t shared, int col,
-                                                  int row) {
-  asm volatile(
-      "cp.reduce.async.bulk.tensor.2d.global.shared::cta.add.tile.bulk_group [%0, {%2,%3}], "
-      "[%1];" ::"l"(map),
-      "r"(shared), "r"(col), "r"(row)
-      : "memory");
-}
 __device__ __forceinline__ void tma_store_commit() {
   asm volatile("cp.async.bulk.commit_group;" ::: "memory");
 }

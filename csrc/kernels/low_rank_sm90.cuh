@@ -16,6 +16,7 @@
 #include "device/convert.cuh"
 #include "device/ldmatrix.cuh"
 #include "device/mbarrier.cuh"
+#include "device/shared_memory.cuh"
 #include "device/tma.cuh"
 #include "device/wgmma.cuh"
 
@@ -37,9 +38,8 @@ template <typename T, bool kTransposed>
 __global__ void __launch_bounds__(kLowRankThreads)
     low_rank_sm90(const __grid_constant__ LowRankMaps maps, int num_tiles) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  extern __shared__ uint8_t dynamic[];
   __shared__ uint64_t barriers[2 * kLowRankStages];
-  const uint32_t base = (device::smem_address(dynamic) + 1023) & ~1023u;
+  const uint32_t base = (device::smem_address(device::dynamic_shared()) + 1023) & ~1023u;
   const uint32_t full = device::smem_address(barriers), empty = full + 8 * kLowRankStages;
   const int token = blockIdx.x * kLowRankTile, rank = blockIdx.y * kLowRankTile;
   if (threadIdx.x == 0) {

@@ -177,7 +177,7 @@ template <typename T, int kBlock, bool kTransposed>
 __global__ void __launch_bounds__(ProductShape<T, kBlock>::kThreads)
     product_sm80(const __grid_constant__ ProductArgs args) {
   using S = ProductShape<T, kBlock>;
-  extern __shared__ __align__(16) uint8_t shared[];
+  uint8_t* shared = device::dynamic_shared();
   const uint32_t base = device::smem_address(shared);
   const int out_tile = blockIdx.x % args.out_tiles;  // neighbours share the x tile through L2
   const int64_t token = static_cast<int64_t>(blockIdx.x / args.out_tiles) * kProductTokens;

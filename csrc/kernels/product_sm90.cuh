@@ -7,9 +7,9 @@
 // blocks through transposed (MN-major) A descriptors over the transposed schedule.
 //
 //   shared memory: ring [stages] of x tiles [128 tokens][64] (16 KB)
-//                  weights of the group, resident if they leave >= 4 stages; else each stage
-//                  carries its step's weight tiles (16 KB more)
-//                  staging [2 warpgroups][staging tiles] of [64 tokens][64]; all 128-byte swizzle
+//                  staging [2 warpgroups][staging tiles] of [64 tokens][64]
+//                  weights: all of the group's, which stay for the whole unit if they fit; else a
+//                  ring of each step's (16 KB a stage). All tiles in the 128-byte swizzle.
 //
 //   roles: warpgroups 0 and 1 consume alternate token tiles (ping-pong: one multiplies while the
 //          other runs its epilogue), both rows each: 2 x m64n128, 128 accumulators a thread.
@@ -18,7 +18,7 @@
 //   empty[s]:  the four warps of that consumer -> producer
 //   turn w:    named barrier; the other warpgroup has issued all its products, so w may wait on the
 //              ring. Nobody waits on a stage outside its turn: parities would alias.
-//   weights_free: consumers -> producer, the resident weights may be replaced (next unit)
+//   weights_free: consumers -> producer, the unit is done and its weights may be replaced
 // With a residual or z, its tiles follow the steps of a token tile through the same ring.
 //
 // Thread blocks load the same x tiles at the same step where the planner finds an order for it
@@ -33,6 +33,7 @@
 #include "device/ldmatrix.cuh"
 #include "device/mbarrier.cuh"
 #include "device/register_budget.cuh"
+#include "device/shared_memory.cuh"
 #include "device/tma.cuh"
 #include "device/wgmma.cuh"
 #include "pixelfly/params.h"
@@ -58,8 +59,8 @@ struct GroupArgs {
   int32_t num_x_tiles;   // tiles of x; those of t follow
   int32_t weight_shift;  // log2(b / 64)
   int32_t stages;
-  int32_t staging_tiles;  // per warpgroup, 1 or 2
-  bool resident;          // weights stay in shared memory for the whole unit
+  int32_t staging_tiles;   // per warpgroup, 1 or 2
+  int32_t resident_tiles;  // groups of up to so many weight tiles keep them; 0: none does
   bool has_preact;
   bool has_residual;
   bool has_z;
@@ -80,18 +81,20 @@ struct GroupShared {
 
 namespace groups {
 
-// Shared-memory layout, from one opaque base: the compiler would otherwise recompute it everywhere.
+// Shared-memory layout.
 struct Layout {
-  uint32_t base, stage_bytes, weights, staging, barriers;
+  uint32_t base, weights, staging, barriers;
 
-  __device__ Layout(uint32_t aligned, const GroupArgs& args, uint32_t shared) {
-    asm volatile("mov.u32 %0, %1;" : "=r"(base) : "r"(aligned));
-    asm volatile("mov.u32 %0, %1;" : "=r"(barriers) : "r"(shared));
-    stage_bytes = kGroupXBytes + (args.resident ? 0 : 2 * kGroupTileBytes);
-    staging = base + args.stages * stage_bytes;
+  __device__ Layout(uint32_t aligned, const GroupArgs& args, uint32_t shared)
+      : base(device::opaque(aligned)), barriers(device::opaque(shared)) {
+    staging = base + args.stages * kGroupXBytes;
     weights = staging + 2 * args.staging_tiles * kGroupTileBytes;
   }
-  __device__ uint32_t stage(int s) const { return base + s * stage_bytes; }
+  __device__ uint32_t stage(int s) const { return base + s * kGroupXBytes; }
+  // Where a step's weight tiles lie: at their slot, or in the ring beside the step's x tile.
+  __device__ uint32_t weight(bool resident, int slot, int s) const {
+    return weights + (resident ? slot : 2 * s) * kGroupTileBytes;
+  }
   __device__ uint32_t full(int s) const { return barriers + s * 8; }
   __device__ uint32_t empty(int s) const { return barriers + (kMaxGroupStages + s) * 8; }
   __device__ uint32_t weights_free() const { return barriers + 2 * kMaxGroupStages * 8; }
@@ -119,6 +122,7 @@ struct Ring {
 // A unit of work (schedule.h) with its group's rows and steps.
 struct Unit {
   int lane, lanes, rows[2], num_steps;
+  bool resident;
   const int4* steps;
 
   __device__ Unit(const GroupArgs& args, int index) {
@@ -128,6 +132,7 @@ struct Unit {
         __ldg(reinterpret_cast<const int4*>(args.plan + args.section.groups_offset) + u.x);
     lane = u.y;
     lanes = u.z;
+    resident = u.w <= args.resident_tiles;
     rows[0] = g.x;
     rows[1] = g.y;
     steps = reinterpret_cast<const int4*>(args.plan + args.section.steps_offset) + g.z;
@@ -173,7 +178,14 @@ __device__ void produce(const GroupMaps& maps, const GroupArgs& args, const Layo
   uint32_t units_done = 0;
   for (int index = blockIdx.x; index < args.section.num_units; index += gridDim.x) {
     const Unit unit(args, index);
-    bool load_weights = true;
+    if (unit.lane >= args.token_tiles) continue;
+    // Every unit waits once for the one before, even if it loads no weights: whoever skipped a
+    // phase could pass the next one too early.
+    bool load_weights = true, waited = args.resident_tiles == 0 || units_done == 0;
+    auto wait_for_weights = [&] {
+      if (!waited) device::mbarrier_wait(layout.weights_free(), (units_done - 1) & 1);
+      waited = true;
+    };
     for (int tile = unit.lane; tile < args.token_tiles; tile += unit.lanes) {
       const int token = tile * kGroupTokens;
       int4 ahead = unit.step(0);
@@ -188,11 +200,8 @@ __device__ void produce(const GroupMaps& maps, const GroupArgs& args, const Layo
         device::tma_load_2d(x, is_t ? &maps.t : &maps.x, full,
                             (is_t ? step.x - args.num_x_tiles : step.x) * kGroupTile, token);
         if (load_weights) {
-          uint32_t at =
-              args.resident ? layout.weights + step.w * kGroupTileBytes : x + kGroupXBytes;
-          if (args.resident && s == 0 && units_done > 0) {
-            device::mbarrier_wait(layout.weights_free(), (units_done - 1) & 1);
-          }
+          wait_for_weights();
+          uint32_t at = layout.weight(unit.resident, step.w, ring.stage);
           if (step.y >= 0) {
             load_weight<kTransposed, kQuads>(maps, args, at, full, step.y, step.x, unit.rows[0]);
             at += kGroupTileBytes;
@@ -203,7 +212,7 @@ __device__ void produce(const GroupMaps& maps, const GroupArgs& args, const Layo
         }
         ring.advance();
       }
-      load_weights = !args.resident;
+      load_weights = !unit.resident;
       if (args.has_residual || args.has_z) {
         for (int r = 0; r < unit.outputs(); ++r) {
           const uint32_t full = layout.full(ring.stage);
@@ -215,7 +224,8 @@ __device__ void produce(const GroupMaps& maps, const GroupArgs& args, const Layo
         }
       }
     }
-    if (unit.lane < args.token_tiles) ++units_done;
+    wait_for_weights();
+    ++units_done;
   }
 }
 
@@ -376,8 +386,7 @@ struct Consumer {
           const int4 step = ahead;
           ahead = unit.step(s + 1);
           const uint32_t x = layout.stage(ring.stage);
-          const uint32_t weight =
-              args.resident ? layout.weights + step.w * kGroupTileBytes : x + kGroupXBytes;
+          const uint32_t weight = layout.weight(unit.resident, step.w, ring.stage);
           device::mbarrier_wait(layout.full(ring.stage), ring.phase);
           // Each case commits and waits by itself: across a join of branches the compiler commits
           // every case on its own and the shared wait then drains the step that was just issued.
@@ -415,7 +424,7 @@ struct Consumer {
         epilogue(acc0, unit.rows[0], tile * kGroupTokens, aux);
         if (unit.rows[1] >= 0) epilogue(acc1, unit.rows[1], tile * kGroupTokens, aux_next);
       }
-      if (args.resident && index + gridDim.x < args.section.num_units) {
+      if (args.resident_tiles > 0 && index + gridDim.x < args.section.num_units) {
         device::named_barrier_sync(1, 256);
         if (threadIdx.x == 0) device::mbarrier_arrive(layout.weights_free());
       }
@@ -430,10 +439,9 @@ template <typename T, bool kTransposed, bool kQuads>
 __global__ void __launch_bounds__(kGroupThreads, 1)
     product_sm90(const __grid_constant__ GroupMaps maps, const __grid_constant__ GroupArgs args) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  extern __shared__ uint8_t dynamic[];
   __shared__ GroupShared shared;
-  const groups::Layout layout((device::smem_address(dynamic) + 1023) & ~1023u, args,
-                              device::smem_address(&shared));
+  const uint32_t dynamic = device::smem_address(device::dynamic_shared());
+  const groups::Layout layout((dynamic + 1023) & ~1023u, args, device::smem_address(&shared));
   if (threadIdx.x == 0) {
     for (int s = 0; s < args.stages; ++s) {
       device::mbarrier_init(layout.full(s), 1);

@@ -11,6 +11,7 @@
 #include "device/cp_async.cuh"
 #include "device/ldmatrix.cuh"
 #include "device/mma.cuh"
+#include "device/shared_memory.cuh"
 
 namespace pixelfly::sm80 {
 
@@ -47,17 +48,9 @@ __device__ __forceinline__ void load_tile(uint32_t tile, const T* source, int64_
         const bool valid = row < valid_rows && col + e < valid_cols;
         v.set(e, valid ? device::to_float(from[e]) : 0.f);
       }
-      asm volatile("st.shared.v4.b32 [%0], {%1,%2,%3,%4};" ::"r"(to), "r"(v.raw.x), "r"(v.raw.y),
-                   "r"(v.raw.z), "r"(v.raw.w)
-                   : "memory");
+      device::store_shared(to, v.raw);
     }
   }
-}
-
-__device__ __forceinline__ float load_shared_float(uint32_t address) {
-  float x;
-  asm volatile("ld.shared.f32 %0, [%1];" : "=f"(x) : "r"(address) : "memory");
-  return x;
 }
 
 // Operand orders: how a tile stores the matrix that multiplies over k.
@@ -124,12 +117,12 @@ struct WarpProduct {
                                                bool allow_tf32) {
     const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     auto load_a = [&](int m, int k) {
-      return load_shared_float(kA == Order::kDirect ? at(a, m, k, kRowBytesA)
-                                                    : at(a, k, m, kRowBytesA));
+      return device::load_shared_float(kA == Order::kDirect ? at(a, m, k, kRowBytesA)
+                                                            : at(a, k, m, kRowBytesA));
     };
     auto load_b = [&](int n, int k) {
-      return load_shared_float(kB == Order::kDirect ? at(b, n, k, kRowBytesB)
-                                                    : at(b, k, n, kRowBytesB));
+      return device::load_shared_float(kB == Order::kDirect ? at(b, n, k, kRowBytesB)
+                                                            : at(b, k, n, kRowBytesB));
     };
     if (!allow_tf32) {
       // Each stage is summed on its own and then added: shorter chains of additions keep the error

@@ -87,7 +87,7 @@ __device__ __forceinline__ GradTile<T> grad_tile(const GradArgs& args, int tile)
 template <typename T, int kBlock>
 __global__ void __launch_bounds__(128) weight_grad_sm80(const __grid_constant__ GradArgs args) {
   using S = GradShape<T, kBlock>;
-  extern __shared__ __align__(16) uint8_t shared[];
+  uint8_t* shared = device::dynamic_shared();
   const uint32_t base = device::smem_address(shared);
   const int tiles = args.num_blocks + args.du_tiles + args.dv_tiles;
   const int tile = blockIdx.x % tiles, span = blockIdx.x / tiles;

@@ -22,6 +22,7 @@
 #include "device/convert.cuh"
 #include "device/mbarrier.cuh"
 #include "device/register_budget.cuh"
+#include "device/shared_memory.cuh"
 #include "device/tma.cuh"
 #include "device/wgmma.cuh"
 #include "pixelfly/params.h"
@@ -219,10 +220,9 @@ __global__ void __launch_bounds__(kGradThreads, 1)
     weight_grad_sm90(const __grid_constant__ GradMaps maps,
                      const __grid_constant__ GradKernelArgs args) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  extern __shared__ uint8_t raw[];
   __shared__ GradChunk chunk;
   __shared__ uint64_t barriers[2 * kGradMaxStages];
-  const uint32_t ring = (device::smem_address(raw) + 1023) & ~1023u;
+  const uint32_t ring = (device::smem_address(device::dynamic_shared()) + 1023) & ~1023u;
   const uint32_t ones = ring + kGradRingBytes;
   const uint32_t bars = device::smem_address(barriers);
   const int chunk_index = blockIdx.x % args.num_chunks, span = blockIdx.x / args.num_chunks;
@@ -230,8 +230,7 @@ __global__ void __launch_bounds__(kGradThreads, 1)
     reinterpret_cast<int*>(&chunk)[i] = reinterpret_cast<const int*>(args.chunks + chunk_index)[i];
   }
   for (int i = threadIdx.x; i < kGradOnesBytes / 4; i += kGradThreads) {
-    const uint32_t pair = device::pack2<T>(1.f, 1.f);
-    asm volatile("st.shared.b32 [%0], %1;" ::"r"(ones + i * 4), "r"(pair) : "memory");
+    device::store_shared(ones + i * 4, device::pack2<T>(1.f, 1.f));
   }
   if (threadIdx.x == 0) {
     for (int s = 0; s < kGradMaxStages; ++s) {

@@ -2,7 +2,7 @@
 
 #include "kernels/activation_grad.cuh"
 #include "launch/alignment.h"
-#include "launch/cuda_status.h"
+#include "launch/launch_kernel.h"
 #include "pixelfly/launch.h"
 
 namespace pixelfly {
@@ -16,9 +16,8 @@ Status launch(const ActivationGradParams& p, const DeviceInfo& device, Stream st
                        aligned_rows(p.dz, p.dz_stride, p.dtype);
   const int64_t work = p.tokens * ((p.features + kVec - 1) / kVec);
   const int64_t grid = std::min<int64_t>((work + kThreads - 1) / kThreads, 32LL * device.num_sms);
-  activation_grad<T, kActivation><<<static_cast<unsigned>(grid), kThreads, 0, stream>>>(p, vectors);
-  PIXELFLY_CUDA(cudaGetLastError());
-  return Status::success();
+  return launch_kernel(activation_grad<T, kActivation>, static_cast<unsigned>(grid), kThreads, 0,
+                       stream, p, vectors);
 }
 
 template <typename T>

@@ -3,7 +3,7 @@
 
 #include "kernels/low_rank_sm90.cuh"
 #include "launch/alignment.h"
-#include "launch/cuda_status.h"
+#include "launch/launch_kernel.h"
 #include "launch/low_rank_sm90.h"
 #include "launch/tensor_map.h"
 
@@ -14,13 +14,9 @@ int tiles(int64_t n) { return static_cast<int>((n + kLowRankTile - 1) / kLowRank
 
 template <typename T, bool kTransposed>
 Status launch(const LowRankMaps& maps, const LowRankParams& p, Stream stream) {
-  auto kernel = low_rank_sm90<T, kTransposed>;
-  PIXELFLY_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                     kLowRankSharedBytes));
   const dim3 grid(tiles(p.tokens), tiles(p.rank));
-  kernel<<<grid, kLowRankThreads, kLowRankSharedBytes, stream>>>(maps, tiles(p.features));
-  PIXELFLY_CUDA(cudaGetLastError());
-  return Status::success();
+  return launch_kernel(low_rank_sm90<T, kTransposed>, grid, kLowRankThreads, kLowRankSharedBytes,
+                       stream, maps, tiles(p.features));
 }
 
 }  // namespace

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "kernels/product_sm80.cuh"
-#include "launch/cuda_status.h"
+#include "launch/launch_kernel.h"
 #include "launch/product_sm80.h"
 
 namespace pixelfly::sm80 {
@@ -10,15 +10,11 @@ namespace pixelfly::sm80 {
 template <typename T, int kBlock, bool kTransposed>
 Status launch_one(const ProductArgs& args, Stream stream) {
   using S = ProductShape<T, kBlock>;
-  auto kernel = product_sm80<T, kBlock, kTransposed>;
-  PIXELFLY_CUDA(
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, S::kSharedBytes));
   const int64_t token_tiles = (args.p.tokens + kProductTokens - 1) / kProductTokens;
   const int64_t grid = token_tiles * args.out_tiles;
   if (grid > INT32_MAX) return Status::unsupported("product_sm80: more than 2^31 output tiles");
-  kernel<<<static_cast<unsigned>(grid), S::kThreads, S::kSharedBytes, stream>>>(args);
-  PIXELFLY_CUDA(cudaGetLastError());
-  return Status::success();
+  return launch_kernel(product_sm80<T, kBlock, kTransposed>, static_cast<unsigned>(grid),
+                       S::kThreads, S::kSharedBytes, stream, args);
 }
 
 template <typename T, int kBlock>

@@ -5,19 +5,17 @@
 
 #include "kernels/product_sm90.cuh"
 #include "launch/alignment.h"
-#include "launch/cuda_status.h"
+#include "launch/launch_kernel.h"
 #include "launch/product_sm90.h"
 #include "launch/tensor_map.h"
 
 namespace pixelfly {
 namespace {
 
-constexpr int kMinResidentStages = 4;  // fewer cannot hide L2: stream the weights instead
-
 struct Tile {
-  bool resident;
   int stages;
   int staging_tiles;
+  int resident_tiles;
   int shared_bytes;
 };
 
@@ -25,42 +23,45 @@ const GroupSection& section_of(const ProductParams& p) {
   return p.transposed ? p.header->transposed : p.header->forward;
 }
 
-// As many stages as fit: 64-96 KB in flight reach L2's rate, each 16 KB more gains 3-6 %.
+// As many stages as fit: 64-96 KB in flight reach L2's rate, each 16 KB more gains 3-6 %. Weights
+// stay for every group within kGroupResidentTiles; larger groups use the weight region as a ring,
+// so it must then hold two tiles a stage.
 Tile choose_tile(const ProductParams& p, const DeviceInfo& device) {
+  constexpr int kMinStages = 4;  // fewer cannot hide L2: stream the weights instead
+  const GroupSection& section = section_of(p);
   const int budget = device.max_shared_bytes - 1024 - static_cast<int>(sizeof(GroupShared));
-  const int weights = section_of(p).max_blocks * kGroupTileBytes;
+  auto bytes = [&](int stages, int staging, int resident) {
+    const bool streams = section.max_weights > resident;
+    const int weights = streams ? std::max(resident, 2 * stages) : resident;
+    return stages * kGroupXBytes + (weights + 2 * staging) * kGroupTileBytes;
+  };
+  auto fit = [&](int staging, int resident) {
+    int stages = kMaxGroupStages;
+    while (stages > 0 && bytes(stages, staging, resident) > budget) --stages;
+    return Tile{stages, staging, resident, 1024 + bytes(stages, staging, resident)};
+  };
   // A second staging tile pays only where the epilogue is long.
-  const bool long_epilogue = p.preact != nullptr || p.activation != Activation::kNone;
-  for (const int staging : {long_epilogue ? 2 : 1, 1}) {
-    const int left = budget - 2 * staging * kGroupTileBytes;
-    const int stages = std::min((left - weights) / kGroupXBytes, kMaxGroupStages);
-    if (stages < kMinResidentStages + (staging - 1)) continue;
-    return {true, stages, staging,
-            1024 + stages * kGroupXBytes + weights + 2 * staging * kGroupTileBytes};
+  if (p.preact != nullptr || p.activation != Activation::kNone) {
+    const Tile tile = fit(2, section.resident_weights);
+    if (tile.stages > kMinStages) return tile;
   }
-  const int stage = kGroupXBytes + 2 * kGroupTileBytes;
-  const int stages = std::min((budget - 2 * kGroupTileBytes) / stage, kMaxGroupStages);
-  return {false, stages, 1, 1024 + stages * stage + 2 * kGroupTileBytes};
+  const Tile tile = fit(1, section.resident_weights);
+  return tile.stages >= kMinStages ? tile : fit(1, 0);
 }
 
 template <typename T, bool kTransposed, bool kQuads>
-Status launch_kernel(const GroupMaps& maps, const GroupArgs& args, int grid, int shared_bytes,
-                     Stream stream) {
-  auto kernel = product_sm90<T, kTransposed, kQuads>;
-  PIXELFLY_CUDA(
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
-  kernel<<<grid, kGroupThreads, shared_bytes, stream>>>(maps, args);
-  PIXELFLY_CUDA(cudaGetLastError());
-  return Status::success();
+Status launch_one(const GroupMaps& maps, const GroupArgs& args, int grid, int shared_bytes,
+                  Stream stream) {
+  return launch_kernel(product_sm90<T, kTransposed, kQuads>, grid, kGroupThreads, shared_bytes,
+                       stream, maps, args);
 }
 
 template <typename T>
 Status launch(const ProductParams& p, const GroupMaps& maps, const GroupArgs& args, int grid,
               int shared_bytes, Stream stream) {
   const bool quads = p.header->block_size == 32;
-  auto kernel = p.transposed
-                    ? (quads ? launch_kernel<T, true, true> : launch_kernel<T, true, false>)
-                    : (quads ? launch_kernel<T, false, true> : launch_kernel<T, false, false>);
+  auto kernel = p.transposed ? (quads ? launch_one<T, true, true> : launch_one<T, true, false>)
+                             : (quads ? launch_one<T, false, true> : launch_one<T, false, false>);
   return kernel(maps, args, grid, shared_bytes, stream);
 }
 
@@ -122,7 +123,7 @@ Status launch_product_sm90(const ProductParams& p, const DeviceInfo& device, Str
   args.weight_shift = b == 128 ? 1 : 0;
   args.stages = tile.stages;
   args.staging_tiles = tile.staging_tiles;
-  args.resident = tile.resident;
+  args.resident_tiles = tile.resident_tiles;
   args.has_preact = p.preact != nullptr;
   args.has_residual = p.residual != nullptr;
   args.has_z = p.z != nullptr;

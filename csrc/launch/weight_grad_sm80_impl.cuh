@@ -2,7 +2,7 @@
 #pragma once
 
 #include "kernels/weight_grad_sm80.cuh"
-#include "launch/cuda_status.h"
+#include "launch/launch_kernel.h"
 #include "launch/weight_grad_sm80.h"
 
 namespace pixelfly::sm80 {
@@ -10,17 +10,14 @@ namespace pixelfly::sm80 {
 template <typename T, int kBlock>
 Status launch_grad_block(const GradArgs& args, Stream stream) {
   using S = GradShape<T, kBlock>;
-  auto kernel = weight_grad_sm80<T, kBlock>;
-  PIXELFLY_CUDA(
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, S::kSharedBytes));
   const int64_t tiles = int64_t{args.num_blocks} + args.du_tiles + args.dv_tiles;
-  kernel<<<static_cast<unsigned>(tiles * args.spans), S::kThreads, S::kSharedBytes, stream>>>(args);
-  PIXELFLY_CUDA(cudaGetLastError());
+  PIXELFLY_RETURN_IF_ERROR(launch_kernel(weight_grad_sm80<T, kBlock>,
+                                         static_cast<unsigned>(tiles * args.spans), S::kThreads,
+                                         S::kSharedBytes, stream, args));
   constexpr int kThreads = 256;
   const int64_t grid = (tiles * kBlock * kBlock + kThreads - 1) / kThreads;
-  reduce_weight_grad_sm80<T, kBlock><<<static_cast<unsigned>(grid), kThreads, 0, stream>>>(args);
-  PIXELFLY_CUDA(cudaGetLastError());
-  return Status::success();
+  return launch_kernel(reduce_weight_grad_sm80<T, kBlock>, static_cast<unsigned>(grid), kThreads, 0,
+                       stream, args);
 }
 
 template <typename T>
@@ -30,13 +27,12 @@ Status launch_bias_grad(const GradArgs& args, Stream stream) {
   if (spans > 65535) return Status::unsupported("dbias: more than 16.7 million tokens");
   float* partial = args.partial;  // after the tiles' partial sums were consumed
   const dim3 grid(static_cast<unsigned>((p.out_features + 31) / 32), spans);
-  bias_grad_partial<T><<<grid, dim3(32, 8), 0, stream>>>(static_cast<const T*>(p.dz), p.dz_stride,
-                                                         p.tokens, p.out_features, partial);
-  PIXELFLY_CUDA(cudaGetLastError());
-  bias_grad_reduce<T><<<static_cast<unsigned>((p.out_features + 127) / 128), 128, 0, stream>>>(
-      partial, static_cast<int>(spans), p.out_features, static_cast<T*>(p.dbias));
-  PIXELFLY_CUDA(cudaGetLastError());
-  return Status::success();
+  PIXELFLY_RETURN_IF_ERROR(launch_kernel(bias_grad_partial<T>, grid, dim3(32, 8), 0, stream,
+                                         static_cast<const T*>(p.dz), p.dz_stride, p.tokens,
+                                         p.out_features, partial));
+  return launch_kernel(bias_grad_reduce<T>, static_cast<unsigned>((p.out_features + 127) / 128),
+                       128, 0, stream, partial, static_cast<int>(spans), p.out_features,
+                       static_cast<T*>(p.dbias));
 }
 
 template <typename T>

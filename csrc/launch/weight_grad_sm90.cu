@@ -2,7 +2,7 @@
 
 #include "kernels/weight_grad_sm90.cuh"
 #include "launch/alignment.h"
-#include "launch/cuda_status.h"
+#include "launch/launch_kernel.h"
 #include "launch/tensor_map.h"
 #include "launch/weight_grad_sm90.h"
 
@@ -57,18 +57,12 @@ GradKernelArgs make_args(const WeightGradParams& p, const DeviceInfo& device) {
 
 template <typename T>
 Status launch(const GradMaps& maps, const GradKernelArgs& args, Stream stream) {
-  auto kernel = weight_grad_sm90<T>;
-  PIXELFLY_CUDA(
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kGradSharedBytes));
   const auto grid = static_cast<unsigned>(args.num_chunks * args.spans);
-  kernel<<<grid, kGradThreads, kGradSharedBytes, stream>>>(maps, args);
-  PIXELFLY_CUDA(cudaGetLastError());
-  if (args.spans > 1) {
-    const auto tiles = static_cast<unsigned>(args.num_chunks * 2 * (kGradOutputs + 1) * 8);
-    reduce_weight_grad_sm90<T><<<tiles, 128, 0, stream>>>(args);
-    PIXELFLY_CUDA(cudaGetLastError());
-  }
-  return Status::success();
+  PIXELFLY_RETURN_IF_ERROR(
+      launch_kernel(weight_grad_sm90<T>, grid, kGradThreads, kGradSharedBytes, stream, maps, args));
+  if (args.spans == 1) return Status::success();
+  const auto tiles = static_cast<unsigned>(args.num_chunks * 2 * (kGradOutputs + 1) * 8);
+  return launch_kernel(reduce_weight_grad_sm90<T>, tiles, 128, 0, stream, args);
 }
 
 }  // namespace

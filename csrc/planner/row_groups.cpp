@@ -207,7 +207,9 @@ void order_in_phase(std::vector<std::vector<GroupStep>*> groups, int32_t x_tiles
 // Splits the token tiles of every group into lanes, more for groups with more work, so that
 // kGroupThreadBlocks thread blocks finish together. Two units a thread block are worth it where one
 // cannot balance (24 groups on 132).
-std::vector<GroupUnit> make_units(const std::vector<int32_t>& cost) {
+std::vector<GroupUnit> make_units(const std::vector<int32_t>& weights) {
+  std::vector<int32_t> cost;  // an epilogue costs about as much as two weight tiles
+  for (int32_t w : weights) cost.push_back(w + 2);
   const auto groups = static_cast<int32_t>(cost.size());
   const int32_t total = std::accumulate(cost.begin(), cost.end(), 0);
   std::vector<int32_t> lanes(cost.size(), 1);
@@ -245,7 +247,9 @@ std::vector<GroupUnit> make_units(const std::vector<int32_t>& cost) {
   std::vector<GroupUnit> units;
   for (int32_t g = 0; g < groups; ++g) {
     const int32_t n = lanes[static_cast<size_t>(g)];
-    for (int32_t lane = 0; lane < n; ++lane) units.push_back({g, lane, n, 0});
+    for (int32_t lane = 0; lane < n; ++lane) {
+      units.push_back({g, lane, n, weights[static_cast<size_t>(g)]});
+    }
   }
   // The same share of the tokens at the same time, whatever the group.
   std::stable_sort(units.begin(), units.end(), [](const GroupUnit& a, const GroupUnit& b) {
@@ -280,7 +284,7 @@ GroupSection append_row_groups(PlanBuilder& builder, const LayoutView& layout, b
 
   std::vector<RowGroup> groups;
   std::vector<GroupStep> steps;
-  std::vector<int32_t> costs;
+  std::vector<int32_t> weights;
   for (size_t g = 0; g < lists.size(); ++g) {
     const auto [a, b] = pairs[g];
     for (int32_t r = 0; r < tiles(layout.rank); ++r) {
@@ -294,10 +298,13 @@ GroupSection append_row_groups(PlanBuilder& builder, const LayoutView& layout, b
       steps.push_back(step);
     }
     groups.push_back({{a, b}, begin, static_cast<int32_t>(steps.size())});
-    costs.push_back(slot + 2);  // an epilogue costs about as much as two weight tiles
-    section.max_blocks = std::max(section.max_blocks, slot);
+    weights.push_back(slot);
+    section.max_weights = std::max(section.max_weights, slot);
+    if (slot <= kGroupResidentTiles) {
+      section.resident_weights = std::max(section.resident_weights, slot);
+    }
   }
-  const auto units = make_units(costs);
+  const auto units = make_units(weights);
   section.num_groups = static_cast<int32_t>(groups.size());
   section.num_units = static_cast<int32_t>(units.size());
   section.groups_offset = builder.append(groups);

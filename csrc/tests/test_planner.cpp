@@ -134,7 +134,8 @@ void check_product(const LayoutView& layout, const Plan& plan, bool transposed) 
   const auto* steps = plan.at<GroupStep>(s.steps_offset);
   Facts facts;
   std::vector<int32_t> times(static_cast<size_t>(out_tiles), 0);
-  int32_t most = 0;
+  int32_t most = 0, resident = 0;
+  std::vector<int32_t> weights;
   for (int32_t g = 0; g < s.num_groups; ++g) {
     int32_t slot = 0;
     std::set<int32_t> ranks[2], seen;
@@ -160,12 +161,14 @@ void check_product(const LayoutView& layout, const Plan& plan, bool transposed) 
       }
     }
     most = std::max(most, slot);
+    if (slot <= kGroupResidentTiles) resident = std::max(resident, slot);
+    weights.push_back(slot);
     for (int i = 0; i < 2; ++i) {
       const int32_t want = groups[g].rows[i] < 0 ? 0 : tiles(layout.rank);
       expect(static_cast<int32_t>(ranks[i].size()) == want, "every tile of t for every row");
     }
   }
-  expect(most == s.max_blocks, "max_blocks");
+  expect(most == s.max_weights && resident == s.resident_weights, "largest groups");
   expect(std::all_of(times.begin(), times.end(), [](int32_t n) { return n == 1; }),
          "every output tile in exactly one group");
   // Pieces past the features in the last tiles may be computed: they are masked.
@@ -182,6 +185,7 @@ void check_product(const LayoutView& layout, const Plan& plan, bool transposed) 
   const auto* units = plan.at<GroupUnit>(s.units_offset);
   for (int32_t i = 0; i < s.num_units; ++i) {
     lanes[units[i].group].insert(units[i].lane);
+    expect(units[i].weights == weights[static_cast<size_t>(units[i].group)], "a unit's weights");
     const auto [at, fresh] = counts.try_emplace(units[i].group, units[i].lanes);
     expect(fresh || at->second == units[i].lanes, "one number of lanes per group");
   }

@@ -18,7 +18,7 @@
 namespace pixelfly {
 
 constexpr int32_t kPlanMagic = 0x70666c79;  // "pfly"
-constexpr int32_t kPlanVersion = 2;
+constexpr int32_t kPlanVersion = 3;
 constexpr int kPlanHeaderSize = 64;
 
 // Schedule of the row-group product (kernels/product_sm90.cuh). Everything is in units of 64x64
@@ -53,8 +53,12 @@ struct GroupUnit {
   int32_t group;
   int32_t lane;
   int32_t lanes;
-  int32_t unused;
+  int32_t weights;  // weight tiles of the group, low-rank ones included
 };
+
+// The most weight tiles of a group that can stay in shared memory (144 KB: four stages of x and the
+// staging fit beside them). A section's shared memory is cut for its largest group within this.
+constexpr int kGroupResidentTiles = 18;
 
 // Thread blocks the units are balanced for; any grid computes the same.
 constexpr int kGroupThreadBlocks = 132;
@@ -67,7 +71,8 @@ struct GroupSection {
   int32_t quads_offset;   // GroupQuad[], block size 32 only
   int32_t units_offset;   // GroupUnit[num_units]
   int32_t num_units;
-  int32_t max_blocks;  // weight tiles (low-rank ones included) of the largest group
+  int32_t max_weights;       // weight tiles of the largest group
+  int32_t resident_weights;  // of the largest group within kGroupResidentTiles
 };
 
 // Weight-gradient work of one thread block (kernels/weight_grad_sm90.cuh), in 64x64 tiles whatever
@@ -129,7 +134,7 @@ struct PlanHeader {
   GroupSection transposed;  // output rows = block columns, contraction over block rows (dx)
   GradSection grad;
 
-  int32_t reserved[kPlanHeaderSize - 19 - 2 * 7 - 2];
+  int32_t reserved[kPlanHeaderSize - 19 - 2 * 8 - 2];
 };
 static_assert(sizeof(PlanHeader) == kPlanHeaderSize * sizeof(int32_t), "header layout");
 

@@ -1,0 +1,78 @@
+// The part of CUDA's language and runtime that the kernels and launchers use, for the emulator.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#include "machine.h"
+
+#define __global__
+#define __device__
+#define __shared__ static
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __grid_constant__
+#define __align__(n) alignas(n)
+#define __CUDA_ARCH_FEAT_SM90_ALL 1
+
+#define threadIdx (::emulator::thread_index())
+#define blockIdx (::emulator::block_index())
+#define blockDim (::emulator::block_dim())
+#define gridDim (::emulator::grid_dim())
+
+struct dim3 {
+  unsigned x, y, z;
+  dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
+};
+struct int4 {
+  int x, y, z, w;
+};
+struct uint4 {
+  unsigned x, y, z, w;
+};
+struct float2 {
+  float x, y;
+};
+struct float4 {
+  float x, y, z, w;
+};
+inline float2 make_float2(float x, float y) { return {x, y}; }
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+
+template <typename T>
+T __ldg(const T* p) {
+  return *p;
+}
+template <typename T>
+T __ldcs(const T* p) {
+  return *p;
+}
+template <typename A, typename B>
+std::common_type_t<A, B> min(A a, B b) {
+  return b < a ? b : a;
+}
+template <typename A, typename B>
+std::common_type_t<A, B> max(A a, B b) {
+  return a < b ? b : a;
+}
+
+inline void __syncthreads() {
+  const auto& size = blockDim;
+  ::emulator::named_sync(0, static_cast<int>(size.x * size.y * size.z));
+}
+inline void __syncwarp() { ::emulator::warp_exchange({}); }
+inline int __shfl_sync(unsigned, int value, int source) {
+  return static_cast<int>(
+      ::emulator::warp_exchange({static_cast<uint32_t>(value)})[static_cast<size_t>(source)][0]);
+}
+
+enum cudaError_t { cudaSuccess = 0 };
+inline const char* cudaGetErrorString(cudaError_t) { return "no error"; }
+struct CUstream_st;
+inline cudaError_t cudaMemsetAsync(void* data, int value, size_t bytes, CUstream_st*) {
+  std::memset(data, value, bytes);
+  return cudaSuccess;
+}

@@ -1,0 +1,12 @@
+// The special-function unit's results, exactly.
+#pragma once
+
+#include <cmath>
+
+namespace pixelfly::device {
+
+inline float tanh_approx(float x) { return std::tanh(x); }
+inline float reciprocal(float x) { return 1.f / x; }
+inline float exp2_approx(float x) { return std::exp2(x); }
+
+}  // namespace pixelfly::device

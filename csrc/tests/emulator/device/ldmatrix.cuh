@@ -1,0 +1,45 @@
+// ldmatrix and stmatrix on the emulator.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstring>
+
+namespace pixelfly::device {
+
+// 16-bit element `col` of the matrix row at `address`.
+inline uint16_t* matrix_element(uint32_t address, int col) {
+  if (address % 16 != 0) emulator::fail("a matrix row is not aligned to 16 bytes");
+  return reinterpret_cast<uint16_t*>(emulator::shared_bytes(address, 16)) + col;
+}
+
+template <bool kTrans>
+void load_matrices(uint32_t (&r)[4], uint32_t address) {
+  const auto& rows = emulator::warp_exchange({address});
+  const int lane = emulator::lane(), major = lane / 4, minor = lane % 4 * 2;
+  for (int m = 0; m < 4; ++m) {
+    uint32_t pair = 0;
+    for (int e = 0; e < 2; ++e) {
+      const int row = kTrans ? minor + e : major, col = kTrans ? major : minor + e;
+      pair |= uint32_t{*matrix_element(rows[static_cast<size_t>(m * 8 + row)][0], col)} << 16 * e;
+    }
+    r[m] = pair;
+  }
+}
+inline void ldmatrix_x4(uint32_t (&r)[4], uint32_t address) { load_matrices<false>(r, address); }
+inline void ldmatrix_x4_trans(uint32_t (&r)[4], uint32_t address) {
+  load_matrices<true>(r, address);
+}
+inline void stmatrix_x4_trans(uint32_t address, const uint32_t (&r)[4]) {
+  const auto& rows = emulator::warp_exchange({address});
+  const int lane = emulator::lane(), major = lane / 4, minor = lane % 4 * 2;
+  for (int m = 0; m < 4; ++m) {
+    for (int e = 0; e < 2; ++e) {
+      const uint32_t row = rows[static_cast<size_t>(m * 8 + minor + e)][0];
+      *matrix_element(row, major) = static_cast<uint16_t>(r[m] >> 16 * e);
+      emulator::mark_written(row + static_cast<uint32_t>(major) * 2, 2);
+    }
+  }
+}
+
+}  // namespace pixelfly::device

@@ -1,0 +1,91 @@
+// wgmma on the emulator: each thread computes its own part of the product when the group completes.
+// Descriptors and fragments are the hardware's, see csrc/device/wgmma.cuh.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "device/convert.cuh"
+
+namespace pixelfly::device {
+
+constexpr uint64_t kSwizzle128 = uint64_t{1} << 62;
+constexpr uint64_t kSwizzle64 = uint64_t{2} << 62;
+
+inline uint64_t make_descriptor(uint32_t address, uint32_t leading, uint32_t stride,
+                                uint64_t mode) {
+  if (address % 16 != 0) emulator::fail("a wgmma operand is not aligned to 16 bytes");
+  return (address & 0x3FFFFu) >> 4 | uint64_t{leading >> 4} << 16 | uint64_t{stride >> 4} << 32 |
+         mode;
+}
+inline uint64_t descriptor_k_major(uint32_t address) {
+  return make_descriptor(address, 16, 1024, kSwizzle128);
+}
+inline uint64_t descriptor_mn_major(uint32_t address, uint32_t chunk_bytes) {
+  return make_descriptor(address, chunk_bytes, 1024, kSwizzle128);
+}
+constexpr int kQuadBytes = 2048;
+inline uint64_t descriptor_quads(uint32_t address, bool mn_major) {
+  return make_descriptor(address, mn_major ? kQuadBytes : 16, 512, kSwizzle64);
+}
+constexpr int quads_step(int k, bool mn_major) {
+  return (k / 2 * 2 * kQuadBytes + k % 2 * (mn_major ? 16 * 64 : 32)) >> 4;
+}
+
+// Element (mn, k) of the operand a descriptor points at.
+template <typename T, bool kMnMajor>
+float operand(uint64_t descriptor, int mn, int k) {
+  const auto start = static_cast<uint32_t>(descriptor & 0x3FFF) << 4;
+  const auto leading = static_cast<uint32_t>(descriptor >> 16 & 0x3FFF) << 4;
+  const auto stride = static_cast<uint32_t>(descriptor >> 32 & 0x3FFF) << 4;
+  const int span = descriptor >> 62 == 1 ? 128 : 64;  // bytes of a swizzled row
+  const int wide = kMnMajor ? mn : k, deep = kMnMajor ? k : mn;
+  const int per_row = span / 2;
+  uint32_t at = start + static_cast<uint32_t>(deep / 8) * stride +
+                static_cast<uint32_t>(deep % 8 * span + wide % per_row * 2);
+  if (wide >= per_row) at += static_cast<uint32_t>(wide / per_row) * leading;
+  at = emulator::swizzle(at, span);
+  emulator::check_fenced(at, 2, "wgmma");
+  return to_float(*reinterpret_cast<const T*>(emulator::shared_bytes(at, 2)));
+}
+
+// The instructions are .sync.aligned: no lane runs ahead of its warp.
+inline void wgmma_fence() { emulator::warp_exchange({}); }
+inline void wgmma_commit() {
+  emulator::products().commit();
+  emulator::maybe_advance(emulator::products());
+}
+template <int kPending>
+void wgmma_wait() {
+  emulator::products().wait(kPending);
+  emulator::warp_exchange({});
+}
+
+template <typename T, bool kTransA, bool kTransB, int kRegisters>
+void wgmma(float (&d)[kRegisters], uint64_t a, uint64_t b, int accumulate) {
+  float* out = d;
+  const int thread = emulator::thread_number() % 128;
+  emulator::products().issue([=] {
+    const int row = thread / 32 * 16 + thread % 32 / 4;
+    float left[2][16];
+    for (int h = 0; h < 2; ++h) {
+      for (int k = 0; k < 16; ++k) left[h][k] = operand<T, kTransA>(a, row + h * 8, k);
+    }
+    for (int j = 0; j < kRegisters / 4; ++j) {
+      for (int e = 0; e < 2; ++e) {
+        const int col = j * 8 + thread % 4 * 2 + e;
+        float sums[2] = {};
+        for (int k = 0; k < 16; ++k) {
+          const float right = operand<T, kTransB>(b, col, k);
+          sums[0] += left[0][k] * right;
+          sums[1] += left[1][k] * right;
+        }
+        for (int h = 0; h < 2; ++h) {
+          float& value = out[j * 4 + h * 2 + e];
+          value = accumulate ? value + sums[h] : sums[h];
+        }
+      }
+    }
+  });
+}
+
+}  // namespace pixelfly::device

@@ -1,0 +1,359 @@
+#include "machine.h"
+
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cstring>
+#include <deque>
+#include <map>
+#include <memory>
+#include <random>
+#include <set>
+#include <stdexcept>
+
+namespace emulator {
+namespace {
+
+constexpr size_t kStackBytes = 256 * 1024;
+constexpr uint8_t kPoison = 0xff;  // NaN in every floating-point type
+
+struct MBarrier {
+  int arrivals = 0, pending = 0;
+  int64_t bytes = 0;
+  uint32_t phase = 0;
+  void settle() {
+    if (pending == 0 && bytes == 0) {
+      phase ^= 1;
+      pending = arrivals;
+    }
+  }
+};
+
+struct NamedBarrier {
+  int arrived = 0;
+  uint64_t generation = 0;
+};
+
+struct Warp {
+  WarpValues given{}, taken{};
+  int arrived = 0;
+  uint64_t generation = 0;
+};
+
+struct Fiber {
+  int number = 0;
+  Index index;
+  ucontext_t context{};
+  std::unique_ptr<uint8_t[]> stack;
+  bool done = true;
+  std::function<bool()> ready;  // empty: can run
+  const char* waits_for = "";
+  Queue products, copies, stores;
+  std::set<uint32_t> unfenced;  // 16-byte granules of shared memory
+};
+
+struct Machine {
+  std::vector<std::unique_ptr<Fiber>> fibers;
+  Fiber* current = nullptr;
+  ucontext_t scheduler{};
+  const std::function<void()>* body = nullptr;
+  std::string error;
+
+  Index block, grid, threads;
+  uint32_t shared_bytes = 0;
+  alignas(1024) uint8_t shared[kDynamicBase + kSharedLimit] = {};
+  std::map<uint32_t, int> unfenced;  // granule -> writers that have not fenced it
+  std::map<uint32_t, MBarrier> barriers;
+  std::map<int, NamedBarrier> named;
+  std::vector<Warp> warps;
+  std::deque<std::function<void()>> posted;
+
+  std::mt19937_64 random{1};
+  Eagerness eagerness = Eagerness::kRandom;
+
+  bool chance(int one_in) { return random() % static_cast<uint64_t>(one_in) == 0; }
+};
+
+Machine& machine() {
+  static Machine m;
+  return m;
+}
+
+void fiber_main() {
+  Machine& m = machine();
+  (*m.body)();
+  Fiber& f = *m.current;
+  if (!f.products.empty()) m.error = "a thread ended without waiting for its products";
+  if (!f.stores.empty()) m.error = "a thread ended while its stores still read shared memory";
+  f.done = true;
+  swapcontext(&f.context, &m.scheduler);
+}
+
+void start(Fiber* f) {
+  getcontext(&f->context);
+  f->context.uc_stack.ss_sp = f->stack.get();
+  f->context.uc_stack.ss_size = kStackBytes;
+  f->context.uc_link = nullptr;
+  makecontext(&f->context, fiber_main, 0);
+  f->done = false;
+  f->ready = nullptr;
+  f->products = Queue();
+  f->copies = Queue();
+  f->stores = Queue();
+  f->unfenced.clear();
+}
+
+void run_posted() {
+  Machine& m = machine();
+  const size_t i = m.random() % m.posted.size();
+  auto work = std::move(m.posted[i]);
+  m.posted.erase(m.posted.begin() + static_cast<long>(i));
+  work();
+}
+
+std::string deadlock() {
+  std::map<std::string, int> waiting;
+  for (const auto& f : machine().fibers) {
+    if (!f->done) ++waiting[f->waits_for];
+  }
+  std::string text = "deadlock in block " + std::to_string(machine().block.x) + ":";
+  for (const auto& [what, count] : waiting) {
+    text += " " + std::to_string(count) + " threads wait for " + what + ";";
+  }
+  return text;
+}
+
+void run_block() {
+  Machine& m = machine();
+  std::memset(m.shared, kPoison, sizeof(m.shared));
+  m.unfenced.clear();
+  m.barriers.clear();
+  m.named.clear();
+  m.posted.clear();
+  m.warps.assign(m.fibers.size() / kWarp + 1, Warp());
+  for (auto& f : m.fibers) start(f.get());
+  size_t alive = m.fibers.size();
+  while (alive > 0) {
+    bool progress = false;
+    const size_t first = m.random() % m.fibers.size();
+    for (size_t i = 0; i < m.fibers.size(); ++i) {
+      Fiber& f = *m.fibers[(first + i) % m.fibers.size()];
+      if (f.done || (f.ready && !f.ready())) continue;
+      f.ready = nullptr;
+      m.current = &f;
+      swapcontext(&m.scheduler, &f.context);
+      m.current = nullptr;
+      progress = true;
+      if (f.done) --alive;
+      if (!m.error.empty()) return;
+      const bool early = m.eagerness == Eagerness::kEarly;
+      while (!m.posted.empty() && (early || (m.eagerness == Eagerness::kRandom && m.chance(4)))) {
+        run_posted();
+      }
+    }
+    if (progress) continue;
+    if (!m.posted.empty()) {
+      run_posted();
+      continue;
+    }
+    // Stores that nobody waits for are read in the end.
+    bool stored = false;
+    for (auto& f : m.fibers) {
+      if (f->stores.pending() > 0) {
+        f->stores.advance(1);
+        stored = true;
+        break;
+      }
+    }
+    if (!stored) {
+      m.error = deadlock();
+      return;
+    }
+  }
+  if (!m.posted.empty()) m.error = "the block ended with copies in flight";
+}
+
+}  // namespace
+
+const Index& thread_index() { return machine().current->index; }
+const Index& block_index() { return machine().block; }
+const Index& block_dim() { return machine().threads; }
+const Index& grid_dim() { return machine().grid; }
+int thread_number() { return machine().current->number; }
+int lane() { return thread_number() % kWarp; }
+
+void configure(uint64_t seed, Eagerness eagerness) {
+  machine().random.seed(seed);
+  machine().eagerness = eagerness;
+}
+
+void fail(const std::string& what) {
+  Machine& m = machine();
+  m.error = what;
+  if (m.current == nullptr) throw std::runtime_error(what);
+  swapcontext(&m.current->context, &m.scheduler);
+  std::abort();  // never resumed
+}
+
+void launch(const Index& grid, const Index& block, uint32_t shared_bytes,
+            const std::function<void()>& body) {
+  Machine& m = machine();
+  if (shared_bytes > kSharedLimit) {
+    throw std::runtime_error("a launch asks for " + std::to_string(shared_bytes) +
+                             " bytes of shared memory");
+  }
+  m.grid = grid;
+  m.threads = block;
+  m.shared_bytes = shared_bytes;
+  m.body = &body;
+  const size_t threads = size_t{block.x} * block.y * block.z;
+  while (m.fibers.size() < threads) {
+    m.fibers.push_back(std::make_unique<Fiber>());
+    m.fibers.back()->stack = std::make_unique<uint8_t[]>(kStackBytes);
+  }
+  m.fibers.resize(threads);
+  for (size_t i = 0; i < threads; ++i) {
+    const auto n = static_cast<unsigned>(i);
+    m.fibers[i]->number = static_cast<int>(i);
+    m.fibers[i]->index = {n % block.x, n / block.x % block.y, n / (block.x * block.y)};
+  }
+  for (m.block.z = 0; m.block.z < grid.z; ++m.block.z) {
+    for (m.block.y = 0; m.block.y < grid.y; ++m.block.y) {
+      for (m.block.x = 0; m.block.x < grid.x; ++m.block.x) {
+        m.error.clear();
+        run_block();
+        if (!m.error.empty()) {
+          m.current = nullptr;
+          throw std::runtime_error(m.error);
+        }
+      }
+    }
+  }
+}
+
+uint8_t* dynamic_shared() { return machine().shared + kDynamicBase; }
+
+uint32_t shared_address(const void* p) {
+  const auto* byte = static_cast<const uint8_t*>(p);
+  const uint8_t* begin = machine().shared;
+  if (byte >= begin && byte < begin + sizeof(machine().shared)) {
+    return static_cast<uint32_t>(byte - begin);
+  }
+  return 0x40000000u | static_cast<uint32_t>(reinterpret_cast<uintptr_t>(p) & 0x3fffffffu);
+}
+
+uint8_t* shared_bytes(uint32_t address, uint32_t bytes) {
+  if (address < kDynamicBase || address + bytes > kDynamicBase + machine().shared_bytes) {
+    fail("shared memory [" + std::to_string(address) + ", +" + std::to_string(bytes) +
+         ") lies outside the " + std::to_string(machine().shared_bytes) + " bytes at " +
+         std::to_string(kDynamicBase));
+  }
+  return machine().shared + address;
+}
+
+void mark_written(uint32_t address, uint32_t bytes) {
+  Machine& m = machine();
+  for (uint32_t g = address / 16; g <= (address + bytes - 1) / 16; ++g) {
+    if (m.current->unfenced.insert(g).second) ++m.unfenced[g];
+  }
+}
+
+void fence_async() {
+  Machine& m = machine();
+  for (uint32_t g : m.current->unfenced) {
+    if (--m.unfenced[g] == 0) m.unfenced.erase(g);
+  }
+  m.current->unfenced.clear();
+}
+
+void check_fenced(uint32_t address, uint32_t bytes, const char* reader) {
+  Machine& m = machine();
+  const auto at = m.unfenced.lower_bound(address / 16);
+  if (at != m.unfenced.end() && at->first <= (address + bytes - 1) / 16) {
+    fail(std::string(reader) + " reads shared memory that was written without a proxy fence");
+  }
+}
+
+void wait_until(const std::function<bool()>& ready, const char* what) {
+  Machine& m = machine();
+  if (ready() && !m.chance(8)) return;
+  m.current->ready = ready;
+  m.current->waits_for = what;
+  swapcontext(&m.current->context, &m.scheduler);
+}
+
+Queue& products() { return machine().current->products; }
+Queue& copies() { return machine().current->copies; }
+Queue& bulk_stores() { return machine().current->stores; }
+
+void maybe_advance(Queue& queue) {
+  Machine& m = machine();
+  if (m.eagerness == Eagerness::kEarly) queue.advance(queue.pending());
+  if (m.eagerness == Eagerness::kRandom && m.chance(3)) queue.advance(1);
+}
+
+void post(std::function<void()> work) { machine().posted.push_back(std::move(work)); }
+
+void barrier_init(uint32_t address, int arrivals) {
+  machine().barriers[address] = {arrivals, arrivals, 0, 0};
+}
+
+namespace {
+MBarrier& barrier(uint32_t address) {
+  const auto at = machine().barriers.find(address);
+  if (at == machine().barriers.end()) fail("an mbarrier is used before it is initialised");
+  return at->second;
+}
+}  // namespace
+
+void barrier_arrive(uint32_t address, int count) {
+  MBarrier& b = barrier(address);
+  b.pending -= count;
+  if (b.pending < 0) fail("an mbarrier gets more arrivals than it expects in a phase");
+  b.settle();
+}
+void barrier_expect(uint32_t address, uint32_t bytes) {
+  barrier(address).bytes += bytes;
+  barrier_arrive(address, 1);
+}
+void barrier_complete(uint32_t address, uint32_t bytes) {
+  MBarrier& b = barrier(address);
+  b.bytes -= bytes;
+  if (b.bytes < 0) fail("more bytes land on an mbarrier than it expects");
+  b.settle();
+}
+void barrier_wait(uint32_t address, uint32_t parity) {
+  const MBarrier* b = &barrier(address);
+  wait_until([b, parity] { return b->phase != parity; }, "an mbarrier");
+}
+
+void named_arrive(int id, int threads) {
+  NamedBarrier& b = machine().named[id];
+  if (++b.arrived == threads) {
+    b.arrived = 0;
+    ++b.generation;
+  }
+}
+void named_sync(int id, int threads) {
+  const NamedBarrier* b = &machine().named[id];
+  const uint64_t before = b->generation;
+  named_arrive(id, threads);
+  wait_until([b, before] { return b->generation != before; },
+             id == 0 ? "__syncthreads" : "a named barrier");
+}
+
+const WarpValues& warp_exchange(const LaneValues& mine) {
+  Warp& w = machine().warps[static_cast<size_t>(thread_number() / kWarp)];
+  w.given[static_cast<size_t>(lane())] = mine;
+  const uint64_t before = w.generation;
+  if (++w.arrived == kWarp) {
+    w.arrived = 0;
+    w.taken = w.given;
+    ++w.generation;
+  } else {
+    wait_until([&w, before] { return w.generation != before; }, "the other lanes of its warp");
+  }
+  return w.taken;
+}
+
+}  // namespace emulator

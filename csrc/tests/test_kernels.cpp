@@ -1,0 +1,462 @@
+// Runs the kernels through their launchers on the emulator (emulator/machine.h) and compares every
+// output element with a plain sum in double. No GPU, no CUDA, no torch.
+//
+//   test_kernels [words...]   only the cases whose name contains every word
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <functional>
+#include <random>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "cuda_bf16.h"
+#include "cuda_fp16.h"
+#include "device/convert.cuh"
+#include "device/epilogue_math.cuh"
+#include "pixelfly/launch.h"
+#include "planner/plan.h"
+
+namespace pixelfly {
+namespace {
+
+using emulator::Eagerness;
+using Keep = std::function<bool(int, int)>;
+
+struct Case {
+  std::string name;
+  int rows, cols, block, row_tail, col_tail;
+  Keep keep;
+  int tokens, rank;
+  Activation activation = Activation::kNone;
+  bool residual = false, save_preact = false;
+  int arch = 90, sms = 3;
+  const char* path = "sm90";
+
+  int n() const { return rows * block - row_tail; }
+  int k() const { return cols * block - col_tail; }
+};
+
+// A matrix in storage type T; `exact` holds the rounded values.
+template <typename T>
+struct Tensor {
+  int64_t rows = 0, cols = 0;
+  std::vector<T> data;
+
+  Tensor() = default;
+  Tensor(int64_t r, int64_t c) : rows(r), cols(c), data(static_cast<size_t>(r * c + 8)) {
+    std::memset(data.data(), 0xff, data.size() * sizeof(T));  // NaN: nobody wrote it
+  }
+  static Tensor random(int64_t r, int64_t c, double scale, std::mt19937& rng) {
+    Tensor t(r, c);
+    std::normal_distribution<float> normal(0, static_cast<float>(scale));
+    for (int64_t i = 0; i < r * c; ++i) {
+      t.data[static_cast<size_t>(i)] = device::from_float<T>(normal(rng));
+    }
+    return t;
+  }
+  double at(int64_t r, int64_t c) const {
+    return device::to_float(data[static_cast<size_t>(r * cols + c)]);
+  }
+  // 16-byte aligned start inside the vector.
+  T* pointer() { return data.data(); }
+};
+
+using Matrix = std::vector<std::vector<double>>;
+
+int g_failures = 0;
+
+template <typename T>
+void compare(const Case& c, const char* what, const Tensor<T>& got, const Matrix& want,
+             double tolerance) {
+  double largest = 1e-3, worst = 0;
+  int64_t at_row = -1, at_col = -1;
+  for (const auto& row : want) {
+    for (double v : row) largest = std::max(largest, std::fabs(v));
+  }
+  for (int64_t i = 0; i < got.rows; ++i) {
+    for (int64_t j = 0; j < got.cols; ++j) {
+      const double expected = want[static_cast<size_t>(i)][static_cast<size_t>(j)];
+      double error = std::fabs(got.at(i, j) - expected) / largest;
+      if (std::isnan(error)) error = 1e30;
+      if (error > worst) {
+        worst = error;
+        at_row = i;
+        at_col = j;
+      }
+    }
+  }
+  if (worst <= tolerance) return;
+  ++g_failures;
+  std::printf("FAILED %s: %s differs by %.2e of its largest value at (%lld, %lld)\n",
+              c.name.c_str(), what, worst, static_cast<long long>(at_row),
+              static_cast<long long>(at_col));
+}
+
+Matrix zeros(int64_t rows, int64_t cols) {
+  return Matrix(static_cast<size_t>(rows), std::vector<double>(static_cast<size_t>(cols), 0.0));
+}
+
+// a [m, k] times b [n, k], transposed.
+template <typename F, typename G>
+Matrix product(int m, int n, int k, F a, G b) {
+  Matrix out = zeros(m, n);
+  for (int i = 0; i < m; ++i) {
+    for (int j = 0; j < n; ++j) {
+      double sum = 0;
+      for (int l = 0; l < k; ++l) sum += a(i, l) * b(j, l);
+      out[static_cast<size_t>(i)][static_cast<size_t>(j)] = sum;
+    }
+  }
+  return out;
+}
+
+void check(const Status& status) {
+  if (!status.ok()) throw std::runtime_error(status.message);
+}
+
+double activated(Activation a, double x, bool slope) {
+  double out = 0;
+  device::dispatch_activation(a, [&](auto tag) {
+    constexpr Activation kind = decltype(tag)::value;
+    const auto z = static_cast<float>(x);
+    out = slope ? device::derivative<kind, true>(z) : device::activate<kind, true>(z);
+  });
+  return out;
+}
+
+template <typename T>
+struct Run {
+  const Case& c;
+  std::mt19937 rng{20211130};
+  LayoutView layout;
+  std::vector<int32_t> plan;
+  PlanHeader header;
+  DeviceInfo device;
+  Tensor<T> x, blocks, u, v, bias, residual, dy;
+  Matrix weight;  // [n][k], low rank not included
+  double tolerance = sizeof(T) == 4 ? 2e-5 : std::is_same_v<T, __half> ? 2e-3 : 1.5e-2;
+
+  explicit Run(const Case& which) : c(which) {
+    layout = {c.n(), c.k(), c.block, c.rank, {}, {}};
+    for (int i = 0; i < c.rows; ++i) {
+      for (int j = 0; j < c.cols; ++j) {
+        if (!c.keep(i, j)) continue;
+        layout.row_idx.push_back(i);
+        layout.col_idx.push_back(j);
+      }
+    }
+    plan = build_plan(layout);
+    std::memcpy(&header, plan.data(), sizeof(header));
+    device = {0, c.arch, c.sms, static_cast<int32_t>(emulator::kSharedLimit)};
+    const int n = c.n(), k = c.k(), b = c.block, r = c.rank;
+    x = Tensor<T>::random(c.tokens, k, 1, rng);
+    blocks = Tensor<T>::random(int64_t{layout.nnz()} * b, b, 0.1, rng);
+    if (r > 0) {
+      u = Tensor<T>::random(n, r, 0.3, rng);
+      v = Tensor<T>::random(r, k, 0.1, rng);
+    }
+    bias = Tensor<T>::random(1, n, 1, rng);
+    residual = Tensor<T>::random(c.tokens, n, 1, rng);
+    dy = Tensor<T>::random(c.tokens, n, 1, rng);
+    weight = zeros(n, k);
+    for (int32_t q = 0; q < layout.nnz(); ++q) {
+      for (int i = 0; i < b; ++i) {
+        for (int j = 0; j < b; ++j) {
+          const int row = layout.row_idx[q] * b + i, col = layout.col_idx[q] * b + j;
+          if (row < n && col < k) weight[row][col] = blocks.at(int64_t{q} * b + i, j);
+        }
+      }
+    }
+  }
+
+  static constexpr DType dtype() {
+    return sizeof(T) == 4                     ? DType::kFloat32
+           : std::is_same_v<T, __nv_bfloat16> ? DType::kBFloat16
+                                              : DType::kFloat16;
+  }
+
+  void forward() {
+    const int n = c.n(), k = c.k(), r = c.rank, tokens = c.tokens;
+    Tensor<T> y(tokens, n), preact(tokens, n), t(tokens, r);
+    ProductParams p{};
+    p.dtype = dtype();
+    p.tokens = tokens;
+    p.in_features = k;
+    p.out_features = n;
+    p.x = x.pointer();
+    p.x_stride = k;
+    p.blocks = blocks.pointer();
+    if (r > 0) {
+      p.factor_in = v.pointer();
+      p.factor_in_stride = k;
+      p.factor = u.pointer();
+      p.factor_stride = r;
+      p.t = t.pointer();
+      p.t_stride = r;
+    }
+    p.bias = bias.pointer();
+    if (c.residual) {
+      p.residual = residual.pointer();
+      p.residual_stride = n;
+    }
+    p.activation = c.activation;
+    p.y = y.pointer();
+    p.y_stride = n;
+    if (c.save_preact) {
+      p.preact = preact.pointer();
+      p.preact_stride = n;
+    }
+    p.header = &header;
+    p.plan = plan.data();
+    check(launch_product(p, device, nullptr));
+
+    Matrix z = product(
+        tokens, n, k, [&](int i, int l) { return x.at(i, l); },
+        [&](int j, int l) { return weight[j][l]; });
+    if (r > 0) {
+      const Matrix want = product(
+          tokens, r, k, [&](int i, int l) { return x.at(i, l); },
+          [&](int j, int l) { return v.at(j, l); });
+      compare(c, "t", t, want, tolerance);
+      const Matrix low = product(
+          tokens, n, r, [&](int i, int l) { return t.at(i, l); },
+          [&](int j, int l) { return u.at(j, l); });
+      for (int i = 0; i < tokens; ++i) {
+        for (int j = 0; j < n; ++j) z[i][j] += low[i][j];
+      }
+    }
+    Matrix want = z;
+    for (int i = 0; i < tokens; ++i) {
+      for (int j = 0; j < n; ++j) {
+        z[i][j] += bias.at(0, j);
+        want[i][j] = activated(c.activation, z[i][j], false);
+        if (c.residual) want[i][j] += residual.at(i, j);
+      }
+    }
+    compare(c, "y", y, want, tolerance);
+    if (c.save_preact) compare(c, "the pre-activation", preact, z, tolerance);
+  }
+
+  void backward() {
+    const int n = c.n(), k = c.k(), r = c.rank, tokens = c.tokens, b = c.block;
+    Tensor<T> dz = dy;
+    if (c.activation != Activation::kNone) {
+      dz = Tensor<T>(tokens, n);
+      ActivationGradParams a{dtype(), c.activation, tokens, n, dy.pointer(), n, residual.pointer(),
+                             n,       dz.pointer(), n};
+      check(launch_activation_grad(a, device, nullptr));
+      Matrix want = zeros(tokens, n);
+      for (int i = 0; i < tokens; ++i) {
+        for (int j = 0; j < n; ++j) {
+          want[i][j] = dy.at(i, j) * activated(c.activation, residual.at(i, j), true);
+        }
+      }
+      compare(c, "dz", dz, want, tolerance);
+    }
+    Tensor<T> dx(tokens, k), s(tokens, r);
+    ProductParams p{};
+    p.dtype = dtype();
+    p.transposed = true;
+    p.tokens = tokens;
+    p.in_features = n;
+    p.out_features = k;
+    p.x = dz.pointer();
+    p.x_stride = n;
+    p.blocks = blocks.pointer();
+    if (r > 0) {
+      p.factor_in = u.pointer();
+      p.factor_in_stride = r;
+      p.factor = v.pointer();
+      p.factor_stride = k;
+      p.t = s.pointer();
+      p.t_stride = r;
+    }
+    p.y = dx.pointer();
+    p.y_stride = k;
+    p.header = &header;
+    p.plan = plan.data();
+    check(launch_product(p, device, nullptr));
+    Matrix want = product(
+        tokens, k, n, [&](int i, int l) { return dz.at(i, l); },
+        [&](int j, int l) { return weight[l][j]; });
+    if (r > 0) {
+      const Matrix low = product(
+          tokens, k, r, [&](int i, int l) { return s.at(i, l); },
+          [&](int j, int l) { return v.at(l, j); });
+      for (int i = 0; i < tokens; ++i) {
+        for (int j = 0; j < k; ++j) want[i][j] += low[i][j];
+      }
+    }
+    compare(c, "dx", dx, want, tolerance);
+
+    if (b == 32) setenv("PIXELFLY_KERNEL", "sm80", 1);  // has no other weight gradients
+    Tensor<T> dblocks(int64_t{layout.nnz()} * b, b), du(n, r), dv(r, k), dbias(1, n);
+    Tensor<T> t = r > 0 ? Tensor<T>::random(tokens, r, 1, rng) : Tensor<T>(tokens, 0);
+    WeightGradParams g{};
+    g.dtype = dtype();
+    g.tokens = tokens;
+    g.in_features = k;
+    g.out_features = n;
+    g.dz = dz.pointer();
+    g.dz_stride = n;
+    g.x = x.pointer();
+    g.x_stride = k;
+    if (r > 0) {
+      g.t = t.pointer();
+      g.s = s.pointer();
+      g.t_stride = g.s_stride = r;
+      g.du = du.pointer();
+      g.dv = dv.pointer();
+    }
+    g.dblocks = dblocks.pointer();
+    g.dbias = dbias.pointer();
+    g.header = &header;
+    g.plan = plan.data();
+    std::vector<float> workspace(weight_grad_workspace(g, device) / sizeof(float) + 1, NAN);
+    g.workspace = workspace.data();
+    check(launch_weight_grad(g, device, nullptr));
+
+    Matrix blocks_want = zeros(int64_t{layout.nnz()} * b, b);
+    for (int32_t q = 0; q < layout.nnz(); ++q) {
+      for (int i = 0; i < b; ++i) {
+        for (int j = 0; j < b; ++j) {
+          const int row = layout.row_idx[q] * b + i, col = layout.col_idx[q] * b + j;
+          if (row >= n || col >= k) continue;
+          double sum = 0;
+          for (int l = 0; l < tokens; ++l) sum += dz.at(l, row) * x.at(l, col);
+          blocks_want[q * b + i][j] = sum;
+        }
+      }
+    }
+    compare(c, "dblocks", dblocks, blocks_want, tolerance);
+    Matrix bias_want = zeros(1, n);
+    for (int j = 0; j < n; ++j) {
+      for (int l = 0; l < tokens; ++l) bias_want[0][j] += dz.at(l, j);
+    }
+    compare(c, "dbias", dbias, bias_want, tolerance);
+    if (r > 0) {
+      compare(c, "du", du,
+              product(
+                  n, r, tokens, [&](int i, int l) { return dz.at(l, i); },
+                  [&](int j, int l) { return t.at(l, j); }),
+              tolerance);
+      compare(c, "dv", dv,
+              product(
+                  r, k, tokens, [&](int i, int l) { return s.at(l, i); },
+                  [&](int j, int l) { return x.at(l, j); }),
+              tolerance);
+    }
+  }
+};
+
+template <typename T>
+void run(const Case& c) {
+  setenv("PIXELFLY_KERNEL", c.path, 1);
+  Run<T> r(c);
+  r.forward();
+  r.backward();
+}
+
+bool butterfly(int i, int j) { return ((i ^ j) & ((i ^ j) - 1)) == 0; }
+bool global(int i, int j) { return i == 0 || j == 0 || butterfly(i, j); }
+bool everything(int, int) { return true; }
+bool holes(int i, int j) { return i % 3 != 1 && (i + j) % 2 == 0; }
+bool nothing(int, int) { return false; }
+bool one_dense(int i, int j) { return i == 0 || j == 3 * i; }
+bool edges(int i, int) { return i < 2 || i > 5; }
+
+std::vector<Case> cases() {
+  constexpr auto kGelu = Activation::kGelu;
+  constexpr auto kTanh = Activation::kGeluTanh;
+  constexpr auto kRelu = Activation::kRelu;
+  constexpr auto kSilu = Activation::kSilu;
+  std::vector<Case> all = {
+      {"butterfly b64", 4, 4, 64, 0, 0, butterfly, 300, 0},
+      {"butterfly b64 rank 16 gelu", 4, 4, 64, 8, 24, butterfly, 300, 16, kGelu, false, true},
+      {"global b64 many units", 6, 4, 64, 0, 0, global, 700, 64, kRelu, true, true, 90, 2},
+      {"dense rows b64 streamed", 2, 14, 64, 0, 0, everything, 200, 8, kTanh, true},
+      {"holes b64", 5, 3, 64, 56, 8, holes, 129, 24, kSilu, true, true},
+      {"empty groups between b64", 8, 3, 64, 0, 0, edges, 300, 0, Activation::kNone, false, false,
+       90, 1},
+      {"one dense row b64", 6, 22, 64, 0, 0, one_dense, 280, 8, kGelu, false, true, 90, 1},
+      {"one dense row b32", 6, 44, 32, 0, 0, one_dense, 280, 0, kRelu, true, false, 90, 1},
+      {"nothing kept b64", 3, 2, 64, 0, 0, nothing, 70, 8},
+      {"butterfly b128", 3, 2, 128, 40, 0, butterfly, 260, 8, kGelu, true, true},
+      {"wide b128", 1, 3, 128, 0, 88, everything, 64, 0},
+      {"butterfly b32", 5, 7, 32, 24, 8, butterfly, 150, 40, kRelu, true},
+      {"holes b32", 6, 4, 32, 0, 0, holes, 300, 0, kGelu, false, true},
+      {"one token b64", 2, 2, 64, 0, 0, everything, 1, 8},
+  };
+  for (const int b : {16, 32, 64, 128}) {
+    Case c{"portable b" + std::to_string(b),
+           3,
+           2,
+           b,
+           8,
+           8,
+           butterfly,
+           140,
+           b == 32 ? 0 : 24,
+           b == 64 ? kGelu : kSilu,
+           b != 16,
+           b != 32,
+           80,
+           2,
+           "sm80"};
+    all.push_back(c);
+  }
+  return all;
+}
+
+bool wanted(const std::string& name, int argc, char** argv) {
+  for (int i = 1; i < argc; ++i) {
+    if (name.find(argv[i]) == std::string::npos) return false;
+  }
+  return true;
+}
+
+}  // namespace
+}  // namespace pixelfly
+
+int main(int argc, char** argv) {
+  using namespace pixelfly;
+  int ran = 0;
+  const struct {
+    const char* name;
+    Eagerness eagerness;
+    uint64_t seed;
+  } moods[] = {{"late", Eagerness::kLate, 1},
+               {"early", Eagerness::kEarly, 2},
+               {"random", Eagerness::kRandom, 3}};
+  for (Case c : cases()) {
+    const std::string name = c.name;
+    for (size_t m = 0; m < 3; ++m) {
+      const bool portable = c.arch < 90;
+      for (const char* dtype : {"bf16", "fp16", "fp32"}) {
+        const bool wide = dtype[2] == '3';
+        // One dtype a mood is enough, fp32 has portable kernels only.
+        if (wide ? !portable || m != 0 : (m == 1) != (dtype[0] == 'f')) continue;
+        c.name = name + " " + dtype + " " + moods[m].name;
+        if (!wanted(c.name, argc, argv)) continue;
+        emulator::configure(moods[m].seed, moods[m].eagerness);
+        try {
+          if (dtype[0] == 'b') {
+            run<__nv_bfloat16>(c);
+          } else if (wide) {
+            run<float>(c);
+          } else {
+            run<__half>(c);
+          }
+        } catch (const std::exception& error) {
+          ++g_failures;
+          std::printf("FAILED %s: %s\n", c.name.c_str(), error.what());
+        }
+        ++ran;
+      }
+    }
+  }
+  std::printf("kernels on the emulator: %d runs, %d failures\n", ran, g_failures);
+  return g_failures == 0 && ran > 0 ? 0 : 1;
+}
