@@ -24,6 +24,7 @@ except ImportError as error:
 from . import masks, nn, ops
 from ._build import build_info
 from .nn import PixelflyLinear
+from .param_groups import param_groups
 from .sparsify import PixelflyConfig, sparsify_
 
 __version__ = build_info()["version"]
@@ -35,5 +36,6 @@ __all__ = [
     "masks",
     "nn",
     "ops",
+    "param_groups",
     "sparsify_",
 ]
