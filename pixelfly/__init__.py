@@ -21,7 +21,7 @@ except ImportError as error:
         f"`pip install --force-reinstall --no-deps pixelfly` ({error})"
     ) from error
 
-from . import masks, nn, ops
+from . import budget, masks, nn, ops
 from ._build import build_info
 from .nn import PixelflyLinear
 from .param_groups import param_groups
@@ -32,6 +32,7 @@ __version__ = build_info()["version"]
 __all__ = [
     "PixelflyConfig",
     "PixelflyLinear",
+    "budget",
     "build_info",
     "masks",
     "nn",
