@@ -225,10 +225,12 @@ def find_obstacles(model: nn.Module, filter_fn: FilterFn | str | None) -> dict[s
     reasons = {}
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) or is_conv1d(module):
-            chosen = wanted(module, name)
-            reason = conversion.obstacle(module, name) if chosen else "not chosen by filter_fn"
-            if name == "":
+            if module is model:
                 reason = "it is the model itself, which cannot be replaced in place"
+            elif not wanted(module, name):
+                reason = "not chosen by filter_fn"
+            else:
+                reason = conversion.obstacle(module, name)
             if reason is not None:
                 reasons[name] = reason
     return reasons

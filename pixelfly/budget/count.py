@@ -14,6 +14,7 @@ from torch.nn.modules.module import (
     register_module_forward_hook,
     register_module_forward_pre_hook,
 )
+from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map_only
 from torch.utils.flop_counter import flop_registry
@@ -66,6 +67,7 @@ def count(model: nn.Module, example_inputs: Any, *, fake: bool = True) -> dict[s
 
     Raises:
         TypeError: `model` is not a Module.
+        ValueError: it has lazy parameters.
         RuntimeError: the model does not run on fake tensors; the message says what to do.
 
     Example:
@@ -75,6 +77,8 @@ def count(model: nn.Module, example_inputs: Any, *, fake: bool = True) -> dict[s
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"count: model must be a Module, got {type(model).__name__}")
+    if any(is_lazy(p) for p in model.parameters()):
+        raise ValueError("count: model has lazy parameters: run it once first")
     counter = _Counter({id(m): name for name, m in reversed(list(model.named_modules()))})
     with torch.no_grad(), _without_fast_path():
         if not fake:
