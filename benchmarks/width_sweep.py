@@ -3,10 +3,11 @@
     python benchmarks/width_sweep.py                            # digits, minutes on a CPU
     python benchmarks/width_sweep.py --widths 256 512 1024 2048 --data fashion-mnist --device cuda
 
-Trains an MLP at every width and learning rate, with AdamW over `model.parameters()` and over
+Trains an MLP at every width and learning rate (which falls linearly to 0), with AdamW over `model.parameters()` and over
 `pixelfly.param_groups(model, lr, base=<the smallest width>)`, and writes
 results/width_sweep_<device>.json and .png. Transfer costs what the learning rate that is best at
-the smallest width loses at the largest, against the best one there.
+the smallest width loses at the largest, against the best one there; "with dense's" is the loss there with the rate that is best for the smallest
+dense model.
 """
 
 from __future__ import annotations
@@ -88,6 +89,7 @@ def train(args: argparse.Namespace, data, arm: str, width: int, lr: float, seed:
     else:
         groups = [{"params": list(model.parameters()), "weight_decay": args.weight_decay}]
     optimizer = torch.optim.AdamW(groups, lr=lr)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, args.steps)
     order = torch.Generator().manual_seed(seed)
     losses = []
     for _ in range(args.steps):
@@ -97,6 +99,7 @@ def train(args: argparse.Namespace, data, arm: str, width: int, lr: float, seed:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        schedule.step()
         losses.append(loss.detach())
     with torch.no_grad():
         x, target = (part.to(args.device) for part in data.test(torch.arange(data.num_test)))
@@ -108,7 +111,7 @@ def train(args: argparse.Namespace, data, arm: str, width: int, lr: float, seed:
 
 def summarize(records: list[dict], widths: list[int]) -> dict[str, dict]:
     """Per arm: the best learning rate at every width, and what transfer from the first costs."""
-    out = {}
+    out: dict[str, dict] = {}
     for arm in ARMS:
         curves = {
             w: {r["log2_lr"]: r["loss"] for r in records if r["arm"] == arm and r["width"] == w}
@@ -116,11 +119,13 @@ def summarize(records: list[dict], widths: list[int]) -> dict[str, dict]:
         }
         best = {w: min(curve, key=curve.__getitem__) for w, curve in curves.items()}
         first, last = widths[0], widths[-1]
+        dense_best = out.get("dense", {"best_log2_lr": best})["best_log2_lr"][first]
         top = max(r["accuracy"] for r in records if r["arm"] == arm and r["width"] == last)
         out[arm] = {
             "best_log2_lr": best,
             "drift_log2": best[last] - best[first],
             "transferred_loss": curves[last][best[first]],
+            "loss_with_dense_lr": curves[last][dense_best],
             "best_loss": curves[last][best[last]],
             "best_accuracy": top,
         }
@@ -176,7 +181,7 @@ def main(argv: list[str] | None = None) -> dict:
         print(
             f"{arm:24} best lr moves 2^{row['drift_log2']}; at width {args.widths[-1]} loss "
             f"{row['transferred_loss']:.4g} with the smallest width's lr, {row['best_loss']:.4g} "
-            f"with the best; accuracy {row['best_accuracy']:.4f}"
+            f"with the best, {row['loss_with_dense_lr']:.4g} with dense's; accuracy {row['best_accuracy']:.4f}"
         )
     kind = "cpu" if args.device == "cpu" else "cuda"
     meta = environment(kind)
