@@ -3,11 +3,11 @@
     python benchmarks/width_sweep.py                            # digits, minutes on a CPU
     python benchmarks/width_sweep.py --widths 256 512 1024 2048 --data fashion-mnist --device cuda
 
-Trains an MLP at every width and learning rate (which falls linearly to 0), with AdamW over `model.parameters()` and over
-`pixelfly.param_groups(model, lr, base=<the smallest width>)`, and writes
-results/width_sweep_<device>.json and .png. Transfer costs what the learning rate that is best at
-the smallest width loses at the largest, against the best one there; "with dense's" is the loss there with the rate that is best for the smallest
-dense model.
+Trains an MLP at every width and learning rate (which falls linearly to 0), with AdamW over
+`model.parameters()` and over `pixelfly.param_groups(model, lr, base=<the smallest width>)`, and
+writes results/width_sweep_<data>_<device>.json and .png. Transfer costs what the learning rate that
+is best at the smallest width loses at the largest, against the best one there; "with dense's" is
+the loss there with the rate that is best for the smallest dense model.
 """
 
 from __future__ import annotations
@@ -179,15 +179,17 @@ def main(argv: list[str] | None = None) -> dict:
     summary = summarize(records, args.widths)
     for arm, row in summary.items():
         print(
-            f"{arm:24} best lr moves 2^{row['drift_log2']}; at width {args.widths[-1]} loss "
-            f"{row['transferred_loss']:.4g} with the smallest width's lr, {row['best_loss']:.4g} "
-            f"with the best, {row['loss_with_dense_lr']:.4g} with dense's; accuracy {row['best_accuracy']:.4f}"
+            f"{arm:24} best lr moves 2^{row['drift_log2']}; width {args.widths[-1]}: loss "
+            f"{row['best_loss']:.4g} at best, {row['transferred_loss']:.4g} with the smallest "
+            f"width's lr, {row['loss_with_dense_lr']:.4g} with dense's; "
+            f"accuracy {row['best_accuracy']:.4f}"
         )
     kind = "cpu" if args.device == "cpu" else "cuda"
     meta = environment(kind)
     options = {k: v for k, v in vars(args).items() if k != "out"}
     args.out.mkdir(parents=True, exist_ok=True)
-    name = f"width_sweep_{kind}" if kind == "cpu" else f"width_sweep_{meta['device'].split()[1]}"
+    where = "cpu" if kind == "cpu" else meta["device"].split()[1].lower()
+    name = f"width_sweep_{args.data.replace('-', '_')}_{where}"
     result = {"meta": {**meta, **options}, "summary": summary, "records": records}
     (args.out / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
     plot(records, args.widths, args.out / f"{name}.png", meta["device"])
