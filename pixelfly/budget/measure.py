@@ -20,6 +20,7 @@ from .rate import Rate, Work, fit
 
 Call = Callable[[int], object]  # of the index of a buffer set
 MODES = {"forward": 1, "step": 3}  # name -> matmuls as large as the forward's
+_WARM_SECONDS = 0.1  # under load before a timing: a cool chip flatters
 _L2_BYTES = 128 << 20  # a walk over the buffer sets is larger than any GPU's L2
 
 
@@ -145,15 +146,18 @@ def _time_graph(call: Call, sets: int, repeats: int) -> float:
         for i in range(count):
             call(i % sets)
     start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    samples = []
-    for turn in range(repeats + 2):
+
+    def replay() -> float:
         start.record()
         graph.replay()
         stop.record()
         stop.synchronize()
-        if turn >= 2:  # the first ones warm up
-            samples.append(start.elapsed_time(stop) / 1e3 / count)
-    return statistics.median(samples)
+        return start.elapsed_time(stop) / 1e3 / count
+
+    begin = time.perf_counter()
+    while time.perf_counter() - begin < _WARM_SECONDS:
+        replay()
+    return statistics.median(replay() for _ in range(repeats))
 
 
 def _device_name(device: torch.device) -> str:

@@ -79,7 +79,8 @@ def plan(
         fake: False runs the model for real, for models whose Python looks at values.
 
     Returns:
-        The plan; it never spends more than the budget.
+        The plan; it never spends more than the budget. Where the dense model keeps the budget,
+        the plan converts nothing.
 
     Raises:
         TypeError: an argument has the wrong type.

@@ -173,7 +173,8 @@ class Plan:
         """Predicts the time of a step with the example inputs.
 
         In training a matmul counts three times (forward and two gradients), a pointwise operator
-        twice, and AdamW passes over every parameter in float32.
+        twice, and AdamW passes over every parameter in float32. Pointwise operators count one by
+        one, as eager PyTorch runs them; torch.compile fuses many.
 
         Args:
             cost: the cost model; None takes the plan's own.
