@@ -230,6 +230,17 @@ def test_time_leaves_dense_what_is_faster_dense():
     assert sparsify_(mlp(), result).layers == []
 
 
+def test_time_is_proportional_where_the_fastest_forms_are_too_large():
+    # Small blocks are slow here and large ones cannot be as sparse as the budget wants.
+    slow = {f"b16/{mode}": Rate(1.0, 0.0, 0.0) for mode in ("forward", "step")}
+    cost = CostModel("slow", "bfloat16", {**H100.rates, **slow})
+    options = {"density": 0.1, "cost": cost, "block_sizes": (64, 16)}
+    timed = plan(mlp(), torch.zeros(8, 256), allocation="time", **options)
+    fair = plan(mlp(), torch.zeros(8, 256), **options)
+    assert timed.layers == fair.layers
+    assert 0.06 < timed.density <= 0.1
+
+
 @settings(max_examples=15, deadline=None)
 @given(
     density=st.floats(0.2, 0.99),

@@ -63,8 +63,11 @@ def fastest(
         if measure(selection) <= budget * _SLACK:
             break
     else:
-        # The fastest forms are above a budget of weights: the one that spends least instead.
-        return smallest if measure(smallest) <= budget * _SLACK else None
+        # Even the fastest forms are above a budget of weights: there is no time to trade.
+        fair = proportional(groups, measure, budget)
+        if fair is None and measure(smallest) <= budget * _SLACK:
+            return smallest
+        return fair
     steps = []
     for i, (group, hull) in enumerate(zip(groups, hulls, strict=True)):
         for place, (low, high) in enumerate(zip(hull, hull[1:], strict=False)):
