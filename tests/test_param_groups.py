@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import importlib
+import json
+import pathlib
 
 import pytest
 import torch
@@ -194,3 +197,17 @@ def test_bad_names_and_bases():
         param_groups(model, 1e-3, base=nn.Sequential(nn.ReLU()))
     with pytest.raises(TypeError, match="base must be a Module, got int"):
         param_groups(model, 1e-3, base=64)
+
+
+def test_width_sweep_runs(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(pathlib.Path(__file__).resolve().parent.parent / "benchmarks")
+    sweep = importlib.import_module("width_sweep")
+    options = "--widths 32 64 --log2-lrs -8 -6 --layers 1 --density 0.5 --steps 3 --seeds 1"
+    sweep.main([*options.split(), "--device", "cpu", "--out", str(tmp_path)])
+    result = json.loads((tmp_path / "width_sweep_digits_cpu.json").read_text())
+    assert len(result["records"]) == 4 * 2 * 2
+    assert set(result["summary"]) == set(sweep.ARMS)
+    assert (tmp_path / "width_sweep_digits_cpu.png").exists()
+    # The smallest width is the base, where dense groups change no learning rate.
+    losses = {(r["arm"], r["width"], r["log2_lr"]): r["loss"] for r in result["records"]}
+    assert losses["dense", 32, -8] == pytest.approx(losses["dense, param_groups", 32, -8], rel=0.01)
