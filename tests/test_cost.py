@@ -130,6 +130,14 @@ def test_bad_grids(options, message):
         CostModel.measure("cpu", block_sizes=(64,), **{**GRID, **options})
 
 
+def test_bad_devices():
+    with pytest.raises(ValueError, match="device must be cpu or cuda, got 'meta'"):
+        CostModel.measure("meta")
+    if not torch.cuda.is_available():
+        with pytest.raises(RuntimeError, match="no CUDA device here for device='cuda:1'"):
+            CostModel.measure("cuda:1")
+
+
 def test_other_files_are_refused(tmp_path):
     path = tmp_path / "cost.json"
     CostModel.roofline("h200").save(path)

@@ -117,13 +117,19 @@ class CostModel:
             The model, with the relative error of every fit in its rates.
 
         Raises:
-            ValueError: a grid is empty.
-            RuntimeError: the device cannot run the operators.
+            ValueError: a grid is empty, or the device is neither a CPU nor a CUDA device.
+            RuntimeError: there is no such device, or it cannot run the operators.
         """
         from .measure import measure_rates
 
         device = torch.device(device)
         cuda = device.type == "cuda"
+        if device.type not in ("cpu", "cuda"):
+            raise ValueError(f"CostModel.measure: device must be cpu or cuda, got {device.type!r}")
+        if cuda and not torch.cuda.is_available():
+            raise RuntimeError(
+                f"CostModel.measure: torch sees no CUDA device here for device={str(device)!r}"
+            )
         dtype = dtype or (torch.bfloat16 if cuda else torch.float32)
         if tokens is None:
             tokens = (1024, 8192, 32768) if cuda else (128, 1024)
