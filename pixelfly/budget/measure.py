@@ -8,7 +8,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import product
+from itertools import chain, product
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,7 @@ from .rate import Rate, Work, fit
 Call = Callable[[int], object]  # of the index of a buffer set
 MODES = {"forward": 1, "step": 3}  # name -> matmuls as large as the forward's
 _WARM_SECONDS = 0.1  # under load before a timing: a cool chip flatters
+_POINTWISE_SIZES = (1 << 12, 1 << 23, 1 << 24)  # elements: a launch alone, and memory alone
 _L2_BYTES = 128 << 20  # a walk over the buffer sets is larger than any GPU's L2
 
 
@@ -51,11 +52,14 @@ def measure_rates(
     if repeats < 1:
         raise ValueError(f"CostModel.measure: repeats must be at least 1, got {repeats}")
     samples: dict[str, tuple[list[Work], list[float]]] = defaultdict(lambda: ([], []))
-    for t, (k, n) in product(tokens, shapes):
-        for case in _cases(device, dtype, t, k, n, densities, block_sizes):
-            works, seconds = samples[case.kind]
-            works.append(case.work)
-            seconds.append(_time(case.call, case.sets, device, repeats))
+    layers = (
+        _cases(device, dtype, t, k, n, densities, block_sizes)
+        for t, (k, n) in product(tokens, shapes)
+    )
+    for case in chain(chain.from_iterable(layers), _pointwise_cases(device, dtype)):
+        works, seconds = samples[case.kind]
+        works.append(case.work)
+        seconds.append(_time(case.call, case.sets, device, repeats))
     missing = [b for b in block_sizes if f"b{b}/forward" not in samples]
     if missing:
         raise ValueError(
@@ -116,8 +120,13 @@ def _cases(
             work = sparse_work(t, k, n, b, layout.nnz, r, itemsize, MODES[mode])
             yield _Case(f"b{b}/{mode}", work, call, sets)
 
-    # Reads and writes one tensor: what stands between the layers.
-    yield _Case("pointwise", Work(0, 2 * itemsize * t * k), lambda i: xs[i].mul(2), sets)
+
+def _pointwise_cases(device: torch.device, dtype: torch.dtype) -> Iterator[_Case]:
+    """What stands between the layers: reads and writes one tensor, small or larger than caches."""
+    for numel in _POINTWISE_SIZES:
+        x = torch.randn(2, numel, device=device, dtype=dtype)
+        work = Work(0, 2 * dtype.itemsize * numel)
+        yield _Case("pointwise", work, lambda i, x=x: x[i].mul(2), len(x))
 
 
 def _time(call: Call, sets: int, device: torch.device, repeats: int) -> float:
