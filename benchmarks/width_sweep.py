@@ -186,7 +186,7 @@ def main(argv: list[str] | None = None) -> dict:
         )
     kind = "cpu" if args.device == "cpu" else "cuda"
     meta = environment(kind)
-    options = {k: v for k, v in vars(args).items() if k != "out"}
+    options = {k: v for k, v in vars(args).items() if k not in ("out", "device")}
     args.out.mkdir(parents=True, exist_ok=True)
     where = "cpu" if kind == "cpu" else meta["device"].split()[1].lower()
     name = f"width_sweep_{args.data.replace('-', '_')}_{where}"
