@@ -21,9 +21,10 @@ except ImportError as error:
         f"`pip install --force-reinstall --no-deps pixelfly` ({error})"
     ) from error
 
-from . import masks, nn, ops
+from . import budget, masks, nn, ops
 from ._build import build_info
 from .nn import PixelflyLinear
+from .param_groups import param_groups
 from .sparsify import PixelflyConfig, sparsify_
 
 __version__ = build_info()["version"]
@@ -31,9 +32,11 @@ __version__ = build_info()["version"]
 __all__ = [
     "PixelflyConfig",
     "PixelflyLinear",
+    "budget",
     "build_info",
     "masks",
     "nn",
     "ops",
+    "param_groups",
     "sparsify_",
 ]

@@ -6,6 +6,7 @@ import inspect
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import nn
@@ -125,6 +126,10 @@ class PixelflyConfig:
                 "0.25 unless set to None)"
             )
 
+    def for_layer(self, name: str) -> PixelflyConfig:
+        """Returns itself: every layer is converted alike."""
+        return self
+
     def choose(self, out_features: int, in_features: int) -> Choice:
         """Returns the layout and rank of a layer; raises ValueError where there is none."""
         return choose(
@@ -138,9 +143,19 @@ class PixelflyConfig:
         )
 
 
+@runtime_checkable
+class LayerConfigs(Protocol):
+    """A config for each layer: what `pixelfly.budget.Plan` is."""
+
+    like: PixelflyConfig
+
+    def for_layer(self, name: str) -> PixelflyConfig | None: ...
+    def check(self, model: nn.Module) -> None: ...
+
+
 def sparsify_(
     model: nn.Module,
-    config: PixelflyConfig | None = None,
+    config: PixelflyConfig | LayerConfigs | None = None,
     filter_fn: FilterFn | str | None = None,
 ) -> Report:
     """Replaces a model's `nn.Linear` and `Conv1D` (transformers) by `PixelflyLinear`, in place.
@@ -152,7 +167,8 @@ def sparsify_(
 
     Args:
         model: any module that contains linear layers; must not be one itself.
-        config: how to convert; None is `PixelflyConfig()`.
+        config: how to convert; None is `PixelflyConfig()`. A `pixelfly.budget.Plan` says it for
+            each layer by itself and chooses the layers.
         filter_fn: `filter_fn(module, name) -> bool` says which layers to convert; None is all.
             A name in `pixelfly.sparsify.PRESETS` ("vit", "mixer", "gpt2") takes the layers that the
             published models made sparse.
@@ -163,7 +179,7 @@ def sparsify_(
 
     Raises:
         TypeError: an argument has the wrong type.
-        ValueError: `filter_fn` names no preset.
+        ValueError: `filter_fn` names no preset, or the plan is another model's.
 
     Source: Pixelated Butterfly (Chen et al., ICLR 2022), section 3.3.
 
@@ -179,21 +195,45 @@ def sparsify_(
     config = PixelflyConfig() if config is None else config
     if not isinstance(model, nn.Module):
         raise TypeError(f"sparsify_: model must be a Module, got {type(model).__name__}")
-    if not isinstance(config, PixelflyConfig):
-        raise TypeError(f"sparsify_: config must be a PixelflyConfig, got {type(config).__name__}")
+    planned = isinstance(config, LayerConfigs)
+    if not planned and not isinstance(config, PixelflyConfig):
+        raise TypeError(
+            "sparsify_: config must be a PixelflyConfig or a Plan, got " + type(config).__name__
+        )
     if isinstance(model, nn.Linear) or is_conv1d(model):
         raise TypeError(
             "sparsify_: model is itself a linear layer, which cannot be replaced in place; use "
             "PixelflyLinear.from_dense"
         )
+    if planned:
+        config.check(model)
     wanted = _filter(filter_fn)
-    conversion = _Conversion(model, config)
+    conversion = _Conversion(model)
     for name, module in list(model.named_modules()):
         if (isinstance(module, nn.Linear) or is_conv1d(module)) and wanted(module, name):
-            conversion.convert(module, name)
-    if config.fuse_mlp:
+            layer_config = config.for_layer(name)
+            if layer_config is not None:
+                conversion.convert(module, name, layer_config)
+    if (config.like if planned else config).fuse_mlp:
         conversion.fuse_mlps()
     return conversion.finish()
+
+
+def find_obstacles(model: nn.Module, filter_fn: FilterFn | str | None) -> dict[str, str]:
+    """Returns, by name, the linear layers that `sparsify_` would leave dense, and why."""
+    wanted, conversion = _filter(filter_fn), _Conversion(model)
+    reasons = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) or is_conv1d(module):
+            if module is model:
+                reason = "it is the model itself, which cannot be replaced in place"
+            elif not wanted(module, name):
+                reason = "not chosen by filter_fn"
+            else:
+                reason = conversion.obstacle(module, name)
+            if reason is not None:
+                reasons[name] = reason
+    return reasons
 
 
 def _filter(filter_fn: FilterFn | str | None) -> FilterFn:
@@ -216,8 +256,8 @@ def _filter(filter_fn: FilterFn | str | None) -> FilterFn:
 class _Conversion:
     """One run of `sparsify_` over a model."""
 
-    def __init__(self, model: nn.Module, config: PixelflyConfig) -> None:
-        self.model, self.config = model, config
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
         self.report = Report(params_before=_count(model))
         # Every place, name and holder, of shared modules and parameters too.
         self.places = _places(model)
@@ -230,7 +270,7 @@ class _Conversion:
                 if parameter is not None:
                     self.holders.setdefault(id(parameter), set()).add(name)
 
-    def convert(self, module: nn.Module, name: str) -> None:
+    def convert(self, module: nn.Module, name: str, config: PixelflyConfig) -> None:
         reason = self.obstacle(module, name)
         if is_conv1d(module):
             k, n = module.weight.shape
@@ -238,9 +278,9 @@ class _Conversion:
             k, n = module.in_features, module.out_features
         if reason is None:
             try:
-                choice = self.config.choose(n, k)
-                if self.config.gate and choice.factored_rank == 0:
-                    reason = f"gate={self.config.gate!r} needs a low rank, and none fits"
+                choice = config.choose(n, k)
+                if config.gate and choice.factored_rank == 0:
+                    reason = f"gate={config.gate!r} needs a low rank, and none fits"
                 elif choice.density >= 1:
                     reason = "not smaller than the dense layer"
             except ValueError as error:
@@ -248,7 +288,7 @@ class _Conversion:
         if reason is not None:
             self.report.skipped.append(SkippedLayer(name, k, n, reason))
             return
-        layer = self.make_layer(module)
+        layer = self.make_layer(module, config)
         for parent, key in self.places[id(module)]:
             parent._modules[key] = layer
         also = self.module_names[id(module)][1:]
@@ -277,9 +317,8 @@ class _Conversion:
             return f"its weight is {module.weight.dtype}"
         return None
 
-    def make_layer(self, module: nn.Module) -> PixelflyLinear:
+    def make_layer(self, module: nn.Module, config: PixelflyConfig) -> PixelflyLinear:
         weight, bias = dense_parameters(module)
-        config = self.config
         layer = PixelflyLinear(
             weight.shape[1],
             weight.shape[0],
