@@ -49,8 +49,9 @@ struct GradKernelArgs {
   int32_t span_steps;  // stages of kGradTokens tokens in a span
   int32_t total_steps;
   int32_t row_tiles, col_tiles;
-  int32_t block_parts;  // block_size / 64
-  int32_t out_features, in_features, rank;
+  int32_t block_parts;     // block_size / 64
+  const GroupQuad* quads;  // device; b = 32 only, else null
+  int32_t out_features, in_features, rank, rank_tiles;
   void* dblocks;
   void* du;
   void* dv;
@@ -69,18 +70,25 @@ __device__ __forceinline__ void write_pair(const GradKernelArgs& args, int outpu
   T* to;
   if (output < kGradDu) {
     if (args.dblocks == nullptr) return;
+    if (args.quads != nullptr) {
+      const int64_t block = args.quads[index].block[col / 32 * 2 + row / 32];
+      if (block < 0) return;
+      to = static_cast<T*>(args.dblocks) + (block * 32 + row % 32) * 32 + col % 32;
+      *reinterpret_cast<uint32_t*>(to) = device::pack2<T>(a, b);
+      return;
+    }
     const int parts = args.block_parts, size = 64 * parts;
     const int64_t block = index / (parts * parts);
     const int r = index / parts % parts * 64 + row, c = index % parts * 64 + col;
     to = static_cast<T*>(args.dblocks) + (block * size + r) * size + c;
   } else if (output < kGradDv) {
-    const int n = index * 64 + row;
-    if (args.du == nullptr || n >= args.out_features || col >= args.rank) return;
-    to = static_cast<T*>(args.du) + static_cast<int64_t>(n) * args.rank + col;
+    const int n = index / args.rank_tiles * 64 + row, r = index % args.rank_tiles * 64 + col;
+    if (args.du == nullptr || n >= args.out_features || r >= args.rank) return;
+    to = static_cast<T*>(args.du) + static_cast<int64_t>(n) * args.rank + r;
   } else {
-    const int k = index * 64 + col;
-    if (args.dv == nullptr || row >= args.rank || k >= args.in_features) return;
-    to = static_cast<T*>(args.dv) + static_cast<int64_t>(row) * args.in_features + k;
+    const int k = index / args.rank_tiles * 64 + col, r = index % args.rank_tiles * 64 + row;
+    if (args.dv == nullptr || r >= args.rank || k >= args.in_features) return;
+    to = static_cast<T*>(args.dv) + static_cast<int64_t>(r) * args.in_features + k;
   }
   *reinterpret_cast<uint32_t*>(to) = device::pack2<T>(a, b);
 }
@@ -185,14 +193,14 @@ __device__ inline void produce(const GradMaps& maps, const GradChunk& chunk,
   const CUtensorMap* map = nullptr;
   int col = 0;
   if (lane < chunk.num_rows) {
-    const bool from_s = chunk.row[lane] == args.row_tiles;
+    const bool from_s = chunk.row[lane] >= args.row_tiles;
     map = from_s ? &maps.s : &maps.dz;
-    col = from_s ? 0 : chunk.row[lane] * 64;
+    col = (chunk.row[lane] - (from_s ? args.row_tiles : 0)) * 64;
   } else if (lane < boxes) {
     const int tile = chunk.tile[lane - chunk.num_rows];
-    const bool from_t = tile == args.col_tiles;
+    const bool from_t = tile >= args.col_tiles;
     map = from_t ? &maps.t : &maps.x;
-    col = from_t ? 0 : tile * 64;
+    col = (tile - (from_t ? args.col_tiles : 0)) * 64;
   }
   int stage = 0;
   uint32_t phase = 1;

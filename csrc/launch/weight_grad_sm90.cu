@@ -40,11 +40,15 @@ GradKernelArgs make_args(const WeightGradParams& p, const DeviceInfo& device) {
   args.span_steps = (args.total_steps + spans - 1) / spans;
   args.spans = (args.total_steps + args.span_steps - 1) / args.span_steps;
   args.block_parts = h.block_size / 64;
-  args.row_tiles = h.num_rows * args.block_parts;
-  args.col_tiles = h.num_cols * args.block_parts;
+  if (h.block_size == 32) {
+    args.quads = reinterpret_cast<const GroupQuad*>(p.plan + h.forward.quads_offset);
+  }
+  args.row_tiles = h.grad.row_tiles;
+  args.col_tiles = h.grad.col_tiles;
   args.out_features = p.out_features;
   args.in_features = p.in_features;
   args.rank = h.rank;
+  args.rank_tiles = (h.rank + 63) / 64;
   args.dblocks = p.dblocks;
   args.du = p.du;
   args.dv = p.dv;

@@ -2,6 +2,8 @@
 // column t) and dv (a row s), cut into chunks of two rows that share tiles of x.
 #include <algorithm>
 #include <array>
+#include <set>
+#include <utility>
 #include <vector>
 
 #include "planner/plan.h"
@@ -17,12 +19,29 @@ struct Entry {
 };
 using Row = std::vector<Entry>;
 
-// The outputs of every row tile: kept blocks, and the low-rank border.
+int32_t tiles(int32_t features) { return (features + kTile - 1) / kTile; }
+
+// Tiles of 64 along a side of `count` blocks; the part of a block past the features has its own.
+int32_t side_tiles(const LayoutView& layout, int32_t count) {
+  return (count * layout.block_size + kTile - 1) / kTile;
+}
+
+// The outputs of every row tile of [dz | s]: kept blocks, and the low-rank border.
 std::vector<Row> output_rows(const LayoutView& layout) {
-  const int32_t sub = layout.block_size / kTile;
-  const int32_t rows = layout.num_rows() * sub, cols = layout.num_cols() * sub;
-  std::vector<Row> out(static_cast<size_t>(rows + (layout.rank > 0 ? 1 : 0)));
+  const int32_t rows = side_tiles(layout, layout.num_rows());
+  const int32_t cols = side_tiles(layout, layout.num_cols());
+  const int32_t ranks = tiles(layout.rank), sub = layout.block_size / kTile;
+  std::vector<Row> out(static_cast<size_t>(rows + ranks));
+  std::set<std::pair<int32_t, int32_t>> quads;  // numbered as in row_groups.cpp
   for (int32_t k = 0; k < layout.nnz(); ++k) {
+    if (sub == 0) {
+      const std::pair<int32_t, int32_t> tile{layout.row_idx[k] / 2, layout.col_idx[k] / 2};
+      const auto number = static_cast<int32_t>(quads.size());
+      if (quads.insert(tile).second) {
+        out[static_cast<size_t>(tile.first)].push_back({tile.second, kGradBlock + number});
+      }
+      continue;
+    }
     for (int32_t r = 0; r < sub; ++r) {
       for (int32_t c = 0; c < sub; ++c) {
         out[static_cast<size_t>(layout.row_idx[k] * sub + r)].push_back(
@@ -30,9 +49,13 @@ std::vector<Row> output_rows(const LayoutView& layout) {
       }
     }
   }
-  if (layout.rank > 0) {
-    for (int32_t r = 0; r < rows; ++r) out[static_cast<size_t>(r)].push_back({cols, kGradDu + r});
-    for (int32_t c = 0; c < cols; ++c) out.back().push_back({c, kGradDv + c});
+  for (int32_t j = 0; j < ranks; ++j) {
+    for (int32_t r = 0; r < rows; ++r) {
+      out[static_cast<size_t>(r)].push_back({cols + j, kGradDu + r * ranks + j});
+    }
+    for (int32_t c = 0; c < cols; ++c) {
+      out[static_cast<size_t>(rows + j)].push_back({c, kGradDv + c * ranks + j});
+    }
   }
   for (Row& row : out) {
     std::sort(row.begin(), row.end(), [](const Entry& a, const Entry& b) { return a.col < b.col; });
@@ -114,9 +137,9 @@ void row_pair(std::vector<GradChunk>* chunks, int32_t row, const Row& first, con
 }  // namespace
 
 GradSection append_grad_chunks(PlanBuilder& builder, const LayoutView& layout) {
-  if (layout.block_size % kTile != 0 || layout.rank > kTile) return {};
+  if (layout.block_size < 32) return {};
   const auto rows = output_rows(layout);
-  const auto dz_rows = static_cast<size_t>(layout.num_rows() * (layout.block_size / kTile));
+  const auto dz_rows = static_cast<size_t>(side_tiles(layout, layout.num_rows()));
   std::vector<GradChunk> chunks;
   for (size_t r = 0; r < dz_rows; r += 2) {
     const auto row = static_cast<int32_t>(r);
@@ -141,8 +164,12 @@ GradSection append_grad_chunks(PlanBuilder& builder, const LayoutView& layout) {
       }
     }
   }
-  if (layout.rank > 0) single_row(&chunks, static_cast<int32_t>(dz_rows), rows.back());
+  for (size_t r = dz_rows; r < rows.size(); ++r) {
+    single_row(&chunks, static_cast<int32_t>(r), rows[r]);
+  }
   GradSection section{};
+  section.row_tiles = static_cast<int32_t>(dz_rows);
+  section.col_tiles = side_tiles(layout, layout.num_cols());
   section.num_chunks = static_cast<int32_t>(chunks.size());
   section.chunks_offset = builder.append(chunks);
   return section;

@@ -200,12 +200,15 @@ void check_product(const LayoutView& layout, const Plan& plan, bool transposed) 
 void check_grad(const LayoutView& layout, const Plan& plan) {
   const GradSection& s = plan.header.grad;
   const int32_t b = layout.block_size;
-  if (b % 64 != 0 || layout.rank > 64) {
+  if (b < 32) {
     expect(s.num_chunks == 0, "no weight-gradient chunks where the kernel does not serve");
     return;
   }
-  const int32_t sub = b / 64;
-  const int32_t row_tiles = layout.num_rows() * sub, col_tiles = layout.num_cols() * sub;
+  const int32_t sub = b / 64, ranks = tiles(layout.rank);
+  const int32_t row_tiles = tiles(layout.num_rows() * b), col_tiles = tiles(layout.num_cols() * b);
+  expect(s.row_tiles == row_tiles && s.col_tiles == col_tiles, "tiles of dz and x");
+  const auto* quads = plan.at<GroupQuad>(plan.header.forward.quads_offset);
+  std::set<int32_t> quad_blocks;
   const auto* chunks = plan.at<GradChunk>(s.chunks_offset);
   std::set<int32_t> outputs;
   std::vector<int32_t> bias(static_cast<size_t>(row_tiles), 0);
@@ -221,9 +224,17 @@ void check_grad(const LayoutView& layout, const Plan& plan) {
         expect(chunk.output_tile[w][o] < chunk.num_tiles, "output uses a loaded tile");
         expect(outputs.insert(output).second, "a gradient tile twice");
         if (output >= kGradDv) {
-          expect(row == row_tiles && col == index && index < col_tiles, "dv = s' x");
+          expect(row == row_tiles + index % ranks && col == index / ranks, "dv = s' x");
         } else if (output >= kGradDu) {
-          expect(col == col_tiles && row == index && index < row_tiles, "du = dz' t");
+          expect(col == col_tiles + index % ranks && row == index / ranks, "du = dz' t");
+        } else if (b == 32) {
+          for (int q = 0; q < 4; ++q) {
+            const int32_t k = quads[index].block[q];
+            if (k < 0) continue;
+            quad_blocks.insert(k);
+            expect(layout.row_idx[k] == row * 2 + q % 2 && layout.col_idx[k] == col * 2 + q / 2,
+                   "a block of a quad comes from its row and column");
+          }
         } else {
           const int32_t k = index / (sub * sub), r = index / sub % sub, q = index % sub;
           expect(k < layout.nnz() && row == layout.row_idx[k] * sub + r &&
@@ -233,9 +244,13 @@ void check_grad(const LayoutView& layout, const Plan& plan) {
       }
     }
   }
-  const int32_t border = layout.rank > 0 ? row_tiles + col_tiles : 0;
-  expect(static_cast<int32_t>(outputs.size()) == layout.nnz() * sub * sub + border,
-         "every gradient tile");
+  const int32_t border = ranks * (row_tiles + col_tiles);
+  if (b == 32) {
+    expect(static_cast<int32_t>(quad_blocks.size()) == layout.nnz(), "every block's gradient");
+  } else {
+    expect(static_cast<int32_t>(outputs.size()) == layout.nnz() * sub * sub + border,
+           "every gradient tile");
+  }
   expect(std::all_of(bias.begin(), bias.end(), [](int32_t n) { return n == 1; }),
          "every row tile is summed for dbias once");
 }

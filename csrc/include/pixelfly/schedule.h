@@ -18,7 +18,7 @@
 namespace pixelfly {
 
 constexpr int32_t kPlanMagic = 0x70666c79;  // "pfly"
-constexpr int32_t kPlanVersion = 3;
+constexpr int32_t kPlanVersion = 4;
 constexpr int kPlanHeaderSize = 64;
 
 // Schedule of the row-group product (kernels/product_sm90.cuh). Everything is in units of 64x64
@@ -43,7 +43,8 @@ struct RowGroup {
   int32_t step_end;
 };
 
-// A 64x64 weight tile made of 32x32 blocks: block[2 * x half + output half], -1: zero.
+// A 64x64 weight tile made of 32x32 blocks: block[2 * x half + output half], -1: zero. In the
+// transposed section x are the block rows; the weight gradients read the forward section's quads.
 struct GroupQuad {
   int32_t block[4];
 };
@@ -76,16 +77,16 @@ struct GroupSection {
 };
 
 // Weight-gradient work of one thread block (kernels/weight_grad_sm90.cuh), in 64x64 tiles whatever
-// the block size (64 or 128): per warpgroup, one column tile of [dz | s] against up to kGradOutputs
-// of the chunk's column tiles of [x | t].
+// the block size (32, 64 or 128): per warpgroup, one column tile of [dz | s] against up to
+// kGradOutputs of the chunk's column tiles of [x | t].
 constexpr int kGradTiles = 9;
 constexpr int kGradOutputs = 6;
 struct GradChunk {
   int32_t num_rows;  // distinct tiles of [dz | s]: 1 or 2
-  int32_t row[2];    // column tile of dz; num_row_tiles: s
+  int32_t row[2];    // column tile of dz; from row_tiles on: of s
   int32_t bias[2];   // 1: this warpgroup also sums row's tokens for dbias
   int32_t num_tiles;
-  int32_t tile[kGradTiles];  // column tile of x; num_col_tiles: t
+  int32_t tile[kGradTiles];  // column tile of x; from col_tiles on: of t
   int32_t num_outputs[2];
   int32_t output_tile[2][kGradOutputs];  // index into tile
   int32_t output[2][kGradOutputs];       // destination, see GradOutput
@@ -95,15 +96,17 @@ static_assert(sizeof(GradChunk) % 16 == 0, "chunks are read as int4");
 
 // Where an output tile goes: kind in the top bits, index below.
 enum GradOutput : int32_t {
-  kGradBlock = 0,     // 64x64 part `index` of dB: (block, row half, column half)
-  kGradDu = 1 << 28,  // rows 64 index .. of du
-  kGradDv = 2 << 28,  // columns 64 index .. of dv
+  kGradBlock = 0,     // 64x64 part `index` of dB: (block, row half, column half); b = 32: quad
+  kGradDu = 1 << 28,  // rows 64 i .. and ranks 64 j .. of du; index = i * rank tiles of 64 + j
+  kGradDv = 2 << 28,  // columns 64 i .. and ranks 64 j .. of dv; index likewise
   kGradIndexMask = (1 << 28) - 1,
 };
 
 struct GradSection {
-  int32_t num_chunks;     // 0: no work list (block size or rank not served)
+  int32_t num_chunks;     // 0: no work list (block size not served)
   int32_t chunks_offset;  // GradChunk[num_chunks]
+  int32_t row_tiles;      // tiles of dz; those of s follow
+  int32_t col_tiles;      // tiles of x; those of t follow
 };
 
 struct PlanHeader {
@@ -134,7 +137,7 @@ struct PlanHeader {
   GroupSection transposed;  // output rows = block columns, contraction over block rows (dx)
   GradSection grad;
 
-  int32_t reserved[kPlanHeaderSize - 19 - 2 * 8 - 2];
+  int32_t reserved[kPlanHeaderSize - 19 - 2 * 8 - 4];
 };
 static_assert(sizeof(PlanHeader) == kPlanHeaderSize * sizeof(int32_t), "header layout");
 
