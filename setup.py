@@ -15,6 +15,7 @@ serves every torch from 2.11 on, CPU or CUDA, and compiles where there is no GPU
 import os
 import pathlib
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -27,6 +28,8 @@ ROOT = pathlib.Path(__file__).resolve().parent
 VERSION = re.search(r'^version = "(.+)"', (ROOT / "pyproject.toml").read_text(), re.M)[1]
 TORCH_TARGET = "0x020b000000000000"  # stable ABI of torch 2.11
 DEFAULT_ARCHS = "8.0;9.0a+PTX"
+OLDEST_TORCH = (2, 11)
+OLDEST_NVCC = (12, 8)
 
 
 def toolkit_of(nvcc: str) -> pathlib.Path:
@@ -82,13 +85,61 @@ def gencode(source: str) -> list[str] | None:
     return flags
 
 
+def numbers(version: str) -> tuple[int, int]:
+    """Major and minor of "2.11.0+cpu"."""
+    major, minor = re.match(r"(\d+)\.(\d+)", version).groups()
+    return int(major), int(minor)
+
+
+def check_torch(version: str) -> None:
+    if numbers(version) < OLDEST_TORCH:
+        raise SystemExit(
+            f"pixelfly: torch must be 2.11 or newer, got {version}: run `pip install -U torch`"
+        )
+
+
+def check_nvcc(nvcc: str, release: str) -> None:
+    if numbers(release) < OLDEST_NVCC:
+        raise SystemExit(
+            f"pixelfly: nvcc must be 12.8 or newer, got {release} ({nvcc}): install a newer CUDA "
+            "toolkit and set CUDA_HOME to it, or set PIXELFLY_CPU_ONLY=1"
+        )
+
+
+def find_compiler() -> str:
+    """The C++ compiler's command, which may carry a launcher or flags ("ccache g++")."""
+    command = os.environ.get("CXX", "c++")
+    words = shlex.split(command)
+    if not words or shutil.which(words[0]) is None:
+        raise SystemExit(
+            f"pixelfly: the C++ compiler {command!r} was not found: install one (Debian, Ubuntu: "
+            "`apt install g++`) or set CXX"
+        )
+    return command
+
+
+def sdist_files() -> list[str]:
+    """What a build needs beside the Python package; setuptools puts `depends` into the sdist."""
+    kinds = (".h", ".cuh", ".cpp", ".cu", ".md")
+    files = [path for path in ROOT.glob("csrc/**/*") if path.suffix in kinds]
+    return sorted(str(path.relative_to(ROOT)) for path in files)
+
+
 class NinjaBuild(build_ext):
     """Writes a build.ninja for the one extension and runs it."""
 
     def build_extension(self, ext: Extension) -> None:
-        import ninja
-        import pybind11
-        import torch
+        try:
+            import ninja
+            import pybind11
+            import torch
+        except ImportError as error:
+            raise SystemExit(
+                f"pixelfly: the build needs {error.name}: run `pip install {error.name}`, or build "
+                "without --no-build-isolation"
+            ) from error
+        check_torch(torch.__version__)
+        cxx = find_compiler()
 
         work = pathlib.Path(self.build_temp).resolve()
         work.mkdir(parents=True, exist_ok=True)
@@ -116,6 +167,7 @@ class NinjaBuild(build_ext):
             home = toolkit_of(nvcc)
             text = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
             release = re.search(r"release ([\d.]+)", text)[1]
+            check_nvcc(nvcc, release)
             archs = os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_ARCHS
             theirs.append(f"-isystem{home / 'include'}")
             defines += ["-DPIXELFLY_WITH_CUDA", "-DUSE_CUDA"]
@@ -128,7 +180,6 @@ class NinjaBuild(build_ext):
             sources += sorted(ROOT.glob("csrc/launch/*.cu"))
         sources = list(dict.fromkeys(sources))
 
-        cxx = os.environ.get("CXX", "c++")
         cflags = ["-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
         nvflags = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
         nvflags += ["-Xptxas", "-v", "--expt-relaxed-constexpr"]
@@ -170,4 +221,8 @@ class NinjaBuild(build_ext):
             pathlib.Path(os.environ["PIXELFLY_BUILD_LOG"]).write_text(logs)
 
 
-setup(ext_modules=[Extension("pixelfly._C", sources=[])], cmdclass={"build_ext": NinjaBuild})
+if __name__ == "__main__":
+    setup(
+        ext_modules=[Extension("pixelfly._C", sources=[], depends=sdist_files())],
+        cmdclass={"build_ext": NinjaBuild},
+    )

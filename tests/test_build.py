@@ -1,0 +1,88 @@
+"""Decisions of setup.py, without compiling."""
+
+import importlib.util
+import pathlib
+
+import pytest
+
+import pixelfly
+
+SETUP = pathlib.Path(__file__).parent.parent / "setup.py"
+VARIABLES = ("PIXELFLY_FORCE_CUDA", "PIXELFLY_CPU_ONLY", "TORCH_CUDA_ARCH_LIST", "CUDA_HOME", "CXX")
+
+
+@pytest.fixture
+def build(monkeypatch, tmp_path):
+    """setup.py as a module, on a machine with neither nvcc nor a compiler."""
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    spec = importlib.util.spec_from_file_location("pixelfly_setup", SETUP)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def executable(path: pathlib.Path) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch(mode=0o755)
+    return str(path)
+
+
+def test_no_nvcc_is_a_cpu_build_and_says_so(build, capsys):
+    assert build.find_nvcc() is None
+    assert "CPU-only build" in capsys.readouterr().err
+
+
+def test_force_cuda_without_nvcc(build, monkeypatch):
+    monkeypatch.setenv("PIXELFLY_FORCE_CUDA", "1")
+    with pytest.raises(SystemExit, match="nvcc was not found.*CUDA_HOME"):
+        build.find_nvcc()
+
+
+def test_nvcc_on_path_in_cuda_home_and_skipped(build, monkeypatch, tmp_path):
+    on_path = executable(tmp_path / "nvcc")
+    assert build.find_nvcc() == on_path
+    at_home = executable(tmp_path / "toolkit/bin/nvcc")
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "toolkit"))
+    assert build.find_nvcc() == at_home
+    monkeypatch.setenv("PIXELFLY_CPU_ONLY", "1")
+    assert build.find_nvcc() is None
+
+
+@pytest.mark.parametrize(
+    ("archs", "common", "hopper"),
+    [
+        (None, ["80,code=sm_80", "90,code=sm_90", "90,code=compute_90"], True),
+        ("8.0", ["80,code=sm_80"], False),
+        ("8.0 8.6+PTX", ["80,code=sm_80", "86,code=sm_86", "86,code=compute_86"], False),
+    ],
+)
+def test_architectures(build, monkeypatch, archs, common, hopper):
+    if archs is not None:
+        monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", archs)
+    assert build.gencode("a_sm80.cu") == [f"-gencode=arch=compute_{flag}" for flag in common]
+    assert (build.gencode("a_sm90.cu") is not None) == hopper
+
+
+def test_old_torch_old_nvcc_no_compiler(build):
+    build.check_torch("2.11.0+cpu")
+    with pytest.raises(SystemExit, match=r"2\.11 or newer, got 2\.9\.1"):
+        build.check_torch("2.9.1")
+    build.check_nvcc("nvcc", "13.0")
+    with pytest.raises(SystemExit, match=r"12\.8 or newer, got 12\.4"):
+        build.check_nvcc("nvcc", "12.4")
+    with pytest.raises(SystemExit, match="'c\\+\\+' was not found"):
+        build.find_compiler()
+
+
+def test_compiler_with_a_launcher(build, monkeypatch, tmp_path):
+    executable(tmp_path / "ccache")
+    monkeypatch.setenv("CXX", "ccache g++")
+    assert build.find_compiler() == "ccache g++"
+
+
+def test_build_info_and_version(build):
+    info = pixelfly.build_info()
+    assert set(info) == {"version", "cuda", "archs", "torch_headers", "compiler"}
+    assert pixelfly.__version__ == info["version"] == build.VERSION

@@ -1,0 +1,39 @@
+"""What the sdist holds; no compiler, no network."""
+
+import pathlib
+import re
+import subprocess
+import sys
+import tarfile
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def sdist(tmp_path_factory):
+    """Names in the sdist, relative to its top folder."""
+    out = tmp_path_factory.mktemp("sdist")
+    # egg_info elsewhere: a test leaves nothing in the source tree, nor reads a stale file list.
+    command = [sys.executable, "setup.py", "-q", "egg_info", "-e", str(out)]
+    command += ["sdist", "-d", str(out)]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=60)
+    with tarfile.open(next(out.glob("*.tar.gz"))) as archive:
+        return {name.partition("/")[2] for name in archive.getnames()}
+
+
+def test_sdist_holds_every_source(sdist):
+    kinds = {".h", ".cuh", ".cpp", ".cu"}
+    sources = {p for p in ROOT.glob("csrc/**/*") if p.suffix in kinds}
+    sources |= set(ROOT.glob("pixelfly/**/*.py"))
+    assert {str(path.relative_to(ROOT)) for path in sources} <= sdist
+
+
+def test_sdist_holds_what_a_build_reads(sdist):
+    needed = {"setup.py", "pyproject.toml", "README.md", "LICENSE"}
+    assert needed | {"pixelfly/py.typed"} <= sdist
+
+
+def test_sdist_holds_no_binaries(sdist):
+    assert not [name for name in sdist if re.search(r"\.(so|o|pyc)$", name)]
