@@ -120,9 +120,9 @@ def find_compiler() -> str:
 
 def sdist_files() -> list[str]:
     """What a build needs beside the Python package; setuptools puts `depends` into the sdist."""
-    kinds = (".h", ".cuh", ".cpp", ".cu", ".md")
+    kinds = (".h", ".cuh", ".cpp", ".cu", ".md", ".txt")
     files = [path for path in ROOT.glob("csrc/**/*") if path.suffix in kinds]
-    return sorted(str(path.relative_to(ROOT)) for path in files)
+    return ["CMakeLists.txt", *sorted(str(path.relative_to(ROOT)) for path in files)]
 
 
 class NinjaBuild(build_ext):
