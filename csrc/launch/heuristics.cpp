@@ -3,6 +3,7 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "launch/product_few_sm80.h"
 #include "launch/product_sm90.h"
 #include "launch/weight_grad_sm90.h"
 
@@ -25,6 +26,7 @@ Status cannot(const char* forced, const char* what) {
 const char* name_of(Path path) {
   switch (path) {
     case Path::kHopper: return "sm90";
+    case Path::kFew: return "few_sm80";
     default: return "sm80";
   }
 }
@@ -33,6 +35,7 @@ Forced forced_path() {
   const char* value = std::getenv("PIXELFLY_KERNEL");
   if (value == nullptr || *value == '\0' || std::strcmp(value, "auto") == 0) return Forced::kAuto;
   if (std::strcmp(value, "sm80") == 0) return Forced::kSm80;
+  if (std::strcmp(value, "few") == 0) return Forced::kFew;
   if (std::strcmp(value, "sm90") == 0) return Forced::kHopper;
   return Forced::kUnknown;
 }
@@ -40,13 +43,21 @@ Forced forced_path() {
 Choice choose_product(const ProductParams& p, const DeviceInfo& device, Forced forced) {
   const bool hopper = product_sm90_supports(p, device);
   switch (forced) {
-    case Forced::kSm80: return {Path::kSm80, Status::success()};
+    case Forced::kSm80: return {};
+    case Forced::kFew:
+      if (p.transposed) break;  // it has no backward: that runs as it would
+      if (product_few_sm80_supports(p)) return {Path::kFew, Status::success()};
+      return {Path::kFew, Status::unsupported(
+                              "PIXELFLY_KERNEL=few cannot serve this product: it needs a forward "
+                              "pass of at most 64 tokens, a 16-bit dtype, 16-byte aligned rows and "
+                              "blocks of 32 or more")};
     case Forced::kHopper:
       return {Path::kHopper, hopper ? Status::success() : cannot("sm90", "product")};
     case Forced::kUnknown:
-      return {Path::kSm80, Status::invalid("PIXELFLY_KERNEL must be auto, sm80 or sm90")};
+      return {Path::kSm80, Status::invalid("PIXELFLY_KERNEL must be auto, sm80, few or sm90")};
     default: break;
   }
+  if (product_few_sm80_supports(p)) return {Path::kFew, Status::success()};
   if (p.tokens <= kFewTokens) return {};
   return {hopper ? Path::kHopper : Path::kSm80, Status::success()};
 }
@@ -54,11 +65,12 @@ Choice choose_product(const ProductParams& p, const DeviceInfo& device, Forced f
 Choice choose_weight_grad(const WeightGradParams& p, const DeviceInfo& device, Forced forced) {
   const bool hopper = weight_grad_sm90_supports(p, device);
   switch (forced) {
-    case Forced::kSm80: return {};
+    case Forced::kSm80:
+    case Forced::kFew: return {};
     case Forced::kHopper:
       return {Path::kHopper, hopper ? Status::success() : cannot("sm90", "weight gradient")};
     case Forced::kUnknown:
-      return {Path::kSm80, Status::invalid("PIXELFLY_KERNEL must be auto, sm80 or sm90")};
+      return {Path::kSm80, Status::invalid("PIXELFLY_KERNEL must be auto, sm80, few or sm90")};
     default: break;
   }
   if (p.tokens <= kFewTokens) return {};

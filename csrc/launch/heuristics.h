@@ -9,12 +9,13 @@ namespace pixelfly {
 
 enum class Path {
   kSm80,    // product_sm80, weight_grad_sm80: mma.sync, serves everything
+  kFew,     // product_few_sm80: up to 64 tokens, forward
   kHopper,  // product_sm90, weight_grad_sm90: wgmma + TMA
 };
 const char* name_of(Path path);
 
-// What PIXELFLY_KERNEL asks for: "auto" (or unset), "sm80" or "sm90".
-enum class Forced { kAuto, kSm80, kHopper, kUnknown };
+// What PIXELFLY_KERNEL asks for: "auto" (or unset), "sm80", "few" or "sm90".
+enum class Forced { kAuto, kSm80, kFew, kHopper, kUnknown };
 Forced forced_path();
 
 struct Choice {

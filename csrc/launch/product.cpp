@@ -1,22 +1,29 @@
 // launch_product and launch_low_rank: choose a kernel and start it.
 #include "launch/heuristics.h"
 #include "launch/low_rank_sm90.h"
+#include "launch/product_few_sm80.h"
 #include "launch/product_sm80.h"
 #include "launch/product_sm90.h"
 
 namespace pixelfly {
 namespace {
 
-bool low_rank_on_hopper(const LowRankParams& p, const DeviceInfo& device) {
-  return forced_path() != Forced::kSm80 && low_rank_sm90_supports(p, device);
+Path choose_low_rank(const LowRankParams& p, const DeviceInfo& device) {
+  const Forced forced = forced_path();
+  if (forced == Forced::kSm80) return Path::kSm80;
+  if (forced != Forced::kHopper && low_rank_few_sm80_supports(p)) return Path::kFew;
+  return low_rank_sm90_supports(p, device) ? Path::kHopper : Path::kSm80;
 }
 
 }  // namespace
 
 Status launch_low_rank(const LowRankParams& p, const DeviceInfo& device, Stream stream) {
   if (p.tokens == 0 || p.rank == 0) return Status::success();
-  return low_rank_on_hopper(p, device) ? launch_low_rank_sm90(p, device, stream)
-                                       : launch_low_rank_sm80(p, device, stream);
+  switch (choose_low_rank(p, device)) {
+    case Path::kHopper: return launch_low_rank_sm90(p, device, stream);
+    case Path::kFew: return launch_low_rank_few_sm80(p, stream);
+    default: return launch_low_rank_sm80(p, device, stream);
+  }
 }
 
 Status launch_product(const ProductParams& p, const DeviceInfo& device, Stream stream) {
@@ -44,8 +51,11 @@ Status launch_product(const ProductParams& p, const DeviceInfo& device, Stream s
     if (!status.ok()) return status;
     given.factor_in = nullptr;
   }
-  return choice.path == Path::kHopper ? launch_product_sm90(given, device, stream)
-                                      : launch_product_sm80(given, device, stream);
+  switch (choice.path) {
+    case Path::kHopper: return launch_product_sm90(given, device, stream);
+    case Path::kFew: return launch_product_few_sm80(given, stream);
+    default: return launch_product_sm80(given, device, stream);
+  }
 }
 
 std::string explain_product(const ProductParams& p, const DeviceInfo& device) {
@@ -56,8 +66,9 @@ std::string explain_product(const ProductParams& p, const DeviceInfo& device) {
 
 std::string explain_low_rank(const LowRankParams& p, const DeviceInfo& device) {
   if (p.rank == 0) return "none";
-  return low_rank_on_hopper(p, device) ? "low_rank_sm90"
-                                       : "product_sm80 over the low-rank term alone";
+  const Path path = choose_low_rank(p, device);
+  return path == Path::kHopper ? std::string("low_rank_sm90")
+                               : std::string("product_") + name_of(path) + " without blocks";
 }
 
 }  // namespace pixelfly

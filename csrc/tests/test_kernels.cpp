@@ -390,6 +390,24 @@ std::vector<Case> cases() {
       {"holes b32", 6, 4, 32, 0, 0, holes, 300, 0, kGelu, false, true},
       {"one token b64", 2, 2, 64, 0, 0, everything, 1, 8},
   };
+  for (const int tokens : {1, 9, 30, 64}) {
+    Case c{"few tokens " + std::to_string(tokens),
+           4,
+           3,
+           tokens == 9 ? 32 : 64,
+           8,
+           16,
+           tokens == 30 ? holes : butterfly,
+           tokens,
+           tokens == 1 ? 0 : 40,
+           tokens == 64 ? kGelu : kRelu,
+           tokens != 1,
+           tokens == 64,
+           80,
+           2,
+           "few"};
+    all.push_back(c);
+  }
   for (const int b : {16, 32, 64, 128}) {
     Case c{"portable b" + std::to_string(b),
            3,
@@ -434,11 +452,11 @@ int main(int argc, char** argv) {
   for (Case c : cases()) {
     const std::string name = c.name;
     for (size_t m = 0; m < 3; ++m) {
-      const bool portable = c.arch < 90;
       for (const char* dtype : {"bf16", "fp16", "fp32"}) {
         const bool wide = dtype[2] == '3';
         // One dtype a mood is enough, fp32 has portable kernels only.
-        if (wide ? !portable || m != 0 : (m == 1) != (dtype[0] == 'f')) continue;
+        if (wide ? std::string(c.path) != "sm80" || m != 0 : (m == 1) != (dtype[0] == 'f'))
+          continue;
         c.name = name + " " + dtype + " " + moods[m].name;
         if (!wanted(c.name, argc, argv)) continue;
         emulator::configure(moods[m].seed, moods[m].eagerness);

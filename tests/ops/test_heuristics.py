@@ -43,6 +43,15 @@ def test_what_hopper_kernels_do_not_cover():
     assert all("sm80" in kernel for kernel in choose(b=16).values())
 
 
+def test_decoding_has_a_kernel_of_its_own():
+    for device in (A100, H100, B200):
+        for tokens, kernel in ((1, "product_few_sm80"), (64, "product_few_sm80")):
+            assert choose(device, tokens=tokens, b=32, rank=8)["y"] == kernel
+        assert choose(device, tokens=1, rank=8)["dx"] == "product_sm80"
+    assert choose(tokens=1, dtype=FLOAT32)["y"] == choose(tokens=1, b=16)["y"] == "product_sm80"
+    assert choose(tokens=65)["y"] == "product_sm80"
+
+
 def test_few_tokens_run_the_portable_kernels():
     for tokens, path in ((1, "sm80"), (256, "sm80"), (257, "sm90")):
         assert all(kernel.endswith(path) for kernel in choose(tokens=tokens).values())
@@ -55,8 +64,11 @@ def test_forced_path(monkeypatch):
     assert choose(tokens=1)["y"] == "product_sm90"
     assert "cannot serve" in choose(dtype=FLOAT32)["y"]
     assert "cannot serve" in choose(A100)["dx"]
+    monkeypatch.setenv("PIXELFLY_KERNEL", "few")
+    assert choose(tokens=8)["y"] == "product_few_sm80"
+    assert "at most 64 tokens" in choose(tokens=65)["y"]
     monkeypatch.setenv("PIXELFLY_KERNEL", "sm70")
-    assert choose()["y"] == "PIXELFLY_KERNEL must be auto, sm80 or sm90"
+    assert choose()["y"] == "PIXELFLY_KERNEL must be auto, sm80, few or sm90"
 
 
 def test_not_a_plan():

@@ -95,7 +95,7 @@ def test_ranks(device, rank):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("path", ["sm80", "sm90"])
+@pytest.mark.parametrize("path", ["sm80", "sm90", "few"])
 @pytest.mark.parametrize("name", GRIDS)
 @pytest.mark.parametrize("b", BLOCK_SIZES)
 def test_every_kernel(path, name, b, monkeypatch):
@@ -105,8 +105,9 @@ def test_every_kernel(path, name, b, monkeypatch):
     tail = ((0, 0), (8, b - 8), (b - 8, 0))[i % 3]
     layout = make_layout(GRIDS[name], b, tail)
     for j, dtype in enumerate((torch.bfloat16, torch.float16)):
+        tokens = (1, 17, 64) if path == "few" else (64, 1000, 333)
         call = make_call(
-            layout, tokens=(64, 1000, 333)[(i + j) % 3], rank=(64, 0, 32, 72)[(i + 2 * j) % 4],
+            layout, tokens=tokens[(i + j) % 3], rank=(64, 0, 32, 72)[(i + 2 * j) % 4],
             activation=ACTIVATIONS[(i + j) % 5], residual=j == 1, device="cuda", dtype=dtype,
         )  # fmt: skip
         try:
