@@ -1,0 +1,65 @@
+"""Data parallel and sharded training on two processes: the losses and weights of one process."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import pathlib
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from . import workers
+
+RUNS = (
+    workers.ddp,
+    workers.ddp_accumulation,
+    workers.ddp_compiled,
+    workers.fsdp,
+    workers.fsdp_mixed_precision,
+    workers.checkpoint,
+    workers.other_layout,
+    workers.layouts_over_ranks,
+)
+
+
+def _main(rank: int, backend: str, world: int, folder: pathlib.Path) -> None:
+    torch.set_num_threads(1)
+    if backend == "nccl":
+        torch.cuda.set_device(rank)
+        torch.set_default_device(f"cuda:{rank}")
+    dist.init_process_group(
+        backend,
+        init_method=f"file://{folder / 'rendezvous'}",
+        rank=rank,
+        world_size=world,
+        timeout=datetime.timedelta(seconds=120),
+    )
+    try:
+        for run in RUNS:
+            own = folder / run.__name__
+            own.mkdir(exist_ok=True)
+            try:
+                run(own)
+            except Exception as error:
+                raise AssertionError(f"{run.__name__}, rank {rank}: {error}") from error
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.skipif(not dist.is_available(), reason="torch was built without torch.distributed")
+def test_two_processes(tmp_path, monkeypatch):
+    """All of workers.py in one pair of processes: starting them takes most of the time."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", os.environ.get("GLOO_SOCKET_IFNAME", "lo"))
+    mp.spawn(_main, ("gloo", 2, tmp_path), nprocs=2)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("world", [2, 4])
+def test_gpus(tmp_path, world):
+    if torch.cuda.device_count() < world:
+        pytest.skip(f"needs {world} GPUs, there are {torch.cuda.device_count()}")
+    mp.spawn(_main, ("nccl", world, tmp_path), nprocs=world)
