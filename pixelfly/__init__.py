@@ -23,6 +23,7 @@ except ImportError as error:
 
 from . import masks, nn, ops
 from ._build import build_info
+from .densify import densify_
 from .nn import PixelflyLinear
 from .sparsify import PixelflyConfig, sparsify_
 
@@ -32,6 +33,7 @@ __all__ = [
     "PixelflyConfig",
     "PixelflyLinear",
     "build_info",
+    "densify_",
     "masks",
     "nn",
     "ops",
