@@ -21,7 +21,7 @@ except ImportError as error:
         f"`pip install --force-reinstall --no-deps pixelfly` ({error})"
     ) from error
 
-from . import masks, nn, ops
+from . import masks, nn, ntk, ops, patterns
 from ._build import build_info
 from .densify import densify_
 from .nn import PixelflyLinear
@@ -36,6 +36,8 @@ __all__ = [
     "densify_",
     "masks",
     "nn",
+    "ntk",
     "ops",
+    "patterns",
     "sparsify_",
 ]
