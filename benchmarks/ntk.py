@@ -1,7 +1,7 @@
 """Which sparsity pattern has the tangent kernel nearest to the dense model's, on real images?
 
     python benchmarks/ntk.py                       # digits and Fashion-MNIST, a Mixer and a ViT
-    python benchmarks/ntk.py --model mixer --data digits --inits 5
+    python benchmarks/ntk.py --model mixer --data digits --inits 10
 
 Every pattern has the same number of weights. Dense models of different seeds are compared too:
 differences below theirs are noise. Writes ntk_<device>.json and .png to --out.
@@ -39,10 +39,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--data-dir", default="data", help="where fashion-mnist lies")
     add("--model", nargs="+", default=["mixer", "vit"], choices=["mixer", "vit"])
     add("--init", nargs="+", default=["scratch", "masked"], choices=["scratch", "masked"])
-    add("--width", type=int, default=128)
+    add("--width", type=int, default=256, help="below it, butterflies of 25 % are diagonals")
     add("--layers", type=int, default=2)
-    add("--samples", type=int, default=48, help="images of the kernel")
-    add("--inits", type=int, default=5, help="seeds")
+    add("--samples", type=int, default=24, help="images of the kernel")
+    add("--inits", type=int, default=3, help="seeds")
     add("--density", type=float, default=0.25)
     add("--block-size", type=int, default=16)
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
