@@ -21,8 +21,9 @@ except ImportError as error:
         f"`pip install --force-reinstall --no-deps pixelfly` ({error})"
     ) from error
 
-from . import budget, masks, nn, ops
+from . import budget, masks, nn, ntk, ops, patterns
 from ._build import build_info
+from .densify import densify_
 from .nn import PixelflyLinear
 from .param_groups import param_groups
 from .sparsify import PixelflyConfig, sparsify_
@@ -34,9 +35,12 @@ __all__ = [
     "PixelflyLinear",
     "budget",
     "build_info",
+    "densify_",
     "masks",
     "nn",
+    "ntk",
     "ops",
     "param_groups",
+    "patterns",
     "sparsify_",
 ]

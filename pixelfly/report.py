@@ -30,6 +30,7 @@ class LayerReport:
         macs_before: multiply-accumulates per token of the dense layer.
         macs_after: the same of the new one.
         note: what is worth knowing, or "".
+        error: relative Frobenius error of a projected weight, or None.
     """
 
     name: str
@@ -46,9 +47,17 @@ class LayerReport:
     macs_before: int
     macs_after: int
     note: str = ""
+    error: float | None = None
 
     @classmethod
-    def of(cls, name: str, layer: PixelflyLinear, params_before: int, note: str) -> LayerReport:
+    def of(
+        cls,
+        name: str,
+        layer: PixelflyLinear,
+        params_before: int,
+        note: str,
+        error: float | None = None,
+    ) -> LayerReport:
         """Returns the record of a layer that has just been made."""
         choice = layer.choice
         return cls(
@@ -66,6 +75,7 @@ class LayerReport:
             macs_before=layer.in_features * layer.out_features,
             macs_after=choice.block_weights + choice.lowrank_weights,
             note=note,
+            error=error,
         )
 
     def _cells(self) -> tuple[str, ...]:
@@ -141,6 +151,7 @@ class Report:
         lines = self._missed() + [
             f"{layer.name}: {layer.note}" for layer in self.layers if layer.note
         ]
+        lines += self._projected()
         if self.fused:
             lines.append(f"fused MLPs: {', '.join(self.fused)}")
         lines += self.notes
@@ -153,6 +164,15 @@ class Report:
         ]
         before, after = _short(self.params_before), _short(self.params_after)
         return [*lines, f"model: {before} -> {after} parameters"]
+
+    def _projected(self) -> list[str]:
+        """Says how far the projected weights are from the dense ones, layer by layer."""
+        errors = [(layer.name, layer.error) for layer in self.layers if layer.error is not None]
+        if not errors:
+            return []
+        mean = sum(error for _, error in errors) / len(errors)
+        each = ", ".join(f"{name} {error:.3f}" for name, error in errors)
+        return [f"relative error of the projected weights: mean {mean:.3f} ({each})"]
 
     def _missed(self) -> list[str]:
         """Says which densities were taken where the requested one cannot be reached."""

@@ -16,6 +16,7 @@ from .nn.choice import LOWRANK_FORMS, Choice, choose
 from .nn.dense import dense_parameters, is_conv1d, match_activation
 from .nn.linear import GATES, PixelflyLinear
 from .nn.mlp import PixelflyMLP
+from .nn.project import fitted_layout
 from .report import LayerReport, Report, SkippedLayer
 
 FilterFn = Callable[[nn.Module, str], bool]
@@ -72,7 +73,10 @@ class PixelflyConfig:
             keeps what the model's own initialisation meant (GPT-2's scaled projections, layers that
             start at zero); "project" keeps the function as well as the structure can, for trained
             weights. Both copy the bias.
-        projection_steps: how often init="project" fits low rank and blocks to each other.
+        projection_iterations: how often init="project" fits low rank and blocks to each other at
+            most; 0 is the one-shot answer.
+        pattern: "butterfly", or "fitted" with init="project": as many blocks as the butterfly has,
+            where each weight needs them most (see `pixelfly.nn.fitted_layout`).
         fuse_mlp: puts a `PixelflyMLP` in place of timm's `Mlp` and GPT-2's MLP, where both layers
             are converted and dropout is 0.
 
@@ -92,7 +96,8 @@ class PixelflyConfig:
     max_stride: int | None = None
     gate: str | None = None
     init: str = "scratch"
-    projection_steps: int = 1
+    projection_iterations: int = 50
+    pattern: str = "butterfly"
     fuse_mlp: bool = False
 
     def __post_init__(self) -> None:
@@ -109,6 +114,18 @@ class PixelflyConfig:
             raise ValueError(f"gate={self.gate!r} needs lowrank='factored' and a rank above 0")
         if self.init not in ("scratch", "project"):
             raise ValueError(f"init must be 'scratch' or 'project', got {self.init!r}")
+        if not isinstance(self.projection_iterations, int) or self.projection_iterations < 0:
+            raise ValueError(
+                "projection_iterations must be a non-negative int, got "
+                f"{self.projection_iterations!r}"
+            )
+        if self.pattern not in ("butterfly", "fitted"):
+            raise ValueError(f"pattern must be 'butterfly' or 'fitted', got {self.pattern!r}")
+        if self.pattern == "fitted" and (self.init != "project" or self.lowrank != "factored"):
+            raise ValueError(
+                "pattern='fitted' follows the dense weights, so it needs init='project' and "
+                f"lowrank='factored', got init={self.init!r}, lowrank={self.lowrank!r}"
+            )
         if self.rank is not None and (not isinstance(self.rank, int) or self.rank < 0):
             raise ValueError(f"rank must be a non-negative int or None, got {self.rank!r}")
         if self.lowrank == "global" and self.rank and self.rank % self.block_size:
@@ -288,12 +305,12 @@ class _Conversion:
         if reason is not None:
             self.report.skipped.append(SkippedLayer(name, k, n, reason))
             return
-        layer = self.make_layer(module, config)
+        layer, error = self.make_layer(module, config, choice)
         for parent, key in self.places[id(module)]:
             parent._modules[key] = layer
         also = self.module_names[id(module)][1:]
         note = choice.note + (f"shared with {', '.join(also)}" if also else "")
-        self.report.layers.append(LayerReport.of(name, layer, _count(module), note))
+        self.report.layers.append(LayerReport.of(name, layer, _count(module), note, error))
 
     def obstacle(self, module: nn.Module, name: str) -> str | None:
         """Returns why a layer must stay dense whatever the config, or None."""
@@ -317,25 +334,34 @@ class _Conversion:
             return f"its weight is {module.weight.dtype}"
         return None
 
-    def make_layer(self, module: nn.Module, config: PixelflyConfig) -> PixelflyLinear:
+    def make_layer(
+        self, module: nn.Module, config: PixelflyConfig, choice: Choice
+    ) -> tuple[PixelflyLinear, float | None]:
+        """Returns the new layer and, if it was projected, its relative error."""
         weight, bias = dense_parameters(module)
+        error = None
+        project = config.init == "project" and not weight.is_meta
+        sizes = {"block_size": config.block_size, "max_stride": config.max_stride}
+        sizes |= {"density": config.density, "rank": config.rank}
+        if project and config.pattern == "fitted":
+            rank = choice.factored_rank
+            layout = fitted_layout(weight, choice.layout.nnz, rank, config.block_size)
+            sizes = {"layout": layout, "rank": rank}
         layer = PixelflyLinear(
             weight.shape[1],
             weight.shape[0],
             bias is not None,
-            block_size=config.block_size,
-            max_stride=config.max_stride,
-            density=config.density,
-            rank=config.rank,
+            **sizes,
             lowrank=config.lowrank,
             gate=config.gate,
             device="meta",
             dtype=weight.dtype,
         )
         layer = layer.to_empty(device=weight.device)
+        layer.dense_type = type(module)
         with torch.no_grad():
-            if config.init == "project" and not weight.is_meta:
-                layer.copy_dense_(weight, bias, steps=config.projection_steps)
+            if project:
+                error = layer.copy_dense_(weight, bias, iterations=config.projection_iterations)
             else:
                 if not weight.is_meta:
                     layer.init_std = weight.float().square().mean().sqrt().item()
@@ -347,7 +373,7 @@ class _Conversion:
                 parameter.requires_grad_(weight.requires_grad)
         if bias is not None:
             layer.bias.requires_grad_(bias.requires_grad)
-        return layer.train(module.training)
+        return layer.train(module.training), error
 
     def fuse_mlps(self) -> None:
         """Puts a PixelflyMLP in the place of known MLPs whose two layers are converted."""

@@ -3,5 +3,14 @@
 from .choice import Choice, choose
 from .linear import PixelflyLinear
 from .mlp import PixelflyMLP
+from .project import fitted_layout, magnitude_layout, project
 
-__all__ = ["Choice", "PixelflyLinear", "PixelflyMLP", "choose"]
+__all__ = [
+    "Choice",
+    "PixelflyLinear",
+    "PixelflyMLP",
+    "choose",
+    "fitted_layout",
+    "magnitude_layout",
+    "project",
+]

@@ -15,7 +15,7 @@ from ..ops.activations import ACTIVATIONS, apply_activation
 from .choice import choose
 from .dense import dense_parameters
 from .init import init_weights_
-from .project import dense_weight, project
+from .project import dense_weight, project, relative_error
 from .state import decode_layout, describe, encode_layout
 
 GATES = (None, "scalar", "token")
@@ -117,6 +117,8 @@ class PixelflyLinear(nn.Module):
         self.gate_kind, self.activation = gate, activation
         # Standard deviation of the dense weight this layer stands for; None: nn.Linear's.
         self.init_std: float | None = None
+        # What `densify_` puts back; sparsify_ writes down transformers' Conv1D here.
+        self.dense_type: type[nn.Module] = nn.Linear
 
         def parameter(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
@@ -225,13 +227,14 @@ class PixelflyLinear(nn.Module):
         lowrank: str = "factored",
         gate: str | None = None,
         activation: str | None = None,
-        steps: int = 1,
+        iterations: int = 50,
+        input_scale: torch.Tensor | None = None,
     ) -> PixelflyLinear:
-        """Returns the layer nearest to a dense one: blocks copied, low rank fitted to the rest.
+        """Returns the layer nearest to a dense one: blocks and low rank fitted to each other.
 
         Args:
             linear: `nn.Linear`, or transformers' `Conv1D`.
-            layout: as in the constructor, like all arguments but `steps`.
+            layout: as in the constructor, like all but the last two arguments.
             block_size: as above.
             max_stride: as above.
             density: as above.
@@ -239,7 +242,9 @@ class PixelflyLinear(nn.Module):
             lowrank: as above.
             gate: as above; starts at one half, which the weights make up for.
             activation: as above; what follows the dense layer, for the kernel to fuse.
-            steps: how often low rank and blocks are fitted to each other (`project`).
+            iterations: how often low rank and blocks are fitted to each other at most; 0 is the
+                one-shot answer (see `pixelfly.nn.project`).
+            input_scale: `[K]` root mean square of the inputs, to weigh the error by, or None.
 
         Returns:
             A layer on the dense layer's device, in its dtype, with a copy of its bias.
@@ -272,15 +277,30 @@ class PixelflyLinear(nn.Module):
             device="meta",
             dtype=weight.dtype,
         ).to_empty(device=weight.device)
-        layer.copy_dense_(weight, bias, steps=steps)
+        layer.copy_dense_(weight, bias, iterations=iterations, input_scale=input_scale)
         return layer.train(linear.training)
 
     @torch.no_grad()
     def copy_dense_(
-        self, weight: torch.Tensor, bias: torch.Tensor | None = None, *, steps: int = 1
-    ) -> None:
-        """Sets the parameters to the nearest ones to a dense `weight` `[N, K]` and its bias."""
-        blocks, u, v = project(weight, self.layout, self.choice.factored_rank, steps=steps)
+        self,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None = None,
+        *,
+        iterations: int = 50,
+        input_scale: torch.Tensor | None = None,
+    ) -> float:
+        """Sets the parameters to the nearest ones to a dense `weight` `[N, K]` and its bias.
+
+        Returns:
+            The relative error of the weight, `|W - B - u v| / |W|` in Frobenius norms.
+        """
+        blocks, u, v = project(
+            weight,
+            self.layout,
+            self.choice.factored_rank,
+            iterations=iterations,
+            input_scale=input_scale,
+        )
         self._reset_gate()
         gain = 1.0 if self.gate is None else 2.0  # the gate starts at one half
         self.blocks.copy_(blocks * gain)
@@ -289,6 +309,7 @@ class PixelflyLinear(nn.Module):
             self.v.copy_(v)
         if self.bias is not None:
             self.bias.zero_() if bias is None else self.bias.copy_(bias)
+        return relative_error(weight, blocks, self.layout, u, v)
 
     @torch.no_grad()
     def to_dense(self) -> nn.Linear:

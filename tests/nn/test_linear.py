@@ -111,7 +111,7 @@ def test_from_a_dense_layer_that_fits(form):
             with torch.no_grad():
                 dense.weight.copy_(torch.randn(136, 8) @ torch.randn(8, 200))
             options["layout"] = block_diagonal(136, 200, block_size=32)
-    layer = PixelflyLinear.from_dense(dense, **{"block_size": 32, **options}, steps=200)
+    layer = PixelflyLinear.from_dense(dense, **{"block_size": 32, **options}, iterations=200)
     x = torch.randn(64, 200, dtype=DTYPE)
     error = (layer(x) - dense(x)).norm() / dense(x).norm()
     assert error < (1e-6 if form in ("blocks", "global") else 0.05)
@@ -128,15 +128,15 @@ def test_from_dense_is_the_best_of_its_kind(gate):
     # Copied blocks alone leave 1 - their density of a random weight; low rank must help.
     assert error < 1 - blocks.density
     layout, rank = layer.layout, layer.rank
-    one = _error(dense.weight, layout, rank, steps=1)
-    many = _error(dense.weight, layout, rank, steps=10)
+    one = _error(dense.weight, layout, rank, iterations=0)
+    many = _error(dense.weight, layout, rank, iterations=10)
     simple = dense.weight - dense_weight(blocks_of(dense.weight, layout), layout)
     u, v = truncated_svd(simple.detach(), rank)
     assert many <= one <= (simple - u @ v).norm()
 
 
-def _error(weight, layout, rank, steps):
-    blocks, u, v = project(weight.detach(), layout, rank, steps=steps)
+def _error(weight, layout, rank, iterations):
+    blocks, u, v = project(weight.detach(), layout, rank, iterations=iterations)
     return (weight - dense_weight(blocks, layout) - u @ v).norm()
 
 
