@@ -1,7 +1,8 @@
 // Runs the kernels through their launchers on the emulator (emulator/machine.h) and compares every
 // output element with a plain sum in double. No GPU, no CUDA, no torch.
 //
-//   test_kernels [words...]   only the cases whose name contains every word
+//   test_kernels [words...]     only the cases whose name contains every word
+//   test_kernels fuzz N [SEED]  N random calls: layouts, tails, ranks, tokens, epilogues, devices
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -429,6 +430,36 @@ std::vector<Case> cases() {
   return all;
 }
 
+// A random call; its name tells how to build it again.
+Case random_case(uint64_t seed) {
+  std::mt19937_64 rng(seed);
+  auto pick = [&](int low, int high) {
+    return low + static_cast<int>(rng() % static_cast<uint64_t>(high - low + 1));
+  };
+  Case c{};
+  c.block = 32 << pick(0, 2);
+  const int most = 640 / c.block;
+  c.rows = pick(1, most);
+  c.cols = pick(1, pick(0, 3) == 0 ? 3 * most : most);
+  c.row_tail = 8 * pick(0, c.block / 8 - 1) * (pick(0, 1));
+  c.col_tail = 8 * pick(0, c.block / 8 - 1) * (pick(0, 1));
+  const int density = pick(0, 9), dense_row = pick(0, 3) == 0 ? pick(0, c.rows - 1) : -1;
+  const uint64_t salt = rng();
+  c.keep = [=](int i, int j) {
+    if (i == dense_row) return true;
+    std::mt19937_64 cell(salt ^ (static_cast<uint64_t>(i) << 32 | static_cast<uint64_t>(j)));
+    return static_cast<int>(cell() % 10) < density;
+  };
+  c.tokens = pick(1, pick(0, 4) == 0 ? 900 : 300);
+  c.rank = pick(0, 2) == 0 ? 0 : 8 * pick(1, 18);
+  c.activation = static_cast<Activation>(pick(0, 4));
+  c.residual = pick(0, 1) == 1;
+  c.save_preact = pick(0, 1) == 1;
+  c.sms = pick(1, 6);
+  c.name = "fuzz " + std::to_string(seed) + " b" + std::to_string(c.block);
+  return c;
+}
+
 bool wanted(const std::string& name, int argc, char** argv) {
   for (int i = 1; i < argc; ++i) {
     if (name.find(argv[i]) == std::string::npos) return false;
@@ -442,6 +473,21 @@ bool wanted(const std::string& name, int argc, char** argv) {
 int main(int argc, char** argv) {
   using namespace pixelfly;
   int ran = 0;
+  if (argc > 2 && std::string(argv[1]) == "fuzz") {
+    const auto first = static_cast<uint64_t>(argc > 3 ? std::atoll(argv[3]) : 1);
+    for (; ran < std::atoi(argv[2]); ++ran) {
+      const Case c = random_case(first + static_cast<uint64_t>(ran));
+      emulator::configure(first + static_cast<uint64_t>(ran), static_cast<Eagerness>(ran % 3));
+      try {
+        ran % 2 ? run<__half>(c) : run<__nv_bfloat16>(c);
+      } catch (const std::exception& error) {
+        ++g_failures;
+        std::printf("FAILED %s: %s\n", c.name.c_str(), error.what());
+      }
+    }
+    std::printf("kernels on the emulator: %d random calls, %d failures\n", ran, g_failures);
+    return g_failures == 0 ? 0 : 1;
+  }
   const struct {
     const char* name;
     Eagerness eagerness;
