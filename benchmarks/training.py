@@ -193,16 +193,27 @@ def save_checkpoint(
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
-    torch.save(content, part)
+    with open(part, "wb") as file:
+        torch.save(content, file)
+        file.flush()
+        os.fsync(file.fileno())  # before the rename: a power cut must not leave an empty file
     os.replace(part, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
 
 
 def read_checkpoint(path: pathlib.Path) -> dict:
     """Reads a checkpoint; exits with a clear message if it is none of ours."""
     if not path.exists():
         raise SystemExit(f"--resume: there is no checkpoint at {path}; start without --resume")
-    content = torch.load(path, map_location="cpu", weights_only=True)
-    if content.get("version") != CHECKPOINT_VERSION:
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # what torch raises depends on where the file ends
+        raise SystemExit(f"--resume: {path} is damaged or no checkpoint ({error})") from None
+    if not isinstance(content, dict) or content.get("version") != CHECKPOINT_VERSION:
         raise SystemExit(f"--resume: {path} was written by another version of this program")
     return content
 

@@ -106,6 +106,36 @@ def test_interrupt_leaves_a_checkpoint(tmp_path):
     assert_same_run(tmp_path / "whole", tmp_path / "broken")
 
 
+def test_damaged_checkpoints_are_refused_and_kept(tmp_path):
+    train("--steps", 6, "--stop-after", 2, "--out", tmp_path, code=130)
+    file = tmp_path / "checkpoint.pt"
+    whole = file.read_bytes()
+    for damaged in (whole[: len(whole) // 2], b"", b"no checkpoint"):
+        file.write_bytes(damaged)
+        output = train("--steps", 6, "--resume", "--out", tmp_path, code=1)
+        assert "is damaged or no checkpoint" in " ".join(output.split())
+        assert "Traceback" not in output and file.read_bytes() == damaged
+    torch.save([1, 2], file)
+    assert "another version" in train("--steps", 6, "--resume", "--out", tmp_path, code=1)
+
+
+def test_killed_while_writing_a_checkpoint(tmp_path):
+    """The previous checkpoint survives a kill at any point of the next one's writing."""
+    train("--steps", 6, "--stop-after", 2, "--out", tmp_path, code=130)
+    before = (tmp_path / "checkpoint.pt").read_bytes()
+    code = (
+        f"import sys, os, signal, pathlib; sys.path.insert(0, {str(BENCHMARKS)!r})\n"
+        "import torch, training\n"
+        "def half(content, file): file.write(b'half'); file.flush(); os.kill(os.getpid(), 9)\n"
+        "torch.save = half\n"
+        f"training.save_checkpoint(pathlib.Path({str(tmp_path / 'checkpoint.pt')!r}), [], 3, {{}})"
+    )
+    killed = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, timeout=60)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert (tmp_path / "checkpoint.pt").read_bytes() == before
+    assert "resumed at step 2" in train("--steps", 6, "--resume", "--out", tmp_path)
+
+
 def test_text(tmp_path):
     pytest.importorskip("transformers")
     folder = tmp_path / "text"

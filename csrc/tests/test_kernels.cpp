@@ -3,119 +3,18 @@
 //
 //   test_kernels [words...]     only the cases whose name contains every word
 //   test_kernels fuzz N [SEED]  N random calls: layouts, tails, ranks, tokens, epilogues, devices
-#include <cmath>
-#include <cstdio>
 #include <cstdlib>
-#include <functional>
-#include <random>
-#include <stdexcept>
-#include <string>
-#include <vector>
 
 #include "cuda_bf16.h"
 #include "cuda_fp16.h"
-#include "device/convert.cuh"
 #include "device/epilogue_math.cuh"
-#include "pixelfly/launch.h"
+#include "kernel_case.h"
 #include "planner/plan.h"
 
 namespace pixelfly {
 namespace {
 
 using emulator::Eagerness;
-using Keep = std::function<bool(int, int)>;
-
-struct Case {
-  std::string name;
-  int rows, cols, block, row_tail, col_tail;
-  Keep keep;
-  int tokens, rank;
-  Activation activation = Activation::kNone;
-  bool residual = false, save_preact = false;
-  int arch = 90, sms = 3;
-  const char* path = "sm90";
-
-  int n() const { return rows * block - row_tail; }
-  int k() const { return cols * block - col_tail; }
-};
-
-// A matrix in storage type T; `exact` holds the rounded values.
-template <typename T>
-struct Tensor {
-  int64_t rows = 0, cols = 0;
-  std::vector<T> data;
-
-  Tensor() = default;
-  Tensor(int64_t r, int64_t c) : rows(r), cols(c), data(static_cast<size_t>(r * c + 8)) {
-    std::memset(data.data(), 0xff, data.size() * sizeof(T));  // NaN: nobody wrote it
-  }
-  static Tensor random(int64_t r, int64_t c, double scale, std::mt19937& rng) {
-    Tensor t(r, c);
-    std::normal_distribution<float> normal(0, static_cast<float>(scale));
-    for (int64_t i = 0; i < r * c; ++i) {
-      t.data[static_cast<size_t>(i)] = device::from_float<T>(normal(rng));
-    }
-    return t;
-  }
-  double at(int64_t r, int64_t c) const {
-    return device::to_float(data[static_cast<size_t>(r * cols + c)]);
-  }
-  // 16-byte aligned start inside the vector.
-  T* pointer() { return data.data(); }
-};
-
-using Matrix = std::vector<std::vector<double>>;
-
-int g_failures = 0;
-
-template <typename T>
-void compare(const Case& c, const char* what, const Tensor<T>& got, const Matrix& want,
-             double tolerance) {
-  double largest = 1e-3, worst = 0;
-  int64_t at_row = -1, at_col = -1;
-  for (const auto& row : want) {
-    for (double v : row) largest = std::max(largest, std::fabs(v));
-  }
-  for (int64_t i = 0; i < got.rows; ++i) {
-    for (int64_t j = 0; j < got.cols; ++j) {
-      const double expected = want[static_cast<size_t>(i)][static_cast<size_t>(j)];
-      double error = std::fabs(got.at(i, j) - expected) / largest;
-      if (std::isnan(error)) error = 1e30;
-      if (error > worst) {
-        worst = error;
-        at_row = i;
-        at_col = j;
-      }
-    }
-  }
-  if (worst <= tolerance) return;
-  ++g_failures;
-  std::printf("FAILED %s: %s differs by %.2e of its largest value at (%lld, %lld)\n",
-              c.name.c_str(), what, worst, static_cast<long long>(at_row),
-              static_cast<long long>(at_col));
-}
-
-Matrix zeros(int64_t rows, int64_t cols) {
-  return Matrix(static_cast<size_t>(rows), std::vector<double>(static_cast<size_t>(cols), 0.0));
-}
-
-// a [m, k] times b [n, k], transposed.
-template <typename F, typename G>
-Matrix product(int m, int n, int k, F a, G b) {
-  Matrix out = zeros(m, n);
-  for (int i = 0; i < m; ++i) {
-    for (int j = 0; j < n; ++j) {
-      double sum = 0;
-      for (int l = 0; l < k; ++l) sum += a(i, l) * b(j, l);
-      out[static_cast<size_t>(i)][static_cast<size_t>(j)] = sum;
-    }
-  }
-  return out;
-}
-
-void check(const Status& status) {
-  if (!status.ok()) throw std::runtime_error(status.message);
-}
 
 double activated(Activation a, double x, bool slope) {
   double out = 0;

@@ -1,4 +1,5 @@
-"""The operator: `butterfly_lowrank_mm`, its specification and its registrations."""
+"""The operators: `butterfly_lowrank_mm` with its registrations, `butterfly_attention`, and their
+specifications."""
 
 from __future__ import annotations
 
@@ -6,12 +7,15 @@ import torch
 
 from .. import _C  # noqa: F401 (loading it defines the operators' schemas)
 from . import autograd, cpu
+from .attention import butterfly_attention, butterfly_attention_reference
 from .explain import Explanation, explain
 from .functional import butterfly_lowrank_mm
 from .reference import butterfly_lowrank_mm_reference
 
 __all__ = [
     "Explanation",
+    "butterfly_attention",
+    "butterfly_attention_reference",
     "butterfly_lowrank_mm",
     "butterfly_lowrank_mm_reference",
     "explain",

@@ -1,0 +1,267 @@
+"""`butterfly_attention`: attention over the kept blocks of the scores.
+
+On CUDA through torch's FlexAttention, whose block mask is made from the layout's grid; elsewhere
+through batched matmuls over gathered blocks, block rows of one length together. Neither forms a
+tensor of q_len x kv_len.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+from ..masks.attention import AttentionLayout
+
+OP = "butterfly_attention"
+
+
+def butterfly_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    layout: AttentionLayout,
+    *,
+    is_causal: bool = False,
+    scale: float | None = None,
+    key_padding_mask: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Computes `softmax(q kᵀ · scale) v` over the scores that the layout keeps.
+
+    A query that sees no key (its blocks are dropped, or all its keys are masked) gets zeros, and
+    zero gradients, not NaN. Differentiable with respect to q, k and v.
+
+    Args:
+        q: `[B, H, q_len, D]`, bfloat16, float16, float32 or (CPU) float64.
+        k: `[B, H, kv_len, D]`.
+        v: `[B, H, kv_len, E]`.
+        layout: kept blocks, for one head or for H.
+        is_causal: also masks every key after its query; needs q_len == kv_len.
+        scale: of the scores; default `1 / sqrt(D)`.
+        key_padding_mask: bool `[B, kv_len]`, True where a key is to be ignored (as in
+            `nn.MultiheadAttention`), or None.
+
+    Returns:
+        `[B, H, q_len, E]` in q's dtype.
+
+    Raises:
+        TypeError: an argument's type or dtype is wrong.
+        ValueError: a shape does not fit the layout or the other tensors.
+
+    Source: Pixelated Butterfly (Chen et al., ICLR 2022), section 3.3.
+
+    Example:
+        >>> import torch
+        >>> from pixelfly.masks import butterfly_attention_layout
+        >>> layout = butterfly_attention_layout(100, block_size=16, causal=True)
+        >>> q, k, v = torch.randn(3, 2, 4, 100, 32)
+        >>> butterfly_attention(q, k, v, layout, is_causal=True).shape
+        torch.Size([2, 4, 100, 32])
+    """
+    _check(q, k, v, layout, is_causal, key_padding_mask)
+    layout = layout.causal() if is_causal else layout
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if q.is_cuda:
+        return _flex(q, k, v, layout, is_causal, scale, key_padding_mask)
+    return _gathered(q, k, v, layout, is_causal, scale, key_padding_mask)
+
+
+def butterfly_attention_reference(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    layout: AttentionLayout,
+    *,
+    is_causal: bool = False,
+    scale: float | None = None,
+    key_padding_mask: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The specification of `butterfly_attention` with the whole score matrix; for tests."""
+    keep = layout.to_dense().to(q.device)
+    if is_causal:
+        keep = keep.tril()
+    if key_padding_mask is not None:
+        keep = keep & ~key_padding_mask[:, None, None]
+    scores = q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale)
+    return _masked_softmax(scores, keep) @ v
+
+
+def _check(q, k, v, layout, is_causal, key_padding_mask) -> None:
+    if not isinstance(layout, AttentionLayout):
+        raise TypeError(f"{OP}: layout must be an AttentionLayout, got {type(layout).__name__}")
+    for name, t in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(t, torch.Tensor):
+            raise TypeError(f"{OP}: {name} must be a Tensor, got {type(t).__name__}")
+        if not t.is_floating_point():
+            raise TypeError(f"{OP}: {name} must have a floating-point dtype, got {t.dtype}")
+        if t.dim() != 4:
+            raise ValueError(f"{OP}: {name} must be [B, H, tokens, features], got {list(t.shape)}")
+        if t.dtype != q.dtype or t.device != q.device:
+            raise ValueError(
+                f"{OP}: {name} must have q's dtype and device ({q.dtype}, {q.device}), got "
+                f"{t.dtype}, {t.device}"
+            )
+    batch, heads, q_len, features = q.shape
+    if q_len != layout.q_len:
+        raise ValueError(f"{OP}: q.shape[2] must be layout.q_len={layout.q_len}, got {q_len}")
+    if list(k.shape) != [batch, heads, layout.kv_len, features]:
+        raise ValueError(
+            f"{OP}: k.shape must be {[batch, heads, layout.kv_len, features]}, got {list(k.shape)}"
+        )
+    if list(v.shape[:3]) != [batch, heads, layout.kv_len]:
+        raise ValueError(
+            f"{OP}: v.shape must begin with {[batch, heads, layout.kv_len]}, got {list(v.shape)}"
+        )
+    if layout.heads not in (1, heads):
+        raise ValueError(f"{OP}: layout.heads must be 1 or q.shape[1]={heads}, got {layout.heads}")
+    if is_causal and layout.q_len != layout.kv_len:
+        raise ValueError(
+            f"{OP}: is_causal needs q_len == kv_len, got {layout.q_len} and {layout.kv_len}"
+        )
+    if key_padding_mask is not None:
+        if key_padding_mask.dtype != torch.bool:
+            raise TypeError(f"{OP}: key_padding_mask must be bool, got {key_padding_mask.dtype}")
+        if list(key_padding_mask.shape) != [batch, layout.kv_len]:
+            raise ValueError(
+                f"{OP}: key_padding_mask.shape must be {[batch, layout.kv_len]}, got "
+                f"{list(key_padding_mask.shape)}"
+            )
+
+
+def _masked_softmax(scores: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+    """Softmax over the kept scores of each row, in fp32 at least; zeros where none is kept."""
+    wide = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    wide = wide.masked_fill(~keep, -torch.inf)
+    most = wide.detach().amax(-1, keepdim=True)
+    weights = (wide - most.masked_fill(most == -torch.inf, 0)).exp()
+    total = weights.sum(-1, keepdim=True)
+    return (weights / total.masked_fill(total == 0, 1)).to(scores.dtype)
+
+
+@functools.lru_cache(maxsize=64)
+def _rows_by_length(layout: AttentionLayout) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Block rows that keep equally many key blocks: `[R]` rows of (head, q block), flattened, and
+    their `[R, d]` key blocks."""
+    heads, rows, cols = layout.grid.shape
+    flat = layout.grid.reshape(heads * rows, cols)
+    counts = flat.sum(1)
+    groups = []
+    for d in counts.unique().tolist():
+        if d == 0:
+            continue
+        which = (counts == d).nonzero().flatten()
+        groups.append((which, flat[which].nonzero()[:, 1].reshape(len(which), d)))
+    return groups
+
+
+def _gathered(q, k, v, layout, is_causal, scale, key_padding_mask) -> torch.Tensor:
+    b, (_, rows, cols) = layout.block_size, layout.grid.shape
+    batch, heads = q.shape[:2]
+    # One layout for all heads: heads go with the batch.
+    folded = layout.heads == 1
+    groups = _rows_by_length(layout)
+    q, k, v = (
+        _to_blocks(t, n, b).reshape(batch * heads, 1, n, b, t.shape[-1])
+        if folded
+        else _to_blocks(t, n, b)
+        for t, n in ((q, rows), (k, cols), (v, cols))
+    )
+    outer, inner = q.shape[:2]
+    hidden = torch.arange(cols * b, device=q.device) >= layout.kv_len  # past the sequence
+    hidden = hidden.expand(batch, -1)
+    if key_padding_mask is not None:
+        pad = cols * b - layout.kv_len
+        hidden = hidden | torch.nn.functional.pad(key_padding_mask, (0, pad), value=True)
+    hidden = hidden.reshape(batch, cols, b).repeat_interleave(outer // batch, 0)  # [outer, cols, b]
+
+    out = q.new_zeros(outer, inner * rows, b, v.shape[-1])
+    flat_q = q.flatten(1, 2)
+    flat_k, flat_v = k.flatten(1, 2), v.flatten(1, 2)
+    for which, blocks in groups:
+        which, blocks = which.to(q.device), blocks.to(q.device)
+        d = blocks.shape[1]
+        source = blocks + (which // rows * cols)[:, None]  # of this row's head
+        keys = flat_k[:, source].flatten(2, 3)  # [outer, R, d * b, D]
+        values = flat_v[:, source].flatten(2, 3)
+        scores = flat_q[:, which] @ keys.mT * scale  # [outer, R, b, d * b]
+        keep = ~hidden[:, blocks].reshape(outer, -1, 1, d * b)
+        if is_causal:
+            token = torch.arange(b, device=q.device)
+            at_q = (which % rows)[:, None] * b + token
+            at_k = (blocks[:, :, None] * b + token).flatten(1)
+            keep = keep & (at_q[:, :, None] >= at_k[:, None, :])
+        out = out.index_copy(1, which, _masked_softmax(scores, keep) @ values)
+    out = out.reshape(batch, heads, rows * b, -1)
+    return out[:, :, : layout.q_len]
+
+
+def _to_blocks(t: torch.Tensor, count: int, block_size: int) -> torch.Tensor:
+    """`[B, H, tokens, D]` to `[B, H, count, block_size, D]`, zeros past the sequence."""
+    pad = count * block_size - t.shape[2]
+    t = torch.nn.functional.pad(t, (0, 0, 0, pad)) if pad else t
+    return t.unflatten(2, (count, block_size))
+
+
+@functools.lru_cache(maxsize=1)
+def _compiled_flex():
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=False)
+
+
+def _ordered(kept: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`[1, H, q blocks]` counts and `[1, H, q blocks, kv blocks]` indices, kept ones first."""
+    order = (~kept).to(torch.int8).argsort(dim=-1, stable=True)
+    return kept.sum(-1).to(torch.int32)[None], order.to(torch.int32)[None]
+
+
+def make_block_mask(layout: AttentionLayout, device, is_causal: bool, hidden=None):
+    """Returns FlexAttention's mask of a layout, made from its grid alone.
+
+    Args:
+        layout: already trimmed if `is_causal`.
+        device: where the attention runs.
+        is_causal: masks keys after their query inside the blocks on the diagonal.
+        hidden: bool `[B, kv_len]` of keys to ignore, or None.
+    """
+    from torch.nn.attention.flex_attention import BlockMask
+
+    grid = layout.grid.to(device)
+    partial = torch.zeros_like(grid)
+    if hidden is not None:
+        partial = grid
+    elif is_causal:
+        partial = grid & torch.eye(*grid.shape[1:], dtype=torch.bool, device=device)
+
+    def mask_mod(batch, head, q, kv):
+        keep = q >= kv if is_causal else q >= 0
+        return keep if hidden is None else keep & ~hidden[batch, kv]
+
+    return BlockMask.from_kv_blocks(
+        *_ordered(partial),
+        *_ordered(grid & ~partial),
+        BLOCK_SIZE=layout.block_size,
+        mask_mod=mask_mod,
+        seq_lengths=(layout.q_len, layout.kv_len),
+    )
+
+
+@functools.lru_cache(maxsize=64)
+def _cached_block_mask(layout: AttentionLayout, device: torch.device, is_causal: bool):
+    return make_block_mask(layout, device, is_causal)
+
+
+def _flex(q, k, v, layout, is_causal, scale, key_padding_mask) -> torch.Tensor:
+    if layout.block_size < 64:
+        raise ValueError(
+            f"{OP}: on {q.device} layout.block_size must be 64 or 128, got {layout.block_size}"
+        )
+    if key_padding_mask is None:
+        mask = _cached_block_mask(layout, q.device, is_causal)
+    else:
+        mask = make_block_mask(layout, q.device, is_causal, key_padding_mask)
+    options = None
+    if layout.block_size == 64:  # the kernels' own blocks must divide the mask's
+        options = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_M1": 32, "BLOCK_N1": 64}
+        options |= {"BLOCK_M2": 64, "BLOCK_N2": 32}
+    return _compiled_flex()(q, k, v, block_mask=mask, scale=scale, kernel_options=options)
