@@ -8,12 +8,14 @@ state dict as extra state.
 from __future__ import annotations
 
 import hashlib
+import os
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch import nn
 
-from .nn.linear import PixelflyLinear
+from .nn.linear import _LAYOUT_KEY, PixelflyLinear
 from .nn.state import describe
 
 
@@ -59,6 +61,50 @@ def check_same_layouts(model: nn.Module, group: dist.ProcessGroup | None = None)
                     f"has {here[0]} ({here[1]}), rank {rank} has {there[0]} ({there[1]}); build "
                     "the model from the same seed and config on every rank"
                 )
+
+
+def check_checkpoint_layouts(
+    model: nn.Module, checkpoint_id: str | os.PathLike[str], prefix: str = "model."
+) -> None:
+    """Raises, before a weight is touched, unless a distributed checkpoint has the model's layouts.
+
+    `torch.distributed.checkpoint.load` writes into the model's own tensors, so the check that
+    `load_state_dict` makes comes too late for it: call this one first. A collective if the process
+    group is initialised.
+
+    Args:
+        model: the model, sharded or not.
+        checkpoint_id: folder of the checkpoint.
+        prefix: of the model's keys in the checkpoint; `dcp.save({"model": state})` writes "model.".
+
+    Raises:
+        ValueError: a layer's layout is missing in the checkpoint or differs; nothing was loaded.
+
+    Example:
+        >>> import tempfile, torch.distributed.checkpoint as dcp
+        >>> from torch import nn
+        >>> model = nn.Sequential(PixelflyLinear(64, 64, block_size=16))
+        >>> folder = tempfile.mkdtemp()
+        >>> _ = dcp.save({"model": model.state_dict()}, checkpoint_id=folder, no_dist=True)
+        >>> check_checkpoint_layouts(model, folder)
+    """
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, PixelflyLinear)}
+    reader = dcp.FileSystemReader(checkpoint_id)
+    known = reader.read_metadata().state_dict_metadata
+    keys = {name: f"{prefix}{name}{'.' * bool(name)}{_LAYOUT_KEY}" for name in layers}
+    stored = {}
+    for name, key in keys.items():
+        if key not in known:
+            raise ValueError(
+                f"check_checkpoint_layouts: {checkpoint_id} has no layout of {name!r} ({key})"
+            )
+        size = known[key].size if hasattr(known[key], "size") else (0,)
+        stored[key] = torch.empty(size, dtype=torch.uint8)
+    dcp.load(stored, storage_reader=reader, no_dist=not dist.is_initialized())
+    for name, layer in layers.items():
+        problem = layer._layout_problem(stored[keys[name]])
+        if problem:
+            raise ValueError(f"check_checkpoint_layouts: {name}: {problem}")
 
 
 def _digest(layer: PixelflyLinear) -> str:

@@ -130,7 +130,8 @@ def test_killed_while_writing_a_checkpoint(tmp_path):
         "torch.save = half\n"
         f"training.save_checkpoint(pathlib.Path({str(tmp_path / 'checkpoint.pt')!r}), [], 3, {{}})"
     )
-    killed = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, timeout=60)
+    command = [sys.executable, "-c", code]
+    killed = subprocess.run(command, cwd=tmp_path, capture_output=True, timeout=60)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert (tmp_path / "checkpoint.pt").read_bytes() == before
     assert "resumed at step 2" in train("--steps", 6, "--resume", "--out", tmp_path)

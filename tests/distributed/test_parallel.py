@@ -22,6 +22,7 @@ RUNS = (
     workers.checkpoint,
     workers.other_layout,
     workers.layouts_over_ranks,
+    workers.checkpoint_of_another_layout,
 )
 
 

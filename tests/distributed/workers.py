@@ -18,7 +18,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from pixelfly import PixelflyLinear, masks
-from pixelfly.distributed import check_same_layouts
+from pixelfly.distributed import check_checkpoint_layouts, check_same_layouts
 
 BATCH, FEATURES, HIDDEN = 12, 48, 112  # 112 / 16 rows: nnz is odd, shards are unequal
 
@@ -197,3 +197,24 @@ def layouts_over_ranks(folder: pathlib.Path) -> None:
             assert "rank 0 has" in str(error) and "rank 1 has" in str(error)
         else:
             raise AssertionError("layouts that differ between ranks were accepted")
+
+
+def checkpoint_of_another_layout(folder: pathlib.Path) -> None:
+    """check_checkpoint_layouts refuses equal shapes with other blocks before anything is loaded."""
+    diagonal = torch.eye(3, dtype=torch.bool, device="cpu")
+
+    def build(grid: torch.Tensor) -> nn.Module:
+        layout = masks.BlockLayout.from_grid(grid, 16)
+        return sharded(nn.Sequential(PixelflyLinear(FEATURES, FEATURES, layout=layout)))
+
+    model, other = build(diagonal), build(diagonal.flip(0))
+    dcp.save({"model": get_model_state_dict(model)}, checkpoint_id=folder / "dcp")
+    check_checkpoint_layouts(model, folder / "dcp")
+    before = other[0].blocks.full_tensor()
+    try:
+        check_checkpoint_layouts(other, folder / "dcp")
+    except ValueError as error:
+        assert "but other blocks" in str(error)
+    else:
+        raise AssertionError("a checkpoint of another layout was accepted")
+    torch.testing.assert_close(other[0].blocks.full_tensor(), before)
