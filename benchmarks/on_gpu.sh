@@ -10,7 +10,7 @@ set -uo pipefail
 cd "$(dirname "$0")/.."
 OUT=${OUT:-runs/gpu}
 mkdir -p "$OUT"
-stages=${*:-suite sanitizer op plots models train parity}
+stages=${*:-suite sanitizer op plots models train parity attention}
 failed=0
 
 sanitizer() {
@@ -24,6 +24,7 @@ suite() { python3 -m pytest -m gpu -q -rs --tb=short; }
 op() { python3 benchmarks/op.py --out "$OUT/op.json"; }
 plots() { python3 benchmarks/op_plots.py "$OUT/op.json"; }
 models() { python3 benchmarks/models.py --out "$OUT/models.json"; }
+attention() { python3 benchmarks/attention.py --out "$OUT/attention.json"; }
 train() {
   python3 benchmarks/train.py --data fashion-mnist --model mixer --width 512 --layers 4 \
     --patch-size 4 --block-size 64 --batch 256 --steps 3000 --amp --out "$OUT/mixer" &&
@@ -35,7 +36,7 @@ parity() {
     --out "$OUT/parity"
 }
 
-export -f sanitizer suite op plots models train parity
+export -f sanitizer suite op plots models train parity attention
 export OUT PYTHONUNBUFFERED=1
 for stage in $stages; do
   limit="LIMIT_$stage"
