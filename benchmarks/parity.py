@@ -21,7 +21,7 @@ import torch
 from data import DataMissing, load
 from display import print_table, progress_bar
 from networks import build, sparsify
-from train import parse
+from train import parse, settings_of
 from training import Learner, Settings, batch_at
 
 from pixelfly.nn import linear
@@ -68,18 +68,7 @@ def main(argv: list[str] | None = None) -> int:
         data = load(args.data, args.text, args.data_dir, args.image_size, args.length)
     except DataMissing as missing:
         raise SystemExit(str(missing)) from None
-    settings = Settings(
-        steps=args.steps,
-        batch=args.batch,
-        lr=args.lr,
-        weight_decay=args.weight_decay,
-        warmup=max(1, args.steps // 20),
-        eval_every=args.steps,
-        seed=args.seed,
-        device=args.device,
-        amp="bfloat16" if args.amp else None,
-        compile=False,
-    )
+    settings = settings_of(args)
     torch.backends.cuda.matmul.allow_tf32 = False
     names = ("kernels", "reference", "reference float32")
     learners = [make_learner(name, args, data, settings) for name in names]

@@ -78,6 +78,22 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
+def settings_of(args: argparse.Namespace) -> Settings:
+    """What the training loop takes from the command line."""
+    return Settings(
+        steps=args.steps,
+        batch=args.batch,
+        lr=args.lr,
+        weight_decay=args.weight_decay,
+        warmup=max(1, args.steps // 20),
+        eval_every=args.eval_every or max(1, args.steps // 10),
+        seed=args.seed,
+        device=args.device,
+        amp="bfloat16" if args.amp else None,
+        compile=args.compile,
+    )
+
+
 def saved_options(args: argparse.Namespace) -> dict[str, object]:
     return {k: v for k, v in vars(args).items() if k not in NOT_SAVED}
 
@@ -208,18 +224,7 @@ def main(argv: list[str] | None = None) -> int:
         data = load(args.data, args.text, args.data_dir, args.image_size, args.length)
     except DataMissing as missing:
         raise SystemExit(str(missing)) from None
-    settings = Settings(
-        steps=args.steps,
-        batch=args.batch,
-        lr=args.lr,
-        weight_decay=args.weight_decay,
-        warmup=max(1, args.steps // 20),
-        eval_every=args.eval_every or max(1, args.steps // 10),
-        seed=args.seed,
-        device=args.device,
-        amp="bfloat16" if args.amp else None,
-        compile=args.compile,
-    )
+    settings = settings_of(args)
     checkpoint = args.out / "checkpoint.pt"
     saved = read_checkpoint(checkpoint) if args.resume else None
     if saved is not None:
