@@ -2,24 +2,12 @@
 
 from __future__ import annotations
 
-import pathlib
-
-import torch
-
 try:
     from . import _C  # noqa: F401
 except ImportError as error:
-    if (pathlib.Path(__file__).parent.parent / "setup.py").exists():
-        raise ImportError(
-            "pixelfly: this is the source tree, and its compiled library is not built here. Run "
-            "`python setup.py build_ext --inplace`, or start Python in another directory to use "
-            f"the installed package ({error})"
-        ) from error
-    raise ImportError(
-        "pixelfly: the compiled library could not be loaded. It needs torch >= 2.11 "
-        f"(this is torch {torch.__version__}); reinstall with "
-        f"`pip install --force-reinstall --no-deps pixelfly` ({error})"
-    ) from error
+    from ._build import load_failure
+
+    raise ImportError(load_failure(error)) from error
 
 from . import budget, masks, nn, ntk, ops, patterns
 from ._build import build_info

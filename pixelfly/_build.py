@@ -1,8 +1,12 @@
-"""What this installation was built with."""
+"""What this installation was built with, and what to do if its library does not load."""
 
 from __future__ import annotations
 
+import pathlib
+import re
 from typing import Any
+
+OLDEST_TORCH = (2, 11)  # whose stable ABI the library is built for
 
 
 def build_info() -> dict[str, Any]:
@@ -20,3 +24,32 @@ def build_info() -> dict[str, Any]:
     from . import _C
 
     return dict(_C.build_info())
+
+
+def load_failure(error: ImportError) -> str:
+    """Returns one sentence on why the compiled library did not load and what cures it."""
+    import torch
+
+    package = pathlib.Path(__file__).parent
+    version = re.match(r"(\d+)\.(\d+)", torch.__version__)
+    if not list(package.glob("_C.*")):
+        if (package.parent / "setup.py").exists():
+            return (
+                "pixelfly: this is the source tree, and its compiled library is not built here. "
+                "Run `python setup.py build_ext --inplace`, or start Python in another directory "
+                f"to use the installed package ({error})"
+            )
+        return (
+            "pixelfly: the compiled library is missing from this installation; run "
+            f"`pip install --force-reinstall --no-deps pixelfly` ({error})"
+        )
+    if version and (int(version[1]), int(version[2])) < OLDEST_TORCH:
+        return (
+            f"pixelfly: torch must be 2.11 or newer, this is {torch.__version__}; run "
+            f"`pip install -U torch` ({error})"
+        )
+    return (
+        "pixelfly: the compiled library does not fit this machine: another Python, processor or C "
+        "library than it was built for. Build it here: `pip install --force-reinstall --no-deps "
+        f"--no-binary pixelfly pixelfly`, or `pip install .` in the source tree ({error})"
+    )

@@ -86,3 +86,25 @@ def test_build_info_and_version(build):
     info = pixelfly.build_info()
     assert set(info) == {"version", "cuda", "archs", "torch_headers", "compiler"}
     assert pixelfly.__version__ == info["version"] == build.VERSION
+
+
+@pytest.mark.parametrize(
+    ("files", "torch_version", "message"),
+    [
+        (["setup.py"], "2.13.0", "build_ext --inplace"),
+        ([], "2.13.0", "missing from this installation"),
+        (["pixelfly/_C.x.so"], "2.10.1+cpu", "torch must be 2.11 or newer, this is 2.10.1"),
+        (["pixelfly/_C.x.so"], "2.13.0", "another Python, processor or C library"),
+    ],
+)
+def test_load_failures_name_the_cure(tmp_path, monkeypatch, files, torch_version, message):
+    import torch
+
+    from pixelfly import _build
+
+    for name in ("pixelfly/_build.py", *files):
+        executable(tmp_path / name)
+    monkeypatch.setattr(_build, "__file__", str(tmp_path / "pixelfly/_build.py"))
+    monkeypatch.setattr(torch, "__version__", torch_version)
+    text = _build.load_failure(ImportError("undefined symbol"))
+    assert message in text and "undefined symbol" in text
