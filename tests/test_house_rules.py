@@ -66,6 +66,13 @@ def test_kernels_are_launched_from_launch_alone():
     assert not [relative(path) for path in elsewhere if "<<<" in path.read_text()]
 
 
+def test_inline_assembly_lives_in_device_alone():
+    """The emulator replaces csrc/device: PTX elsewhere could not run on it."""
+    elsewhere = [p for p in NATIVE if folder(p) != "device"]
+    assembly = re.compile(r"\basm\b\s*(volatile)?\s*\(")
+    assert not [relative(path) for path in elsewhere if assembly.search(path.read_text())]
+
+
 def test_public_headers_need_no_cuda():
     headers = (CSRC / "include").rglob("*.h")
     assert not [relative(p) for p in headers if any("cuda" in name for name in includes(p))]
