@@ -355,6 +355,11 @@ Case random_case(uint64_t seed) {
   c.residual = pick(0, 1) == 1;
   c.save_preact = pick(0, 1) == 1;
   c.sms = pick(1, 6);
+  if (pick(0, 3) == 0) {  // the portable kernels, and those for few tokens
+    c.arch = 80;
+    c.path = "auto";
+    if (pick(0, 1) == 0) c.tokens = pick(1, 64);
+  }
   c.name = "fuzz " + std::to_string(seed) + " b" + std::to_string(c.block);
   return c;
 }
