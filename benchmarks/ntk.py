@@ -39,7 +39,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--data-dir", default="data", help="where fashion-mnist lies")
     add("--model", nargs="+", default=["mixer", "vit"], choices=["mixer", "vit"])
     add("--init", nargs="+", default=["scratch", "masked"], choices=["scratch", "masked"])
-    add("--width", type=int, default=256, help="below it, butterflies of 25 % are diagonals")
+    add("--width", type=int, default=256, help="below it, butterflies of 25 %% are diagonals")
     add("--layers", type=int, default=2)
     add("--samples", type=int, default=24, help="images of the kernel")
     add("--inits", type=int, default=3, help="seeds")
