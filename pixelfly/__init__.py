@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch  # noqa: F401  before _C, which needs torch's libraries loaded
+
 try:
     from . import _C  # noqa: F401
 except ImportError as error:

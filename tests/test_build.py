@@ -2,6 +2,8 @@
 
 import importlib.util
 import pathlib
+import subprocess
+import sys
 
 import pytest
 
@@ -108,3 +110,12 @@ def test_load_failures_name_the_cure(tmp_path, monkeypatch, files, torch_version
     monkeypatch.setattr(torch, "__version__", torch_version)
     text = _build.load_failure(ImportError("undefined symbol"))
     assert message in text and "undefined symbol" in text
+
+
+def test_import_needs_nothing_before_it():
+    """Torch's libraries are loaded by pixelfly itself."""
+    code = "import pixelfly; print(pixelfly.__version__)"
+    # The folder this pixelfly was imported from: the source tree's, or the installed package's.
+    home = pathlib.Path(pixelfly.__file__).parent.parent
+    done = subprocess.run([sys.executable, "-c", code], cwd=home, capture_output=True, text=True)
+    assert done.stdout.strip() == pixelfly.__version__, done.stderr
