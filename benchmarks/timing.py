@@ -190,9 +190,9 @@ def git_sha() -> str:
     if os.environ.get("PIXELFLY_SHA"):
         return os.environ["PIXELFLY_SHA"]
     try:
-        done = subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, timeout=20
-        )
+        here = os.path.dirname(os.path.abspath(__file__))
+        command = ["git", "-C", here, "rev-parse", "--short", "HEAD"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
         return done.stdout.strip() or "unknown"
     except (OSError, subprocess.TimeoutExpired):
         return "unknown"
