@@ -4,7 +4,7 @@
     python benchmarks/ntk.py --model mixer --data digits --inits 10
 
 Every pattern has the same number of weights. Dense models of different seeds are compared too:
-differences below theirs are noise. Writes ntk_<device>.json and .png to --out.
+they share no layer, so theirs is no noise floor. Writes ntk_<device>.json and .png to --out.
 """
 
 from __future__ import annotations
@@ -105,7 +105,9 @@ def plot(path: pathlib.Path, records: list[dict]) -> None:
             colours = ["#d95f02" if "+" in n else "#7570b3" for n in names]
             axis.barh(names, values, xerr=[found[n][f"{key}_std"] for n in names], color=colours)
             if record["noise"]:
-                axis.axvline(record["noise"][key], color="black", linestyle=":", label="noise")
+                axis.axvline(
+                    record["noise"][key], color="black", linestyle=":", label="another dense draw"
+                )
             axis.invert_yaxis()
             axis.set_xlabel("distance" if key == "relative" else "distance at the best scale")
         column[0].set_title(f"{record['model']}, {record['data']}, {record['init']}", fontsize=10)

@@ -6,6 +6,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from ._table import aligned, print_rich
 from .nn.linear import PixelflyLinear
 
 _HEADERS = ("layer", "in", "out", "b", "nnz", "rank", "density", "params", "was", "MACs", "was")
@@ -190,14 +191,7 @@ class Report:
         if not self.layers:
             return "\n".join(["nothing was converted", *self._remarks()])
         rows = [_HEADERS, *(layer._cells() for layer in self.layers), self._total()]
-        widths = [max(len(row[i]) for row in rows) for i in range(len(_HEADERS))]
-        lines = [
-            "  ".join(
-                cell.ljust(width) if i == 0 else cell.rjust(width)
-                for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-            ).rstrip()
-            for row in rows
-        ]
+        lines = aligned(rows)
         rule = "-" * max(map(len, lines))
         return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1], *self._remarks()])
 
@@ -232,12 +226,7 @@ class Report:
 
     def print(self) -> None:
         """Prints the table, with rich if it is installed."""
-        try:
-            from rich.console import Console
-        except ImportError:
-            print(self)
-        else:
-            Console().print(self)
+        print_rich(self)
 
 
 def _short(count: int) -> str:

@@ -4,6 +4,7 @@
 //   test_kernels [words...]     only the cases whose name contains every word
 //   test_kernels fuzz N [SEED]  N random calls: layouts, tails, ranks, tokens, epilogues, devices
 #include <cstdlib>
+#include <limits>
 
 #include "cuda_bf16.h"
 #include "cuda_fp16.h"
@@ -77,39 +78,47 @@ struct Run {
                                               : DType::kFloat16;
   }
 
+  // A product of `in` by the blocks, with t = in times factor_in and its product with factor.
+  ProductParams params(bool transposed, Tensor<T>& in, Tensor<T>& factor_in, Tensor<T>& factor,
+                       Tensor<T>& t, Tensor<T>& out) {
+    ProductParams p{};
+    p.dtype = dtype();
+    p.transposed = transposed;
+    p.tokens = c.tokens;
+    p.in_features = static_cast<int32_t>(in.cols);
+    p.out_features = static_cast<int32_t>(out.cols);
+    p.x = in.pointer();
+    p.x_stride = in.cols;
+    p.blocks = blocks.pointer();
+    if (c.rank > 0) {
+      p.factor_in = factor_in.pointer();
+      p.factor_in_stride = factor_in.cols;
+      p.factor = factor.pointer();
+      p.factor_stride = factor.cols;
+      p.t = t.pointer();
+      p.t_stride = t.cols;
+    }
+    p.y = out.pointer();
+    p.y_stride = out.cols;
+    p.header = &header;
+    p.plan = plan.data();
+    return p;
+  }
+
   void forward() {
     const int n = c.n(), k = c.k(), r = c.rank, tokens = c.tokens;
     Tensor<T> y(tokens, n), preact(tokens, n), t(tokens, r);
-    ProductParams p{};
-    p.dtype = dtype();
-    p.tokens = tokens;
-    p.in_features = k;
-    p.out_features = n;
-    p.x = x.pointer();
-    p.x_stride = k;
-    p.blocks = blocks.pointer();
-    if (r > 0) {
-      p.factor_in = v.pointer();
-      p.factor_in_stride = k;
-      p.factor = u.pointer();
-      p.factor_stride = r;
-      p.t = t.pointer();
-      p.t_stride = r;
-    }
+    ProductParams p = params(false, x, v, u, t, y);
     p.bias = bias.pointer();
     if (c.residual) {
       p.residual = residual.pointer();
       p.residual_stride = n;
     }
     p.activation = c.activation;
-    p.y = y.pointer();
-    p.y_stride = n;
     if (c.save_preact) {
       p.preact = preact.pointer();
       p.preact_stride = n;
     }
-    p.header = &header;
-    p.plan = plan.data();
     check(launch_product(p, device, nullptr));
 
     Matrix z = product(
@@ -156,27 +165,7 @@ struct Run {
       compare(c, "dz", dz, want, tolerance);
     }
     Tensor<T> dx(tokens, k), s(tokens, r);
-    ProductParams p{};
-    p.dtype = dtype();
-    p.transposed = true;
-    p.tokens = tokens;
-    p.in_features = n;
-    p.out_features = k;
-    p.x = dz.pointer();
-    p.x_stride = n;
-    p.blocks = blocks.pointer();
-    if (r > 0) {
-      p.factor_in = u.pointer();
-      p.factor_in_stride = r;
-      p.factor = v.pointer();
-      p.factor_stride = k;
-      p.t = s.pointer();
-      p.t_stride = r;
-    }
-    p.y = dx.pointer();
-    p.y_stride = k;
-    p.header = &header;
-    p.plan = plan.data();
+    ProductParams p = params(true, dz, u, v, s, dx);
     check(launch_product(p, device, nullptr));
     Matrix want = product(
         tokens, k, n, [&](int i, int l) { return dz.at(i, l); },
@@ -329,6 +318,25 @@ std::vector<Case> cases() {
   return all;
 }
 
+// The 16-bit kernels' GELU and its derivative against erf in double.
+void check_gelu() {
+  double worst = 0;
+  for (int i = -120000; i <= 120000; ++i) {
+    const double x = static_cast<float>(i * 1e-4), phi = 0.5 * std::erfc(-x / std::sqrt(2.0));
+    const double bell = std::exp(-x * x / 2) / std::sqrt(2 * std::acos(-1.0));
+    const auto z = static_cast<float>(x);
+    const double value = device::activate<Activation::kGelu, false>(z);
+    const double slope = device::derivative<Activation::kGelu, false>(z);
+    worst = std::max({worst, std::fabs(value - x * phi), std::fabs(slope - phi - x * bell)});
+  }
+  const float infinity = std::numeric_limits<float>::infinity();
+  const bool ends = device::activate<Activation::kGelu, false>(infinity) == infinity &&
+                    std::isnan(device::activate<Activation::kGelu, false>(NAN));
+  if (worst < 4e-7 && ends) return;
+  ++g_failures;
+  std::printf("FAILED gelu: off by %.1e\n", worst);
+}
+
 // A random call; its name tells how to build it again.
 Case random_case(uint64_t seed) {
   std::mt19937_64 rng(seed);
@@ -392,6 +400,7 @@ int main(int argc, char** argv) {
     std::printf("kernels on the emulator: %d random calls, %d failures\n", ran, g_failures);
     return g_failures == 0 ? 0 : 1;
   }
+  check_gelu();
   const struct {
     const char* name;
     Eagerness eagerness;

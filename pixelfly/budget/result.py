@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from .._table import print_rich
 from ..nn.dense import dense_parameters, is_conv1d
 from ..sparsify import PixelflyConfig
 from . import show
@@ -288,12 +289,7 @@ class Plan:
 
     def print(self) -> None:
         """Prints the table, with rich if it is installed."""
-        try:
-            from rich.console import Console
-        except ImportError:
-            print(self)
-        else:
-            Console().print(self)
+        print_rich(self)
 
     def plot(self, path: str | os.PathLike[str] | None = None) -> Any:
         """Draws density and, with a cost model, time by layer type; returns matplotlib's figure.

@@ -7,6 +7,8 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from .._table import aligned
+
 if TYPE_CHECKING:
     from .result import LayerPlan, Plan
 
@@ -59,15 +61,7 @@ def remarks(plan: Plan) -> list[str]:
 
 def text(plan: Plan) -> str:
     """Returns the table as plain text."""
-    table = [_HEADERS, *rows(plan)]
-    widths = [max(len(row[i]) for row in table) for i in range(len(_HEADERS))]
-    lines = [
-        "  ".join(
-            cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in table
-    ]
+    lines = aligned([_HEADERS, *rows(plan)])
     rule = "-" * max(map(len, lines))
     return "\n".join([lines[0], rule, *lines[1:], rule, *remarks(plan)])
 

@@ -44,7 +44,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Ranking:
-    """What `search` found, the nearest candidate first; the dense model's own noise aside.
+    """What `search` found, the nearest candidate first; two dense draws aside, for scale.
 
     Example:
         >>> Ranking([], None).to_dict()
@@ -93,7 +93,8 @@ def search(
     """Ranks sparsity patterns at equal parameters by how near their tangent kernel is to dense.
 
     Every init draws a dense model, converts copies of it to each pattern and compares kernels on
-    the same inputs. Two dense draws are compared too: differences below that are noise.
+    the same inputs. Two dense draws are compared too, for scale; they share no layer, while a
+    candidate shares the unconverted ones with its dense model, so theirs is no noise floor.
 
     Args:
         model: makes a freshly initialised dense model.
