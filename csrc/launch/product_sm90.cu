@@ -28,7 +28,6 @@ const GroupSection& section_of(const ProductParams& p) {
 // so it must then hold two tiles a stage.
 Tile choose_tile(const ProductParams& p, const DeviceInfo& device) {
   constexpr int kMinStages = 4;  // fewer cannot hide L2: stream the weights instead
-  constexpr int kStagesBeforeStaging = 7;
   const GroupSection& section = section_of(p);
   const int budget = device.max_shared_bytes - 1024 - static_cast<int>(sizeof(GroupShared));
   auto bytes = [&](int stages, int staging, int resident) {
@@ -41,12 +40,12 @@ Tile choose_tile(const ProductParams& p, const DeviceInfo& device) {
     while (stages > 0 && bytes(stages, staging, resident) > budget) --stages;
     return Tile{stages, staging, resident, 1024 + bytes(stages, staging, resident)};
   };
-  // Staging for both rows shortens the epilogue, but never at the price of a short ring: at
-  // 4096 -> 4096 the sixth stage is worth 15 %.
-  const Tile both_rows = fit(2, section.resident_weights);
-  if (both_rows.stages >= kStagesBeforeStaging) return both_rows;
-  const Tile one_row = fit(1, section.resident_weights);
-  if (one_row.stages >= kMinStages) return one_row;
+  // A second staging tile shortens the epilogue, but not at the price of a short ring: at
+  // 4096 -> 4096 the sixth stage is worth 15 %. Epilogues with an activation are long.
+  const Tile one = fit(1, section.resident_weights), two = fit(2, section.resident_weights);
+  const int enough = p.activation != Activation::kNone ? kMinStages + 1 : 7;
+  if (two.stages >= std::max(kMinStages, std::min(enough, one.stages))) return two;
+  if (one.stages >= kMinStages) return one;
   return fit(2, 0);
 }
 
