@@ -2,13 +2,12 @@
 //
 // A thread block walks the token tiles of one row group: two output tiles (64 features each) that
 // share x tiles. The weight tile is wgmma's A (M = 64 features), 128 tokens are N, so accumulators
-// hold yᵀ: the bias is two values a thread, and stmatrix.trans turns an output tile into rows of
-// tokens for a TMA store. dx uses the same stored blocks through transposed (MN-major) A descriptors
-// over the transposed schedule.
+// hold yᵀ: the bias is two values a thread and costs nothing as the accumulator's first value, and
+// stmatrix.trans turns 64x64 chunks into rows of tokens for TMA stores. dx uses the same stored
+// blocks through transposed (MN-major) A descriptors over the transposed schedule.
 //
 //   shared memory: ring [stages] of x tiles [128 tokens][64] (16 KB)
-//                  staging [1 or 2] output tiles on their way out (16 KB): of both warpgroups,
-//                  whose epilogues alternate; long epilogues overlap, then each has one of its own
+//                  staging [2 warpgroups][staging tiles] of [64 tokens][64]
 //                  weights: all of the group's, which stay for the whole unit if they fit; else a
 //                  ring of each step's (16 KB a stage). All tiles in the 128-byte swizzle.
 //
@@ -19,7 +18,6 @@
 //   empty[s]:  the four warps of that consumer -> producer
 //   turn w:    named barrier; the other warpgroup has issued all its products, so w may wait on the
 //              ring. Nobody waits on a stage outside its turn: parities would alias.
-//   staging w: named barrier; the other warpgroup's stores have read the staging tiles
 //   weights_free: consumers -> producer, the unit is done and its weights may be replaced
 // With a residual or z, its tiles follow the steps of a token tile through the same ring.
 //
@@ -48,8 +46,8 @@ struct GroupMaps {
   CUtensorMap blocks;  // [nnz * b, b], box 64 x 64 (b = 32: 32 x 32)
   CUtensorMap factor;  // u [N, r] (transposed: v [r, K]), the same box
   CUtensorMap aux;     // residual or z, [T, out], box 128 x 64
-  CUtensorMap y;       // [T, out], box 128 x 64
-  CUtensorMap preact;  // [T, out], box 128 x 64
+  CUtensorMap y;       // [T, out], box 64 x 64
+  CUtensorMap preact;  // [T, out], box 64 x 64
 };
 
 struct GroupArgs {
@@ -61,8 +59,7 @@ struct GroupArgs {
   int32_t num_x_tiles;   // tiles of x; those of t follow
   int32_t weight_shift;  // log2(b / 64)
   int32_t stages;
-  int32_t staging_tiles;   // 1 or 2
-  bool own_staging;        // one of two for each warpgroup; else shared
+  int32_t staging_tiles;   // per warpgroup, 1 or 2
   int32_t resident_tiles;  // groups of up to so many weight tiles keep them; 0: none does
   bool has_preact;
   bool has_residual;
@@ -91,7 +88,7 @@ struct Layout {
   __device__ Layout(uint32_t aligned, const GroupArgs& args, uint32_t shared)
       : base(device::opaque(aligned)), barriers(device::opaque(shared)) {
     staging = base + args.stages * kGroupXBytes;
-    weights = staging + args.staging_tiles * kGroupXBytes;
+    weights = staging + 2 * args.staging_tiles * kGroupTileBytes;
   }
   __device__ uint32_t stage(int s) const { return base + s * kGroupXBytes; }
   // Where a step's weight tiles lie: at their slot, or in the ring beside the step's x tile.
@@ -144,18 +141,6 @@ struct Unit {
   // x: x tile, y and z: weight tiles or -1, w: slot.
   __device__ int4 step(int s) const { return s < num_steps ? __ldg(steps + s) : int4{}; }
   __device__ int outputs() const { return rows[1] >= 0 ? 2 : 1; }
-};
-
-// Which of a group's two rows use each of 32 steps, as bits; every lane of a warp holds them.
-struct StepUses {
-  uint32_t row0, row1;
-
-  __device__ StepUses(const Unit& unit, int first) {
-    const int s = first + static_cast<int>(threadIdx.x % 32);
-    const int4 step = s < unit.num_steps ? __ldg(unit.steps + s) : int4{0, -1, -1, 0};
-    row0 = __ballot_sync(0xffffffffu, step.y >= 0);
-    row1 = __ballot_sync(0xffffffffu, step.z >= 0);
-  }
 };
 
 template <bool kTransposed, bool kQuads>
@@ -245,7 +230,7 @@ __device__ void produce(const GroupMaps& maps, const GroupArgs& args, const Layo
 }
 
 // Address in a swizzled [tokens][64 features] tile of the 8x8 matrix row that this lane serves in
-// the j-th stmatrix/ldmatrix.x4.trans of a warp's 16 features x 128 tokens.
+// the j-th stmatrix/ldmatrix.x4.trans of a warp's 16 features x 64 tokens.
 __device__ inline uint32_t fragment_address(uint32_t tile, int j) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, matrix = lane / 8;
   const int token = j * 16 + (matrix / 2) * 8 + lane % 8;
@@ -253,11 +238,11 @@ __device__ inline uint32_t fragment_address(uint32_t tile, int j) {
   return tile + token * 128 + ((chunk ^ (token & 7)) << 4);
 }
 
-// Applies f(accumulator, aux) with an aux tile in shared memory.
+// Applies f(accumulator, aux) with 64 tokens of an aux tile in shared memory.
 template <typename T, typename F>
-__device__ __forceinline__ void combine(float (&acc)[64], uint32_t tile, F f) {
+__device__ __forceinline__ void combine(float* acc, uint32_t tile, F f) {
 #pragma unroll
-  for (int j = 0; j < 8; ++j) {
+  for (int j = 0; j < 4; ++j) {
     uint32_t r[4];
     device::ldmatrix_x4_trans(r, fragment_address(tile, j));
 #pragma unroll
@@ -276,39 +261,27 @@ struct Consumer {
   const GroupArgs& args;
   const Layout& layout;
   int warpgroup;
-  int staged = 0;  // staging tiles that this epilogue has filled
+  int next_staging = 0;
 
   __device__ bool leader() const { return threadIdx.x % 128 == 0; }
   __device__ void release(int stage) const {
     if (threadIdx.x % 32 == 0) device::mbarrier_arrive(layout.empty(stage));
   }
 
-  // A staging tile that may be overwritten.
-  __device__ uint32_t next_staging() {
-    if (args.own_staging || staged == args.staging_tiles) {
-      if (leader()) device::tma_store_wait_read<0>();
-      device::named_barrier_sync(4 + warpgroup, 128);
-      staged = 0;
-    } else if (staged == 0) {
-      device::named_barrier_sync(6 + warpgroup, 160);
-    }
-    return layout.staging + (args.own_staging ? warpgroup : staged++) * kGroupXBytes;
-  }
-  // At the end of an epilogue: shared staging goes to the other warpgroup once it has been read.
-  __device__ void hand_over_staging() {
-    staged = 0;
-    if (args.own_staging || threadIdx.x % 128 >= 32) return;
-    if (leader()) device::tma_store_wait_read<0>();
-    __syncwarp();
-    device::named_barrier_arrive(6 + (warpgroup ^ 1), 160);
-  }
-
-  // Sends an output tile (64 features x 128 tokens) to global memory.
-  __device__ __forceinline__ void store(const float (&acc)[64], const CUtensorMap* map, int row,
+  // Sends 64 tokens x 64 features of accumulators to global memory.
+  __device__ __forceinline__ void store(const float* acc, const CUtensorMap* map, int feature,
                                         int token) {
-    const uint32_t tile = next_staging();
+    const uint32_t tile = layout.staging + (warpgroup * args.staging_tiles + next_staging) *
+                                               static_cast<uint32_t>(kGroupTileBytes);
+    if (args.staging_tiles == 2) {
+      next_staging ^= 1;
+      if (leader()) device::tma_store_wait_read<1>();
+    } else {
+      if (leader()) device::tma_store_wait_read<0>();
+    }
+    device::named_barrier_sync(4 + warpgroup, 128);
 #pragma unroll
-    for (int j = 0; j < 8; ++j) {
+    for (int j = 0; j < 4; ++j) {
       uint32_t r[4];
 #pragma unroll
       for (int h = 0; h < 4; ++h) {
@@ -319,44 +292,49 @@ struct Consumer {
     device::fence_proxy_async();
     device::named_barrier_sync(4 + warpgroup, 128);
     if (leader()) {
-      device::tma_store_2d(map, tile, row * kGroupTile, token);
+      device::tma_store_2d(map, tile, feature, token);
       device::tma_store_commit();
     }
   }
 
-  // `aux`: stage of the residual or z tile.
-  __device__ __forceinline__ void epilogue(float (&acc)[64], const float* bias, int row, int token,
-                                           int aux) {
+  // 128 tokens of one output tile. `aux`: stage of its residual or z tile.
+  __device__ __forceinline__ void epilogue(float (&acc)[64], int row, int token, int aux) {
+    const int feature = row * kGroupTile;
 #pragma unroll
-    for (int i = 0; i < 64; ++i) acc[i] += bias[i / 2 % 2];
-    if (args.has_preact) store(acc, &maps.preact, row, token);
-    if constexpr (kTransposed) {
-      if (args.has_z) {
-        device::dispatch_activation(args.activation, [&](auto tag) {
-          combine<T>(acc, layout.stage(aux), [](float a, float z) {
-            return a * device::derivative<decltype(tag)::value, false>(z);
+    for (int half = 0; half < 2; ++half) {
+      float* chunk = acc + half * 32;
+      const int first = token + half * 64;
+      const uint32_t aux_tile = layout.stage(aux) + half * kGroupTileBytes;
+      if (args.has_preact) store(chunk, &maps.preact, feature, first);
+      if constexpr (kTransposed) {
+        if (args.has_z) {
+          device::dispatch_activation(args.activation, [&](auto tag) {
+            combine<T>(chunk, aux_tile, [](float a, float z) {
+              return a * device::derivative<decltype(tag)::value, false>(z);
+            });
           });
-        });
-      }
-    } else if (args.activation != Activation::kNone) {
-      device::dispatch_activation(args.activation, [&](auto tag) {
-#pragma unroll
-        for (int i = 0; i < 64; ++i) {
-          acc[i] = device::activate<decltype(tag)::value, false>(acc[i]);
         }
-      });
+      } else {
+        if (args.activation != Activation::kNone) {
+          device::dispatch_activation(args.activation, [&](auto tag) {
+#pragma unroll
+            for (int i = 0; i < 32; ++i) {
+              chunk[i] = device::activate<decltype(tag)::value, false>(chunk[i]);
+            }
+          });
+        }
+      }
+      if (args.has_residual) {
+        combine<T>(chunk, aux_tile, [](float a, float b) { return a + b; });
+      }
+      if (half == 1 && (args.has_residual || args.has_z)) release(aux);
+      store(chunk, &maps.y, feature, first);
     }
-    if (args.has_residual) {
-      combine<T>(acc, layout.stage(aux), [](float a, float b) { return a + b; });
-    }
-    if (args.has_residual || args.has_z) release(aux);
-    store(acc, &maps.y, row, token);
   }
 
-  // acc (+)= weight tile · x tile, asynchronously. Descriptors count 16-byte units; a k16 step is 32
+  // acc += weight tile · x tile, asynchronously. Descriptors count 16-byte units; a k16 step is 32
   // bytes along a K-major row, or 16 rows of 128 bytes of an MN-major tile.
-  __device__ __forceinline__ void multiply(float (&acc)[64], uint32_t weight, uint32_t x,
-                                           bool accumulate) const {
+  __device__ __forceinline__ void multiply(float (&acc)[64], uint32_t weight, uint32_t x) const {
     const uint64_t a = kQuads        ? device::descriptor_quads(weight, kTransposed)
                        : kTransposed ? device::descriptor_mn_major(weight, 0)
                                      : device::descriptor_k_major(weight);
@@ -364,13 +342,8 @@ struct Consumer {
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
       const int step = kQuads ? device::quads_step(k, kTransposed) : k * (kTransposed ? 128 : 2);
-      device::wgmma<T, kTransposed, false>(acc, a + step, b + k * 2, k > 0 || accumulate);
+      device::wgmma<T, kTransposed, false>(acc, a + step, b + k * 2, 1);
     }
-  }
-
-  static __device__ void clear(float (&acc)[64]) {
-#pragma unroll
-    for (int i = 0; i < 64; ++i) acc[i] = 0.f;
   }
 
   __device__ void load_bias(float (&bias)[4], const Unit& unit) const {
@@ -389,15 +362,11 @@ struct Consumer {
     Ring ring{args.stages};
     int turn = 0;
     float acc0[64], acc1[64];
-    if (warpgroup == 1) {
-      device::named_barrier_arrive(2, 256);
-      if (threadIdx.x % 128 < 32) device::named_barrier_arrive(6, 160);
-    }
+    if (warpgroup == 1) device::named_barrier_arrive(2, 256);
     for (int index = blockIdx.x; index < args.section.num_units; index += gridDim.x) {
       const Unit unit(args, index);
       if (unit.lane >= args.token_tiles) continue;
       const int aux_stages = args.has_residual || args.has_z ? unit.outputs() : 0;
-      const StepUses first_uses(unit, 0);
       float bias[4];
       load_bias(bias, unit);
       for (int tile = unit.lane; tile < args.token_tiles; tile += unit.lanes, turn ^= 1) {
@@ -405,39 +374,39 @@ struct Consumer {
           ring.skip(unit.num_steps + aux_stages);
           continue;
         }
-        StepUses uses = first_uses;
-        bool used0 = false, used1 = false;
-        uint32_t slot = layout.weights;
+#pragma unroll
+        for (int i = 0; i < 64; ++i) {
+          acc0[i] = bias[i / 2 % 2];
+          acc1[i] = bias[2 + i / 2 % 2];
+        }
+        int4 ahead = unit.step(0);
         int previous = -1;
         device::named_barrier_sync(2 + warpgroup, 256);
         for (int s = 0; s < unit.num_steps; ++s) {
-          if (s > 0 && s % 32 == 0) uses = StepUses(unit, s);
-          const bool use0 = uses.row0 >> s % 32 & 1, use1 = uses.row1 >> s % 32 & 1;
+          const int4 step = ahead;
+          ahead = unit.step(s + 1);
           const uint32_t x = layout.stage(ring.stage);
-          const uint32_t weight = unit.resident ? slot : layout.weight(false, 0, ring.stage);
-          slot += (use0 + use1) * kGroupTileBytes;
+          const uint32_t weight = layout.weight(unit.resident, step.w, ring.stage);
           device::mbarrier_wait(layout.full(ring.stage), ring.phase);
           // Each case commits and waits by itself: across a join of branches the compiler commits
           // every case on its own and the shared wait then drains the step that was just issued.
-          if (!use1) {
+          if (step.z < 0) {
             device::wgmma_fence();
-            multiply(acc0, weight, x, used0);
+            multiply(acc0, weight, x);
             device::wgmma_commit();
             device::wgmma_wait<1>();
-          } else if (!use0) {
+          } else if (step.y < 0) {
             device::wgmma_fence();
-            multiply(acc1, weight, x, used1);
+            multiply(acc1, weight, x);
             device::wgmma_commit();
             device::wgmma_wait<1>();
           } else {
             device::wgmma_fence();
-            multiply(acc0, weight, x, used0);
-            multiply(acc1, weight + kGroupTileBytes, x, used1);
+            multiply(acc0, weight, x);
+            multiply(acc1, weight + kGroupTileBytes, x);
             device::wgmma_commit();
             device::wgmma_wait<1>();
           }
-          used0 |= use0;
-          used1 |= use1;
           if (previous >= 0) release(previous);
           previous = ring.stage;
           ring.advance();
@@ -452,13 +421,8 @@ struct Consumer {
         device::named_barrier_arrive(2 + other, 256);
         device::wgmma_wait<0>();
         if (previous >= 0) release(previous);
-        if (!used0) clear(acc0);
-        if (!used1) clear(acc1);
-
-        const int token = tile * kGroupTokens;
-        epilogue(acc0, bias, unit.rows[0], token, aux);
-        if (unit.rows[1] >= 0) epilogue(acc1, bias + 2, unit.rows[1], token, aux_next);
-        hand_over_staging();
+        epilogue(acc0, unit.rows[0], tile * kGroupTokens, aux);
+        if (unit.rows[1] >= 0) epilogue(acc1, unit.rows[1], tile * kGroupTokens, aux_next);
       }
       if (args.resident_tiles > 0 && index + gridDim.x < args.section.num_units) {
         device::named_barrier_sync(1, 256);

@@ -33,20 +33,20 @@ Tile choose_tile(const ProductParams& p, const DeviceInfo& device) {
   auto bytes = [&](int stages, int staging, int resident) {
     const bool streams = section.max_weights > resident;
     const int weights = streams ? std::max(resident, 2 * stages) : resident;
-    return (stages + staging) * kGroupXBytes + weights * kGroupTileBytes;
+    return stages * kGroupXBytes + (weights + 2 * staging) * kGroupTileBytes;
   };
   auto fit = [&](int staging, int resident) {
     int stages = kMaxGroupStages;
     while (stages > 0 && bytes(stages, staging, resident) > budget) --stages;
     return Tile{stages, staging, resident, 1024 + bytes(stages, staging, resident)};
   };
-  // A second staging tile shortens the epilogue, but not at the price of a short ring: at
-  // 4096 -> 4096 the sixth stage is worth 15 %. Epilogues with an activation are long.
-  const Tile one = fit(1, section.resident_weights), two = fit(2, section.resident_weights);
-  const int enough = p.activation != Activation::kNone ? kMinStages + 1 : 7;
-  if (two.stages >= std::max(kMinStages, std::min(enough, one.stages))) return two;
-  if (one.stages >= kMinStages) return one;
-  return fit(2, 0);
+  // A second staging tile pays only where the epilogue is long.
+  if (p.preact != nullptr || p.activation != Activation::kNone) {
+    const Tile tile = fit(2, section.resident_weights);
+    if (tile.stages > kMinStages) return tile;
+  }
+  const Tile tile = fit(1, section.resident_weights);
+  return tile.stages >= kMinStages ? tile : fit(1, 0);
 }
 
 template <typename T, bool kTransposed, bool kQuads>
@@ -109,9 +109,9 @@ Status launch_product_sm90(const ProductParams& p, const DeviceInfo& device, Str
   PIXELFLY_RETURN_IF_ERROR(
       map(&maps.factor, factor, factor_rows, factor_cols, p.factor_stride, weight_box, weight_box));
   PIXELFLY_RETURN_IF_ERROR(map(&maps.aux, aux, T, p.out_features, aux_stride, kGroupTokens));
-  PIXELFLY_RETURN_IF_ERROR(map(&maps.y, p.y, T, p.out_features, p.y_stride, kGroupTokens));
+  PIXELFLY_RETURN_IF_ERROR(map(&maps.y, p.y, T, p.out_features, p.y_stride, kGroupTile));
   PIXELFLY_RETURN_IF_ERROR(
-      map(&maps.preact, p.preact, T, p.out_features, p.preact_stride, kGroupTokens));
+      map(&maps.preact, p.preact, T, p.out_features, p.preact_stride, kGroupTile));
 
   GroupArgs args{};
   args.section = section_of(p);
@@ -123,7 +123,6 @@ Status launch_product_sm90(const ProductParams& p, const DeviceInfo& device, Str
   args.weight_shift = b == 128 ? 1 : 0;
   args.stages = tile.stages;
   args.staging_tiles = tile.staging_tiles;
-  args.own_staging = tile.staging_tiles == 2 && p.activation != Activation::kNone;
   args.resident_tiles = tile.resident_tiles;
   args.has_preact = p.preact != nullptr;
   args.has_residual = p.residual != nullptr;
