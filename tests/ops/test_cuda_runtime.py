@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 
@@ -91,6 +93,22 @@ def test_first_call_on_a_side_stream_then_another_stream():
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_thread_without_a_cuda_context():
+    call = _call(tokens=512)
+    inputs = {name: t.detach() for name, t in call.inputs.items()}
+
+    def run():
+        return butterfly_lowrank_mm(**inputs, layout=call.layout, activation="gelu")
+
+    expected = run()
+    run()  # its memory returns to torch's cache: the thread below needs no allocation of CUDA's
+    results = []
+    thread = threading.Thread(target=lambda: results.append(run()))
+    thread.start()
+    thread.join()
+    torch.testing.assert_close(results[0], expected, rtol=0, atol=0)
+
+
 def test_second_device():
     call = _call(grad=True)
     expected = call.run()
