@@ -25,9 +25,6 @@
 // (row_groups.cpp): L2 serves such loads at about twice the rate of distinct ones.
 #pragma once
 
-#include <cuda.h>
-#include <cuda_runtime.h>
-
 #include "device/convert.cuh"
 #include "device/epilogue_math.cuh"
 #include "device/ldmatrix.cuh"
@@ -36,112 +33,11 @@
 #include "device/shared_memory.cuh"
 #include "device/tma.cuh"
 #include "device/wgmma.cuh"
-#include "pixelfly/params.h"
+#include "kernels/product_sm90_work.cuh"
 
 namespace pixelfly {
 
-struct GroupMaps {
-  CUtensorMap x;       // [T, in], box 128 x 64
-  CUtensorMap t;       // [T, r], box 128 x 64
-  CUtensorMap blocks;  // [nnz * b, b], box 64 x 64 (b = 32: 32 x 32)
-  CUtensorMap factor;  // u [N, r] (transposed: v [r, K]), the same box
-  CUtensorMap aux;     // residual or z, [T, out], box 128 x 64
-  CUtensorMap y;       // [T, out], box 64 x 64
-  CUtensorMap preact;  // [T, out], box 64 x 64
-};
-
-struct GroupArgs {
-  GroupSection section;
-  const int32_t* plan;
-  const void* bias;
-  int32_t token_tiles;  // of kGroupTokens
-  int32_t out_features;
-  int32_t num_x_tiles;   // tiles of x; those of t follow
-  int32_t weight_shift;  // log2(b / 64)
-  int32_t stages;
-  int32_t staging_tiles;   // per warpgroup, 1 or 2
-  int32_t resident_tiles;  // groups of up to so many weight tiles keep them; 0: none does
-  bool has_preact;
-  bool has_residual;
-  bool has_z;
-  Activation activation;
-};
-
-constexpr int kGroupTokens = 128;
-constexpr int kGroupThreads = 384;
-constexpr int kGroupXBytes = kGroupTokens * kGroupTile * 2;
-constexpr int kGroupTileBytes = kGroupTile * kGroupTile * 2;
-constexpr int kMaxGroupStages = 12;
-
-struct GroupShared {
-  uint64_t full[kMaxGroupStages];
-  uint64_t empty[kMaxGroupStages];
-  uint64_t weights_free;
-};
-
 namespace groups {
-
-// Shared-memory layout.
-struct Layout {
-  uint32_t base, weights, staging, barriers;
-
-  __device__ Layout(uint32_t aligned, const GroupArgs& args, uint32_t shared)
-      : base(device::opaque(aligned)), barriers(device::opaque(shared)) {
-    staging = base + args.stages * kGroupXBytes;
-    weights = staging + 2 * args.staging_tiles * kGroupTileBytes;
-  }
-  __device__ uint32_t stage(int s) const { return base + s * kGroupXBytes; }
-  // Where a step's weight tiles lie: at their slot, or in the ring beside the step's x tile.
-  __device__ uint32_t weight(bool resident, int slot, int s) const {
-    return weights + (resident ? slot : 2 * s) * kGroupTileBytes;
-  }
-  __device__ uint32_t full(int s) const { return barriers + s * 8; }
-  __device__ uint32_t empty(int s) const { return barriers + (kMaxGroupStages + s) * 8; }
-  __device__ uint32_t weights_free() const { return barriers + 2 * kMaxGroupStages * 8; }
-};
-
-// Walks the ring: stage index and the parity of the phase that its next use completes.
-struct Ring {
-  int stages;
-  int stage = 0;
-  uint32_t phase = 0;
-  __device__ void advance() {
-    if (++stage == stages) {
-      stage = 0;
-      phase ^= 1;
-    }
-  }
-  __device__ void skip(int n) {
-    stage += n;
-    const int rounds = stage / stages;
-    stage -= rounds * stages;
-    phase ^= rounds & 1;
-  }
-};
-
-// A unit of work (schedule.h) with its group's rows and steps.
-struct Unit {
-  int lane, lanes, rows[2], num_steps;
-  bool resident;
-  const int4* steps;
-
-  __device__ Unit(const GroupArgs& args, int index) {
-    const int4 u =
-        __ldg(reinterpret_cast<const int4*>(args.plan + args.section.units_offset) + index);
-    const int4 g =
-        __ldg(reinterpret_cast<const int4*>(args.plan + args.section.groups_offset) + u.x);
-    lane = u.y;
-    lanes = u.z;
-    resident = u.w <= args.resident_tiles;
-    rows[0] = g.x;
-    rows[1] = g.y;
-    steps = reinterpret_cast<const int4*>(args.plan + args.section.steps_offset) + g.z;
-    num_steps = g.w - g.z;
-  }
-  // x: x tile, y and z: weight tiles or -1, w: slot.
-  __device__ int4 step(int s) const { return s < num_steps ? __ldg(steps + s) : int4{}; }
-  __device__ int outputs() const { return rows[1] >= 0 ? 2 : 1; }
-};
 
 template <bool kTransposed, bool kQuads>
 __device__ void load_weight(const GroupMaps& maps, const GroupArgs& args, uint32_t at,
