@@ -79,7 +79,7 @@ __device__ void produce(const GroupMaps& maps, const GroupArgs& args, const Layo
   uint32_t units_done = 0;
   for (int index = blockIdx.x; index < args.section.num_units; index += gridDim.x) {
     const Unit unit(args, index);
-    if (unit.lane >= args.token_tiles) continue;
+    if (unit.first >= unit.end) continue;
     // Every unit waits once for the one before, even if it loads no weights: whoever skipped a
     // phase could pass the next one too early.
     bool load_weights = true, waited = args.resident_tiles == 0 || units_done == 0;
@@ -87,10 +87,10 @@ __device__ void produce(const GroupMaps& maps, const GroupArgs& args, const Layo
       if (!waited) device::mbarrier_wait(layout.weights_free(), (units_done - 1) & 1);
       waited = true;
     };
-    for (int tile = unit.lane; tile < args.token_tiles;
+    for (int tile = unit.first; tile < unit.end;
          tile += kCooperative ? 2 * unit.lanes : unit.lanes) {
       const int second = tile + unit.lanes;
-      const bool both = kCooperative && second < args.token_tiles;
+      const bool both = kCooperative && second < unit.end;
       const int x_bytes = both ? 2 * kGroupXBytes : kGroupXBytes;
       auto load = [&](const CUtensorMap* map, uint32_t full, int column) {
         const uint32_t at = layout.stage(ring.stage);
@@ -304,15 +304,15 @@ struct Consumer {
     if (warpgroup == 1 && !kCooperative) device::named_barrier_arrive(2, 256);
     for (int index = blockIdx.x; index < args.section.num_units; index += gridDim.x) {
       const Unit unit(args, index);
-      if (unit.lane >= args.token_tiles) continue;
+      if (unit.first >= unit.end) continue;
       const int aux_stages = args.has_aux() ? unit.outputs() : 0;
       const StepUses first_uses(unit, 0);
       float bias[4];
       load_bias(bias, unit);
-      for (int begin = unit.lane; begin < args.token_tiles;
+      for (int begin = unit.first; begin < unit.end;
            begin += kCooperative ? 2 * unit.lanes : unit.lanes, turn ^= 1) {
         const int tile = begin + (kCooperative ? warpgroup * unit.lanes : 0);
-        if (kCooperative ? tile >= args.token_tiles : turn != warpgroup) {
+        if (kCooperative ? tile >= unit.end : turn != warpgroup) {
           pass(ring, unit.num_steps + aux_stages);
           continue;
         }
@@ -367,7 +367,8 @@ struct Consumer {
         const int token = tile * kGroupTokens;
         epilogue(acc0, unit.rows[0], token, x_tile(ring.before(aux_stages)));
         if (unit.rows[1] >= 0) epilogue(acc1, unit.rows[1], token, x_tile(ring.before(1)));
-        if ((aux_stages > 0 || held >= 0) && leader()) {  // for its four warps
+        // The next token tile may use the staging tiles in another order: leave none being read.
+        if ((aux_stages > 0 || kCooperative) && leader()) {  // for its four warps
           device::tma_store_wait_read<0>();
           if (held >= 0) device::mbarrier_arrive(layout.empty(held), 4);
           for (int i = aux_stages; i > 0; --i) {

@@ -92,18 +92,24 @@ struct Ring {
   __device__ int before(int n) const { return stage >= n ? stage - n : stage - n + stages; }
 };
 
-// A unit of work (schedule.h) with its group's rows and steps.
+// A unit of work (schedule.h) with its group's rows and steps; its token tiles are those from
+// `first` in steps of `lanes`, below `end`.
 struct Unit {
-  int lane, lanes, rows[2], num_steps;
+  int first, end, lanes, rows[2], num_steps;
   bool resident;
   const int4* steps;
 
   __device__ Unit(const GroupArgs& args, int index) {
-    const int4 u =
-        __ldg(reinterpret_cast<const int4*>(args.plan + args.section.units_offset) + index);
+    const int4* words =
+        reinterpret_cast<const int4*>(args.plan + args.section.units_offset) + 2 * index;
+    const int4 u = __ldg(words), stretch = __ldg(words + 1);
     const int4 g =
         __ldg(reinterpret_cast<const int4*>(args.plan + args.section.groups_offset) + u.x);
-    lane = u.y;
+    const auto bound = [&](int part) {
+      return static_cast<int>(int64_t{args.token_tiles} * part / stretch.z);
+    };
+    first = bound(stretch.x) + u.y;
+    end = bound(stretch.y);
     lanes = u.z;
     resident = u.w <= args.resident_tiles;
     rows[0] = g.x;

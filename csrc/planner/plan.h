@@ -55,6 +55,19 @@ std::vector<int32_t> build_plan(const LayoutView& layout);
 // layout's block columns.
 GroupSection append_row_groups(PlanBuilder& builder, const LayoutView& layout, bool transposed);
 
+// What a row group asks of a thread block for each token tile, in weight tiles: products (64x64
+// times 128 tokens) and bytes of loads (8 KB).
+struct GroupWork {
+  int32_t weights;
+  int32_t bytes;
+};
+
+GroupWork work_of(const std::vector<GroupStep>& steps);
+inline bool stays_resident(const GroupWork& work) { return work.weights <= kGroupResidentTiles; }
+
+// Spreads the groups over kGroupThreadBlocks thread blocks, `together` consecutive ones at a time.
+std::vector<GroupUnit> spread_groups(const std::vector<GroupWork>& groups, size_t together);
+
 // Work list of the weight-gradient kernel.
 GradSection append_grad_chunks(PlanBuilder& builder, const LayoutView& layout);
 

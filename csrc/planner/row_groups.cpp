@@ -2,8 +2,6 @@
 // loads x, and how the groups are spread over thread blocks.
 #include <algorithm>
 #include <map>
-#include <numeric>
-#include <queue>
 #include <vector>
 
 #include "planner/plan.h"
@@ -204,69 +202,14 @@ void order_in_phase(std::vector<std::vector<GroupStep>*> groups, int32_t x_tiles
   for (size_t g = 0; g < groups.size(); ++g) *groups[g] = std::move(ordered[g]);
 }
 
-// Splits the token tiles of every group into lanes, more for groups with more work, so that
-// kGroupThreadBlocks thread blocks finish together. Two units a thread block are worth it where one
-// cannot balance (24 groups on 132).
-void append_units(std::vector<GroupUnit>& units, const std::vector<int32_t>& weights,
-                  int32_t first_group) {
-  std::vector<int32_t> cost;  // an epilogue costs about as much as two weight tiles
-  for (int32_t w : weights) cost.push_back(w + 2);
-  const auto groups = static_cast<int32_t>(cost.size());
-  const int32_t total = std::accumulate(cost.begin(), cost.end(), 0);
-  std::vector<int32_t> lanes(cost.size(), 1);
-  double best = -1;
-  const int32_t least = (groups + kGroupThreadBlocks - 1) / kGroupThreadBlocks;
-  for (int32_t waves = least; waves < least + 2; ++waves) {
-    std::vector<int32_t> trial(cost.size(), 1);
-    auto longer = [&](int32_t a, int32_t b) {
-      const auto i = static_cast<size_t>(a), j = static_cast<size_t>(b);
-      const int64_t x = int64_t{cost[i]} * trial[j], y = int64_t{cost[j]} * trial[i];
-      return x != y ? x < y : a > b;
-    };
-    std::priority_queue<int32_t, std::vector<int32_t>, decltype(longer)> queue(longer);
-    for (int32_t g = 0; g < groups; ++g) queue.push(g);
-    for (int32_t n = groups; n < waves * kGroupThreadBlocks; ++n) {
-      const int32_t g = queue.top();
-      queue.pop();
-      ++trial[static_cast<size_t>(g)];
-      queue.push(g);
-    }
-    const auto g = static_cast<size_t>(queue.top());
-    const double slowest = double(cost[g]) / trial[g] * waves * kGroupThreadBlocks;
-    const double efficiency = total / slowest - 0.04 * (waves - least);
-    if (efficiency > best) {
-      best = efficiency;
-      lanes = trial;
-      // Lanes beyond what the slowest group needs only cost weight loads.
-      for (size_t i = 0; i < lanes.size(); ++i) {
-        while (lanes[i] > 1 && int64_t{cost[i]} * trial[g] <= int64_t{cost[g]} * (lanes[i] - 1)) {
-          --lanes[i];
-        }
-      }
-    }
-  }
-  const auto begin = static_cast<std::ptrdiff_t>(units.size());
-  for (int32_t g = 0; g < groups; ++g) {
-    const int32_t n = lanes[static_cast<size_t>(g)];
-    for (int32_t lane = 0; lane < n; ++lane) {
-      units.push_back({first_group + g, lane, n, weights[static_cast<size_t>(g)]});
-    }
-  }
-  // The same share of the tokens at the same time, whatever the group.
-  std::stable_sort(units.begin() + begin, units.end(), [](const GroupUnit& a, const GroupUnit& b) {
-    return int64_t{a.lane} * b.lanes < int64_t{b.lane} * a.lanes;
-  });
-}
-
 // How many consecutive groups run side by side: as many as there are thread blocks. Where groups
 // stream more weights than L2 keeps, these come from memory for every two token tiles; fewer groups
 // at a time then read less, unless reading x once for each part costs more.
 size_t side_by_side(const std::vector<std::vector<GroupStep>>& lists, int32_t x_tiles) {
   size_t streamed = 0;
   for (const auto& list : lists) {
-    size_t weights = 0;
-    for (const GroupStep& s : list) weights += (s.weight[0] >= 0) + (s.weight[1] >= 0);
-    if (weights > kGroupResidentTiles) streamed += weights;
+    const GroupWork work = work_of(list);
+    if (!stays_resident(work)) streamed += static_cast<size_t>(work.weights);
   }
   const size_t parts = streamed / kGroupStreamedTiles + 1;
   const size_t lanes = std::max<size_t>(1, kGroupThreadBlocks / std::max<size_t>(1, lists.size()));
@@ -303,7 +246,7 @@ GroupSection append_row_groups(PlanBuilder& builder, const LayoutView& layout, b
 
   std::vector<RowGroup> groups;
   std::vector<GroupStep> steps;
-  std::vector<int32_t> weights;
+  std::vector<GroupWork> work;
   for (size_t g = 0; g < lists.size(); ++g) {
     const auto [a, b] = pairs[g];
     for (int32_t r = 0; r < tiles(layout.rank); ++r) {
@@ -317,20 +260,12 @@ GroupSection append_row_groups(PlanBuilder& builder, const LayoutView& layout, b
       steps.push_back(step);
     }
     groups.push_back({{a, b}, begin, static_cast<int32_t>(steps.size())});
-    weights.push_back(slot);
+    work.push_back(work_of(lists[g]));
     section.max_weights = std::max(section.max_weights, slot);
-    if (slot <= kGroupResidentTiles) {
+    if (stays_resident(work.back()))
       section.resident_weights = std::max(section.resident_weights, slot);
-    }
   }
-  std::vector<GroupUnit> units;
-  for (size_t begin = 0; begin < lists.size(); begin += together) {
-    const size_t end = std::min(lists.size(), begin + together);
-    append_units(units,
-                 {weights.begin() + static_cast<std::ptrdiff_t>(begin),
-                  weights.begin() + static_cast<std::ptrdiff_t>(end)},
-                 static_cast<int32_t>(begin));
-  }
+  const std::vector<GroupUnit> units = spread_groups(work, together);
   section.num_groups = static_cast<int32_t>(groups.size());
   section.num_units = static_cast<int32_t>(units.size());
   section.groups_offset = builder.append(groups);

@@ -179,21 +179,22 @@ void check_product(const LayoutView& layout, const Plan& plan, bool transposed) 
   }
   expect(facts.empty(), "nothing but kept blocks is in the schedule");
 
-  // The lanes of each group: every residue of the token tiles exactly once.
-  std::map<int32_t, std::multiset<int32_t>> lanes;
-  std::map<int32_t, int32_t> counts;
+  // Every token tile of every group in exactly one unit, however many there are.
   const auto* units = plan.at<GroupUnit>(s.units_offset);
-  for (int32_t i = 0; i < s.num_units; ++i) {
-    lanes[units[i].group].insert(units[i].lane);
-    expect(units[i].weights == weights[static_cast<size_t>(units[i].group)], "a unit's weights");
-    const auto [at, fresh] = counts.try_emplace(units[i].group, units[i].lanes);
-    expect(fresh || at->second == units[i].lanes, "one number of lanes per group");
-  }
-  expect(static_cast<int32_t>(lanes.size()) == s.num_groups, "every group has units");
-  for (const auto& [group, found] : lanes) {
-    bool whole = static_cast<int32_t>(found.size()) == counts[group];
-    for (int32_t lane = 0; lane < counts[group]; ++lane) whole = whole && found.count(lane) == 1;
-    expect(whole, "lanes 0 .. lanes - 1, each once");
+  expect(s.num_units % kGroupThreadBlocks == 0, "whole turns of the thread blocks");
+  for (const int32_t token_tiles : {1, 2, 7, 64, 128, 197}) {
+    std::vector<int32_t> covered(static_cast<size_t>(s.num_groups * token_tiles), 0);
+    for (int32_t i = 0; i < s.num_units; ++i) {
+      const GroupUnit& u = units[i];
+      if (u.begin == u.end) continue;
+      expect(u.weights == weights[static_cast<size_t>(u.group)], "a unit's weights");
+      const int32_t begin = token_tiles * u.begin / u.parts, end = token_tiles * u.end / u.parts;
+      for (int32_t tile = begin + u.lane; tile < end; tile += u.lanes) {
+        ++covered[static_cast<size_t>(u.group * token_tiles + tile)];
+      }
+    }
+    expect(std::all_of(covered.begin(), covered.end(), [](int32_t n) { return n == 1; }),
+           "every token tile of a group in exactly one unit");
   }
 }
 

@@ -18,7 +18,7 @@
 namespace pixelfly {
 
 constexpr int32_t kPlanMagic = 0x70666c79;  // "pfly"
-constexpr int32_t kPlanVersion = 4;
+constexpr int32_t kPlanVersion = 5;
 constexpr int kPlanHeaderSize = 64;
 
 // Schedule of the row-group product (kernels/product_sm90.cuh). Everything is in units of 64x64
@@ -49,12 +49,17 @@ struct GroupQuad {
   int32_t block[4];
 };
 
-// What one thread block does at a stretch: token tiles lane, lane + lanes, ... of one group.
+// What one thread block does at a stretch: of the token tiles from `begin / parts` to `end / parts`
+// of all of them, those numbered lane, lane + lanes, ..., for one group.
 struct GroupUnit {
   int32_t group;
   int32_t lane;
   int32_t lanes;
   int32_t weights;  // weight tiles of the group, low-rank ones included
+  int32_t begin;
+  int32_t end;  // == begin: nothing to do
+  int32_t parts;
+  int32_t unused;
 };
 
 // The most weight tiles of a group that can stay in shared memory (144 KB: four stages of x and the
@@ -64,8 +69,10 @@ constexpr int kGroupResidentTiles = 18;
 // Weight tiles (12 MB) that L2 keeps beside x and y for groups that stream them.
 constexpr int kGroupStreamedTiles = 1536;
 
-// Thread blocks the units are balanced for; any grid computes the same.
+// Thread blocks and token tiles (of 128) that the units are balanced for; any grid and any number
+// of tokens compute the same.
 constexpr int kGroupThreadBlocks = 132;
+constexpr int kGroupTokenTiles = 128;
 
 // A set of row groups covering every output tile exactly once (rows with no blocks included).
 struct GroupSection {

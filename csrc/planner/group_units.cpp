@@ -1,0 +1,197 @@
+// Which thread block serves which row group for which tokens.
+#include <algorithm>
+#include <functional>
+#include <numeric>
+#include <queue>
+#include <utility>
+#include <vector>
+
+#include "planner/plan.h"
+
+namespace pixelfly {
+namespace {
+
+using Index = std::vector<int32_t>;
+
+// Time of each group's token tile, in products (.2 us of tensor cores). Loads run beside the
+// products: for 8 KB a thread block takes .47 alone (85 GB/s), and longer where all of them ask for
+// more than L2 gives. The constants are those that served the measured shapes best.
+constexpr double kLoad = 0.47, kLoadAtLimit = 0.58;
+
+std::vector<double> tile_times(const std::vector<GroupWork>& groups) {
+  constexpr double kEpilogue = 1.5;
+  double busy = 0, loads = 0;
+  for (const GroupWork& g : groups) {
+    busy += std::max<double>(g.weights, kLoad * g.bytes);
+    loads += kLoadAtLimit * g.bytes;
+  }
+  const double load = loads > busy ? kLoadAtLimit : kLoad;
+  std::vector<double> times;
+  for (const GroupWork& g : groups) {
+    times.push_back(std::max<double>(g.weights, load * g.bytes) + kEpilogue);
+  }
+  return times;
+}
+
+// How many lanes the token tiles of each group are cut into: `count` in all, each where the longest
+// lane is. Lanes beyond what the slowest group needs are left out: they only load weights.
+Index cut_lanes(const std::vector<double>& times, int32_t count) {
+  Index lanes(times.size(), 1);
+  auto shorter = [&](size_t a, size_t b) {
+    const double x = times[a] * lanes[b], y = times[b] * lanes[a];
+    return x != y ? x < y : a > b;
+  };
+  std::priority_queue<size_t, std::vector<size_t>, decltype(shorter)> longest(shorter);
+  for (size_t g = 0; g < times.size(); ++g) longest.push(g);
+  for (auto n = static_cast<int32_t>(times.size()); n < count; ++n) {
+    const size_t g = longest.top();
+    longest.pop();
+    ++lanes[g];
+    longest.push(g);
+  }
+  const double slowest = times[longest.top()] / lanes[longest.top()] * (1 + 1e-9);
+  for (size_t g = 0; g < lanes.size(); ++g) {
+    while (lanes[g] > 1 && times[g] <= slowest * (lanes[g] - 1)) --lanes[g];
+  }
+  return lanes;
+}
+
+// The groups that each thread block serves, one after the other, and until when.
+struct ThreadBlock {
+  double busy = 0;
+  Index groups;
+};
+using ThreadBlocks = std::vector<ThreadBlock>;
+
+// Deals the lanes to the thread blocks, the longest first to the one that is free first.
+void deal_lanes(ThreadBlocks& blocks, const std::vector<GroupWork>& groups,
+                const std::vector<double>& times, const Index& lanes, int32_t first_group) {
+  std::vector<std::pair<double, int32_t>> all;  // (time, group)
+  for (size_t g = 0; g < groups.size(); ++g) {
+    const double load = stays_resident(groups[g]) ? kLoad * groups[g].weights : 0;
+    all.insert(
+        all.end(), static_cast<size_t>(lanes[g]),
+        {kGroupTokenTiles * times[g] / lanes[g] + load, first_group + static_cast<int32_t>(g)});
+  }
+  std::stable_sort(all.begin(), all.end(),
+                   [](const auto& a, const auto& b) { return a.first > b.first; });
+  using Free = std::pair<double, size_t>;  // (when, thread block)
+  std::priority_queue<Free, std::vector<Free>, std::greater<>> queue;
+  for (size_t i = 0; i < blocks.size(); ++i) queue.emplace(blocks[i].busy, i);
+  for (const auto& [time, group] : all) {
+    const size_t i = queue.top().second;
+    queue.pop();
+    blocks[i].busy += time;
+    blocks[i].groups.push_back(group);
+    queue.emplace(blocks[i].busy, i);
+  }
+}
+
+// Spreads the groups' token tiles over the thread blocks so that these finish together: one lane
+// for each, or a few shorter ones. Thread blocks that serve several groups in turn drift apart, and
+// then no longer load the same x at the same moment: only a much better balance is worth that.
+ThreadBlocks balance(const ThreadBlocks& before, const std::vector<GroupWork>& groups,
+                     int32_t first_group) {
+  constexpr double kTurn = 0.3;  // of a thread block's share of the work
+  const std::vector<double> times = tile_times(groups);
+  const double share =
+      kGroupTokenTiles * std::accumulate(times.begin(), times.end(), 0.0) / kGroupThreadBlocks;
+  const auto count = static_cast<int32_t>(groups.size());
+  const int32_t fewest = (count + kGroupThreadBlocks - 1) / kGroupThreadBlocks;
+  ThreadBlocks best;
+  double least = 0;
+  for (int32_t turns = fewest; turns < fewest + 3; ++turns) {
+    ThreadBlocks trial = before;
+    deal_lanes(trial, groups, times, cut_lanes(times, turns * kGroupThreadBlocks), first_group);
+    double slowest = kTurn * share * turns;
+    for (const ThreadBlock& b : trial) slowest = std::max(slowest, b.busy + kTurn * share * turns);
+    if (best.empty() || slowest < least) {
+      least = slowest;
+      best = std::move(trial);
+    }
+  }
+  return best;
+}
+
+// Thread blocks in the order of the share of the tokens where their first lane begins: neighbours
+// start at the same moment and then load the same x.
+ThreadBlocks in_token_order(const ThreadBlocks& blocks, size_t groups) {
+  Index lanes(groups, 0), seen(groups, 0);
+  for (const ThreadBlock& b : blocks) {
+    if (!b.groups.empty()) ++lanes[static_cast<size_t>(b.groups[0])];
+  }
+  std::vector<std::pair<double, size_t>> order;
+  for (size_t i = 0; i < blocks.size(); ++i) {
+    double share = 1;
+    if (!blocks[i].groups.empty()) {
+      const auto g = static_cast<size_t>(blocks[i].groups[0]);
+      share = static_cast<double>(seen[g]++) / lanes[g];
+    }
+    order.emplace_back(share, i);
+  }
+  auto group = [&](size_t i) { return blocks[i].groups.empty() ? 0 : blocks[i].groups[0]; };
+  std::sort(order.begin(), order.end(), [&](const auto& a, const auto& b) {
+    if (a.first != b.first) return a.first < b.first;
+    return std::pair(group(a.second), a.second) < std::pair(group(b.second), b.second);
+  });
+  ThreadBlocks sorted;
+  for (const auto& [share, i] : order) sorted.push_back(blocks[i]);
+  return sorted;
+}
+
+// Unit `turn * kGroupThreadBlocks + i` is what thread block i does in its turn. The lanes that a
+// group has in a turn stride over a stretch of the tokens, in proportion to their number: in each
+// turn all thread blocks then sweep about the same tokens, and x comes from memory once.
+std::vector<GroupUnit> make_units(const ThreadBlocks& blocks,
+                                  const std::vector<GroupWork>& groups) {
+  size_t turns = 0;
+  for (const ThreadBlock& b : blocks) turns = std::max(turns, b.groups.size());
+  Index all(groups.size(), 0);  // lanes of each group
+  for (const ThreadBlock& b : blocks) {
+    for (int32_t g : b.groups) ++all[static_cast<size_t>(g)];
+  }
+  const GroupUnit nothing{0, 0, 1, 0, 0, 0, 1, 0};
+  std::vector<GroupUnit> units(turns * blocks.size(), nothing);
+  Index done(groups.size(), 0);
+  for (size_t turn = 0; turn < turns; ++turn) {
+    Index now(groups.size(), 0);
+    for (size_t i = 0; i < blocks.size(); ++i) {
+      if (turn >= blocks[i].groups.size()) continue;
+      const int32_t group = blocks[i].groups[turn];
+      const auto g = static_cast<size_t>(group);
+      units[turn * blocks.size() + i] = {group,   now[g]++, 0,      groups[g].weights,
+                                         done[g], 0,        all[g], 0};
+    }
+    for (size_t i = 0; i < blocks.size(); ++i) {
+      if (turn >= blocks[i].groups.size()) continue;
+      GroupUnit& unit = units[turn * blocks.size() + i];
+      unit.lanes = now[static_cast<size_t>(unit.group)];
+      unit.end = unit.begin + unit.lanes;
+    }
+    for (size_t g = 0; g < done.size(); ++g) done[g] += now[g];
+  }
+  return units;
+}
+
+}  // namespace
+
+GroupWork work_of(const std::vector<GroupStep>& steps) {
+  GroupWork work{0, 2 * static_cast<int32_t>(steps.size())};
+  for (const GroupStep& s : steps) work.weights += (s.weight[0] >= 0) + (s.weight[1] >= 0);
+  if (!stays_resident(work)) work.bytes += work.weights;
+  return work;
+}
+
+std::vector<GroupUnit> spread_groups(const std::vector<GroupWork>& groups, size_t together) {
+  ThreadBlocks blocks(kGroupThreadBlocks);
+  for (size_t begin = 0; begin < groups.size(); begin += together) {
+    const size_t end = std::min(groups.size(), begin + together);
+    blocks = balance(blocks,
+                     {groups.begin() + static_cast<std::ptrdiff_t>(begin),
+                      groups.begin() + static_cast<std::ptrdiff_t>(end)},
+                     static_cast<int32_t>(begin));
+  }
+  return make_units(in_token_order(blocks, groups.size()), groups);
+}
+
+}  // namespace pixelfly
