@@ -58,7 +58,7 @@ __device__ __forceinline__ ValueAndSlope activate_with_slope(float x) {
     const float inner = x * fmaf(kSqrt2OverPi * kGeluCubic, square, kSqrt2OverPi);
     const float t = kPrecise ? tanhf(inner) : tanh_approx(inner);
     const float inner_slope = fmaf(3.f * kSqrt2OverPi * kGeluCubic, square, kSqrt2OverPi);
-    return {fmaf(half, t, half), fmaf(half * inner_slope, fmaf(-t, t, 1.f), fmaf(0.5f, t, 0.5f))};
+    return {fmaf(half, t, half), fmaf(half * fmaf(-t, t, 1.f), inner_slope, fmaf(0.5f, t, 0.5f))};
   } else if constexpr (kActivation == Activation::kSilu) {
     const float s = kPrecise ? 1.f / (1.f + expf(-x)) : sigmoid(x), value = x * s;
     return {value, fmaf(value, 1.f - s, s)};
