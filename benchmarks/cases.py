@@ -57,7 +57,7 @@ class Case:
         kept = self.layout().nnz * self.block_size**2
         flops = 2.0 * t * (kept + r * (k + n))
         weights = 2.0 * (kept + r * (k + n))
-        extra = 2.0 * t * n if self.activation else 0.0  # the pre-activation: written, then read
+        extra = 2.0 * t * n if self.activation else 0.0  # act'(z): written, then read
         one_pass = max(flops / PEAK_FLOPS, (2.0 * t * (k + n) + weights + extra) / PEAK_BYTES)
         passes = 3 if direction == "forward_backward" else 1
         return 1e3 * passes * one_pass
@@ -98,7 +98,7 @@ def table(shapes: list[tuple[int, int, int]] = TABLE, **options) -> list[Group]:
 
 
 def epilogue() -> list[Group]:
-    """Fused GELU, with the pre-activation kept, against compiled dense."""
+    """Fused GELU, with its derivative kept, against compiled dense."""
     shapes = [(25216, 768, 3072), (16384, 1024, 4096), (16384, 4096, 4096)]
     return [Group("epilogue", (Case(*s, activation="gelu"),), BOTH) for s in shapes]
 

@@ -49,13 +49,12 @@ def operators(device: str, width: int, tokens: int) -> dict[str, Callable[[], ob
     blocks = torch.randn(layout.nnz, 64, 64, device=device, dtype=dtype)
     bias = torch.randn(width, device=device, dtype=dtype)
     plan, header = device_plan(layout, 0, x.device), plan_header(layout, 0)
-    none = x.new_empty(0)
     return {
         "operator forward": lambda: torch.ops.pixelfly.forward(
             x, blocks, None, None, bias, None, plan, header, 0, False, False
         ),
         "operator backward": lambda: torch.ops.pixelfly.backward(
-            x, x, blocks, None, None, x[:, :0], none, plan, header, 0, False, False,
+            x, x, blocks, None, None, x[:, :0], None, plan, header, False, False, False,
             True, True, False, False, True,
         ),
     }  # fmt: skip

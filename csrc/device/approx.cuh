@@ -1,6 +1,6 @@
-// Approximate functions of the special-function unit, one instruction each, denormals flushed: the
-// library's __fdividef and __expf surround theirs with five more to keep denormals that no result
-// here depends on.
+// Functions of one instruction. Those of the special-function unit are approximate and flush
+// denormals: the library's __fdividef and __expf surround theirs with five more to keep denormals
+// that no result here depends on.
 #pragma once
 
 namespace pixelfly::device {
@@ -19,6 +19,13 @@ __device__ __forceinline__ float reciprocal(float x) {
 __device__ __forceinline__ float exp2_approx(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// The smaller one, or NaN if one of them is.
+__device__ __forceinline__ float min_nan(float a, float b) {
+  float y;
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
   return y;
 }
 

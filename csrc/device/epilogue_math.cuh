@@ -12,20 +12,19 @@ __device__ __forceinline__ float sigmoid(float x) {
   return reciprocal(1.f + exp2_approx(-kLog2E * x));
 }
 
-// The normal distribution's tail P(X > |x|), absolute error below 1e-7 (erf by Abramowitz and
-// Stegun 7.1.26), and exp(-x^2 / 2), which is a factor of it.
-struct NormalTail {
-  float tail;
-  float bell;
-};
-__device__ __forceinline__ NormalTail normal_tail(float x) {
-  const float t = reciprocal(fmaf(0.3275911f * 0.70710678f, fabsf(x), 1.f));
-  float p = fmaf(0.5f * 1.061405429f, t, 0.5f * -1.453152027f);
-  p = fmaf(p, t, 0.5f * 1.421413741f);
-  p = fmaf(p, t, 0.5f * -0.284496736f);
-  p = fmaf(p, t, 0.5f * 0.254829592f);
-  const float bell = exp2_approx(x * (-0.5f * kLog2E * x));
-  return {p * t * bell, bell};
+// The normal distribution's tail P(X > x) for x from 0 to 8: 2 to the power of a polynomial that is
+// minimax in max(x, 1) P(X > x), off by at most 2e-7.
+__device__ __forceinline__ float normal_tail(float x) {
+  float p = fmaf(2.50346745e-5f, x, -6.99170795e-4f);
+  p = fmaf(p, x, 7.85382938e-3f);
+  p = fmaf(p, x, -5.30703656e-2f);
+  p = fmaf(p, x, -4.59014021e-1f);
+  p = fmaf(p, x, -1.15112886f);
+  return exp2_approx(fmaf(p, x, -9.99999547e-1f));
+}
+__device__ __forceinline__ float normal_density(float x) {
+  constexpr float kLog2InvSqrt2Pi = -1.32574806473616f;
+  return exp2_approx(fmaf(x, -0.5f * kLog2E * x, kLog2InvSqrt2Pi));
 }
 
 constexpr float kSqrtHalf = 0.70710678118654752f;
@@ -33,48 +32,44 @@ constexpr float kInvSqrt2Pi = 0.39894228040143268f;
 constexpr float kSqrt2OverPi = 0.79788456080286536f;
 constexpr float kGeluCubic = 0.044715f;
 
-// `kPrecise` is for fp32 storage, where the approximations above would show.
+struct ValueAndSlope {
+  float value, slope;
+};
+
+// act(x) and act'(x), which share most of their work. Whoever uses one of them alone pays for that
+// one: the compiler drops the rest. `kPrecise` is for fp32 storage, where the approximations above
+// would show. NaN propagates, as in torch.
 template <Activation kActivation, bool kPrecise>
-__device__ __forceinline__ float activate(float x) {
+__device__ __forceinline__ ValueAndSlope activate_with_slope(float x) {
   if constexpr (kActivation == Activation::kRelu) {
-    return x > 0.f || x != x ? x : 0.f;  // NaN propagates, as in torch
+    const bool passes = x > 0.f || x != x;
+    return {passes ? x : 0.f, passes ? 1.f : 0.f};
+  } else if constexpr (kActivation == Activation::kGelu && kPrecise) {
+    const float below = 0.5f * (1.f + erff(x * kSqrtHalf));
+    return {x * below, fmaf(x, kInvSqrt2Pi * expf(-0.5f * x * x), below)};
   } else if constexpr (kActivation == Activation::kGelu) {
-    if constexpr (kPrecise) return 0.5f * x * (1.f + erff(x * kSqrtHalf));
-    // x P(X < x) = max(x, 0) - |x| P(X > |x|). The sum is max(x, 0) that keeps NaN, and the bound
-    // keeps infinity times zero away.
-    return fmaf(-fminf(fabsf(x), 1e4f), normal_tail(x).tail, 0.5f * (x + fabsf(x)));
+    // x P(X < x) = max(x, 0) - |x| P(X > |x|), and the slope at x is one minus that at -x. Past 8
+    // nothing changes.
+    const float size = min_nan(fabsf(x), 8.f), tail = normal_tail(size);
+    const float below = fmaf(-size, normal_density(size), tail);
+    return {fmaf(-size, tail, fmaxf(x, 0.f)), x > 0.f ? 1.f - below : below};
   } else if constexpr (kActivation == Activation::kGeluTanh) {
-    const float inner = kSqrt2OverPi * fmaf(kGeluCubic * x * x, x, x);
-    return 0.5f * x * (1.f + (kPrecise ? tanhf(inner) : tanh_approx(inner)));
+    const float square = x * x, half = 0.5f * x;
+    const float inner = x * fmaf(kSqrt2OverPi * kGeluCubic, square, kSqrt2OverPi);
+    const float t = kPrecise ? tanhf(inner) : tanh_approx(inner);
+    const float inner_slope = fmaf(3.f * kSqrt2OverPi * kGeluCubic, square, kSqrt2OverPi);
+    return {fmaf(half, t, half), fmaf(half * fmaf(-t, t, 1.f), inner_slope, fmaf(0.5f, t, 0.5f))};
   } else if constexpr (kActivation == Activation::kSilu) {
-    return kPrecise ? x / (1.f + expf(-x)) : x * sigmoid(x);
+    const float s = kPrecise ? 1.f / (1.f + expf(-x)) : sigmoid(x), value = x * s;
+    return {value, fmaf(value, 1.f - s, s)};
   } else {
-    return x;
+    return {x, 1.f};
   }
 }
 
 template <Activation kActivation, bool kPrecise>
-__device__ __forceinline__ float derivative(float x) {
-  if constexpr (kActivation == Activation::kRelu) {
-    return x > 0.f || x != x ? 1.f : 0.f;
-  } else if constexpr (kActivation == Activation::kGelu) {
-    if constexpr (kPrecise) {
-      return fmaf(x, kInvSqrt2Pi * expf(-0.5f * x * x), 0.5f * (1.f + erff(x * kSqrtHalf)));
-    }
-    const NormalTail n = normal_tail(x);
-    return fmaf(x, kInvSqrt2Pi * n.bell, x > 0.f ? 1.f - n.tail : n.tail);
-  } else if constexpr (kActivation == Activation::kGeluTanh) {
-    const float square = x * x;
-    const float inner = kSqrt2OverPi * fmaf(kGeluCubic * square, x, x);
-    const float t = kPrecise ? tanhf(inner) : tanh_approx(inner);
-    const float slope = kSqrt2OverPi * fmaf(3.f * kGeluCubic, square, 1.f);
-    return 0.5f * (1.f + t) + 0.5f * x * (1.f - t * t) * slope;
-  } else if constexpr (kActivation == Activation::kSilu) {
-    const float s = kPrecise ? 1.f / (1.f + expf(-x)) : sigmoid(x);
-    return s * fmaf(x, 1.f - s, 1.f);
-  } else {
-    return 1.f;
-  }
+__device__ __forceinline__ float activate(float x) {
+  return activate_with_slope<kActivation, kPrecise>(x).value;
 }
 
 // Calls f(std::integral_constant-like tag) once, with the activation as a compile-time constant, so

@@ -141,10 +141,11 @@ __global__ void __launch_bounds__(kFewMaxWarps * 32)
       if (n >= p.out_features) continue;
       float z = p.bias != nullptr ? device::to_float(static_cast<const T*>(p.bias)[n]) : 0.f;
       for (int w = 0; w < warps; ++w) z += sums[(w * kFewFeatures + row) * kRow + token];
-      if (p.preact != nullptr) {
-        static_cast<T*>(p.preact)[token * p.preact_stride + n] = device::from_float<T>(z);
+      const auto [value, slope] = device::activate_with_slope<kActivation, false>(z);
+      if (p.slope_out != nullptr) {
+        static_cast<T*>(p.slope_out)[token * p.slope_out_stride + n] = device::from_float<T>(slope);
       }
-      float y = device::activate<kActivation, false>(z);
+      float y = value;
       if (p.residual != nullptr) {
         const T* residual = static_cast<const T*>(p.residual);
         y += device::to_float(residual[token * p.residual_stride + n]);

@@ -1,5 +1,5 @@
 // y = act(x · Bᵀ + t · uᵀ + bias) + residual on mma.sync, for every GPU from sm_80 on. Transposed:
-// dx = (dz · B + s · v) ⊙ act'(z) over the same stored blocks. Also t = x · vᵀ itself: a product
+// dx = (dz · B + s · v) ⊙ slope over the same stored blocks. Also t = x · vᵀ itself: a product
 // that consists of its low-rank term alone.
 //
 // A thread block computes 128 tokens x one block row of y (b features, 64 for thin products). It
@@ -148,18 +148,26 @@ __device__ void product_epilogue(const ProductArgs& args, const float* staging, 
 #pragma unroll
         for (int e = 0; e < kVec; ++e) v[e] += bias[e];
       }
-      if (p.preact != nullptr) {
-        store_row<T>(static_cast<T*>(p.preact) + t * p.preact_stride + n, v, valid, args.y_vectors);
-      }
-      if (p.z != nullptr) {
-        float z[kVec];
-        load_row<T>(z, static_cast<const T*>(p.z) + t * p.z_stride + n, valid,
-                    args.epilogue_vectors);
+      if (p.slope_out != nullptr) {
+        float slope[kVec];
 #pragma unroll
-        for (int e = 0; e < kVec; ++e) v[e] *= device::derivative<kActivation, kPrecise>(z[e]);
+        for (int e = 0; e < kVec; ++e) {
+          const auto a = device::activate_with_slope<kActivation, kPrecise>(v[e]);
+          v[e] = a.value;
+          slope[e] = a.slope;
+        }
+        store_row<T>(static_cast<T*>(p.slope_out) + t * p.slope_out_stride + n, slope, valid,
+                     args.y_vectors);
       } else {
 #pragma unroll
         for (int e = 0; e < kVec; ++e) v[e] = device::activate<kActivation, kPrecise>(v[e]);
+      }
+      if (p.slope != nullptr) {
+        float slope[kVec];
+        load_row<T>(slope, static_cast<const T*>(p.slope) + t * p.slope_stride + n, valid,
+                    args.epilogue_vectors);
+#pragma unroll
+        for (int e = 0; e < kVec; ++e) v[e] *= slope[e];
       }
       if (p.residual != nullptr) {
         float r[kVec];

@@ -1,4 +1,4 @@
-// y = act(x · Bᵀ + t · uᵀ + bias) + residual, and dx = (dz · B + s · v) ⊙ act'(z); Hopper (sm_90a).
+// y = act(x · Bᵀ + t · uᵀ + bias) + residual, and dx = (dz · B + s · v) ⊙ slope; Hopper (sm_90a).
 //
 // A thread block walks the token tiles of one row group: two output tiles (64 features each) that
 // share x tiles. The weight tile is wgmma's A (M = 64 features), 128 tokens are N, so accumulators
@@ -22,9 +22,9 @@
 //              wait on the ring. Nobody waits on a stage outside its turn: parities would alias.
 //   weights_free: consumers -> producer, the unit is done and its weights may be replaced
 //
-// With a residual or z, its tiles follow the steps of a token tile through the same ring, and the
-// outputs replace them there. Other outputs go through the staging tiles; cooperative warpgroups
-// also use their half of the last step's stage.
+// With a residual or slope, its tiles follow the steps of a token tile through the same ring, and
+// the outputs replace them there. Other outputs go through the staging tiles; cooperative
+// warpgroups also use their half of the last step's stage.
 //
 // Thread blocks load the same x tiles at the same step where the planner finds an order for it
 // (row_groups.cpp): L2 serves such loads at about twice the rate of distinct ones.
@@ -203,19 +203,12 @@ struct Consumer {
     return at;
   }
 
-  // Sends 64 tokens x 64 features of accumulators to global memory by way of a tile in shared
+  // Sends 64 tokens x 64 features, packed in pairs, to global memory by way of a tile in shared
   // memory.
-  __device__ __forceinline__ void store(const float* acc, uint32_t tile, const CUtensorMap* map,
-                                        int feature, int token) const {
+  __device__ __forceinline__ void store(const uint32_t (&pairs)[4][4], uint32_t tile,
+                                        const CUtensorMap* map, int feature, int token) const {
 #pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      uint32_t r[4];
-#pragma unroll
-      for (int h = 0; h < 4; ++h) {
-        r[h] = device::pack2<T>(acc[j * 8 + h * 2], acc[j * 8 + h * 2 + 1]);
-      }
-      device::stmatrix_x4_trans(fragment_address(tile, j), r);
-    }
+    for (int j = 0; j < 4; ++j) device::stmatrix_x4_trans(fragment_address(tile, j), pairs[j]);
     device::fence_proxy_async();
     synchronize();
     if (leader()) {
@@ -224,7 +217,7 @@ struct Consumer {
     }
   }
 
-  // 128 tokens of one output tile. `aux`: its residual or z tile, which it replaces.
+  // 128 tokens of one output tile. `aux`: its residual or slope tile, which it replaces.
   __device__ __forceinline__ void epilogue(float (&acc)[64], int row, int token, uint32_t aux) {
     const int feature = row * kGroupTile;
 #pragma unroll
@@ -232,29 +225,38 @@ struct Consumer {
       float* chunk = acc + half * 32;
       const int first = token + half * 64;
       const uint32_t aux_half = aux + half * kGroupTileBytes;
-      if (args.has_preact) store(chunk, free_staging(), &maps.preact, feature, first);
+      uint32_t pairs[4][4];
       if constexpr (kTransposed) {
-        if (args.has_z) {
-          device::dispatch_activation(args.activation, [&](auto tag) {
-            combine<T>(chunk, aux_half, [](float a, float z) {
-              return a * device::derivative<decltype(tag)::value, false>(z);
-            });
-          });
-        }
-      } else {
-        if (args.activation != Activation::kNone) {
-          device::dispatch_activation(args.activation, [&](auto tag) {
+        if (args.has_slope) combine<T>(chunk, aux_half, [](float a, float b) { return a * b; });
+      } else if (args.has_slope_out) {
+        device::dispatch_activation(args.activation, [&](auto tag) {
+          constexpr Activation kKind = decltype(tag)::value;
 #pragma unroll
-            for (int i = 0; i < 32; ++i) {
-              chunk[i] = device::activate<decltype(tag)::value, false>(chunk[i]);
-            }
-          });
-        }
+          for (int i = 0; i < 16; ++i) {
+            const auto a = device::activate_with_slope<kKind, false>(chunk[2 * i]);
+            const auto b = device::activate_with_slope<kKind, false>(chunk[2 * i + 1]);
+            chunk[2 * i] = a.value;
+            chunk[2 * i + 1] = b.value;
+            pairs[i / 4][i % 4] = device::pack2<T>(a.slope, b.slope);
+          }
+        });
+        store(pairs, free_staging(), &maps.slope_out, feature, first);
+      } else if (args.activation != Activation::kNone) {
+        device::dispatch_activation(args.activation, [&](auto tag) {
+#pragma unroll
+          for (int i = 0; i < 32; ++i) {
+            chunk[i] = device::activate<decltype(tag)::value, false>(chunk[i]);
+          }
+        });
       }
       if (args.has_residual) {
         combine<T>(chunk, aux_half, [](float a, float b) { return a + b; });
       }
-      store(chunk, args.has_aux() ? aux_half : free_staging(), &maps.y, feature, first);
+#pragma unroll
+      for (int i = 0; i < 16; ++i) {
+        pairs[i / 4][i % 4] = device::pack2<T>(chunk[2 * i], chunk[2 * i + 1]);
+      }
+      store(pairs, args.has_aux() ? aux_half : free_staging(), &maps.y, feature, first);
     }
   }
 

@@ -10,13 +10,13 @@
 namespace pixelfly {
 
 struct GroupMaps {
-  CUtensorMap x;       // [T, in], box 128 x 64
-  CUtensorMap t;       // [T, r], box 128 x 64
-  CUtensorMap blocks;  // [nnz * b, b], box 64 x 64 (b = 32: 32 x 32)
-  CUtensorMap factor;  // u [N, r] (transposed: v [r, K]), the same box
-  CUtensorMap aux;     // residual or z, [T, out], box 128 x 64
-  CUtensorMap y;       // [T, out], box 64 x 64
-  CUtensorMap preact;  // [T, out], box 64 x 64
+  CUtensorMap x;          // [T, in], box 128 x 64
+  CUtensorMap t;          // [T, r], box 128 x 64
+  CUtensorMap blocks;     // [nnz * b, b], box 64 x 64 (b = 32: 32 x 32)
+  CUtensorMap factor;     // u [N, r] (transposed: v [r, K]), the same box
+  CUtensorMap aux;        // residual or slope, [T, out], box 128 x 64
+  CUtensorMap y;          // [T, out], box 64 x 64
+  CUtensorMap slope_out;  // [T, out], box 64 x 64
 };
 
 struct GroupArgs {
@@ -28,14 +28,14 @@ struct GroupArgs {
   int32_t num_x_tiles;   // tiles of x; those of t follow
   int32_t weight_shift;  // log2(b / 64)
   int32_t stages;
-  int32_t staging_tiles;   // per warpgroup, 1 or 2; 0: outputs replace the residual or z
+  int32_t staging_tiles;   // per warpgroup, 1 or 2; 0: outputs replace the residual or slope
   int32_t resident_tiles;  // groups of up to so many weight tiles keep them; 0: none does
-  bool has_preact;
   bool has_residual;
-  bool has_z;
+  bool has_slope;      // transposed only
+  bool has_slope_out;  // not transposed only
   Activation activation;
 
-  __device__ bool has_aux() const { return has_residual || has_z; }
+  __device__ bool has_aux() const { return has_residual || has_slope; }
 };
 
 constexpr int kGroupTokens = 128;

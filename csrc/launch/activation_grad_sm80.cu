@@ -8,28 +8,21 @@
 namespace pixelfly {
 namespace {
 
-template <typename T, Activation kActivation>
+template <typename T, bool kRelu>
 Status launch(const ActivationGradParams& p, const DeviceInfo& device, Stream stream) {
   constexpr int kThreads = 256, kVec = 16 / sizeof(T);
   const bool vectors = p.features % kVec == 0 && aligned_rows(p.dy, p.dy_stride, p.dtype) &&
-                       aligned_rows(p.z, p.z_stride, p.dtype) &&
+                       aligned_rows(p.slope, p.slope_stride, p.dtype) &&
                        aligned_rows(p.dz, p.dz_stride, p.dtype);
   const int64_t work = p.tokens * ((p.features + kVec - 1) / kVec);
   const int64_t grid = std::min<int64_t>((work + kThreads - 1) / kThreads, 32LL * device.num_sms);
-  return launch_kernel(activation_grad<T, kActivation>, static_cast<unsigned>(grid), kThreads, 0,
-                       stream, p, vectors);
+  return launch_kernel(activation_grad<T, kRelu>, static_cast<unsigned>(grid), kThreads, 0, stream,
+                       p, vectors);
 }
 
 template <typename T>
 Status launch_dtype(const ActivationGradParams& p, const DeviceInfo& device, Stream stream) {
-  switch (p.activation) {
-    case Activation::kRelu: return launch<T, Activation::kRelu>(p, device, stream);
-    case Activation::kGelu: return launch<T, Activation::kGelu>(p, device, stream);
-    case Activation::kGeluTanh: return launch<T, Activation::kGeluTanh>(p, device, stream);
-    case Activation::kSilu: return launch<T, Activation::kSilu>(p, device, stream);
-    default: break;
-  }
-  return Status::invalid("activation_grad needs an activation");
+  return p.relu ? launch<T, true>(p, device, stream) : launch<T, false>(p, device, stream);
 }
 
 }  // namespace

@@ -30,10 +30,10 @@ void set_vectors(ProductArgs* args) {
   args->t_vectors = rows(p.t, p.t_stride, args->rank);
   args->factor_vectors =
       rows(p.factor, p.factor_stride, p.transposed ? p.out_features : args->rank);
-  args->y_vectors =
-      rows(p.y, p.y_stride, p.out_features) && rows(p.preact, p.preact_stride, p.out_features);
-  args->epilogue_vectors =
-      rows(p.z, p.z_stride, p.out_features) && rows(p.residual, p.residual_stride, p.out_features);
+  args->y_vectors = rows(p.y, p.y_stride, p.out_features) &&
+                    rows(p.slope_out, p.slope_out_stride, p.out_features);
+  args->epilogue_vectors = rows(p.slope, p.slope_stride, p.out_features) &&
+                           rows(p.residual, p.residual_stride, p.out_features);
 }
 
 }  // namespace

@@ -31,7 +31,7 @@ Tile choose_tile(const ProductParams& p, const DeviceInfo& device) {
   constexpr int kMinStages = 4;  // fewer cannot hide L2: stream the weights instead
   const GroupSection& section = section_of(p);
   const int budget = device.max_shared_bytes - 1024 - static_cast<int>(sizeof(GroupShared));
-  const bool staged = p.preact != nullptr || (p.residual == nullptr && p.z == nullptr);
+  const bool staged = p.slope_out != nullptr || (p.residual == nullptr && p.slope == nullptr);
   auto fit = [&](int staging, int resident, bool cooperative) {
     staging = staged ? staging : 0;
     auto bytes = [&](int stages) {
@@ -47,7 +47,7 @@ Tile choose_tile(const ProductParams& p, const DeviceInfo& device) {
   const int resident = section.resident_weights;
   if (resident > 0 || section.max_weights == 0) {
     // A second staging tile pays only where the epilogue is long.
-    if (p.preact != nullptr || p.activation != Activation::kNone) {
+    if (p.slope_out != nullptr || p.activation != Activation::kNone) {
       const Tile tile = fit(2, resident, false);
       if (tile.stages > kMinStages) return tile;
     }
@@ -58,7 +58,7 @@ Tile choose_tile(const ProductParams& p, const DeviceInfo& device) {
   // tiles, although epilogues then overlap less: 48 tiles a group gain 15 %, 128 gain 25 %, 32-40
   // nothing.
   constexpr int kCooperativeTiles = 44;
-  const bool staged_beside_aux = p.preact != nullptr && p.residual != nullptr;
+  const bool staged_beside_aux = p.slope_out != nullptr && p.residual != nullptr;
   if (section.max_weights >= kCooperativeTiles && !staged_beside_aux) return fit(2, 0, true);
   return fit(1, 0, false);
 }
@@ -86,14 +86,15 @@ Status launch(const ProductParams& p, const GroupMaps& maps, const GroupArgs& ar
 bool product_sm90_supports(const ProductParams& p, const DeviceInfo& device) {
   if (device.arch != 90 || p.dtype == DType::kFloat32 || section_of(p).num_groups == 0)
     return false;
-  if (p.z != nullptr && (p.residual != nullptr || !p.transposed)) return false;
-  if (p.transposed && p.z == nullptr && p.activation != Activation::kNone) return false;
+  if (p.transposed && (p.slope_out != nullptr || p.activation != Activation::kNone)) return false;
+  if (p.slope != nullptr && (p.residual != nullptr || !p.transposed)) return false;
   auto aligned = [&](const void* data, int64_t stride) {
     return aligned_rows(data, stride, p.dtype);
   };
   return aligned(p.x, p.x_stride) && aligned(p.blocks, 0) && aligned(p.factor, p.factor_stride) &&
          aligned(p.t, p.t_stride) && aligned(p.residual, p.residual_stride) &&
-         aligned(p.z, p.z_stride) && aligned(p.y, p.y_stride) && aligned(p.preact, p.preact_stride);
+         aligned(p.slope, p.slope_stride) && aligned(p.y, p.y_stride) &&
+         aligned(p.slope_out, p.slope_out_stride);
 }
 
 Status launch_product_sm90(const ProductParams& p, const DeviceInfo& device, Stream stream) {
@@ -114,8 +115,8 @@ Status launch_product_sm90(const ProductParams& p, const DeviceInfo& device, Str
   const int weight_box = b == 32 ? 32 : kGroupTile;
   const int64_t factor_rows = p.transposed ? h.rank : p.out_features;
   const int64_t factor_cols = p.transposed ? p.out_features : h.rank;
-  const void* aux = p.residual != nullptr ? p.residual : p.z;
-  const int64_t aux_stride = p.residual != nullptr ? p.residual_stride : p.z_stride;
+  const void* aux = p.residual != nullptr ? p.residual : p.slope;
+  const int64_t aux_stride = p.residual != nullptr ? p.residual_stride : p.slope_stride;
   const void* t = h.rank > 0 ? p.t : nullptr;
   const void* factor = h.rank > 0 ? p.factor : nullptr;
   const void* blocks = h.nnz > 0 ? p.blocks : nullptr;
@@ -127,7 +128,7 @@ Status launch_product_sm90(const ProductParams& p, const DeviceInfo& device, Str
   PIXELFLY_RETURN_IF_ERROR(map(&maps.aux, aux, T, p.out_features, aux_stride, kGroupTokens));
   PIXELFLY_RETURN_IF_ERROR(map(&maps.y, p.y, T, p.out_features, p.y_stride, kGroupTile));
   PIXELFLY_RETURN_IF_ERROR(
-      map(&maps.preact, p.preact, T, p.out_features, p.preact_stride, kGroupTile));
+      map(&maps.slope_out, p.slope_out, T, p.out_features, p.slope_out_stride, kGroupTile));
 
   GroupArgs args{};
   args.section = section_of(p);
@@ -140,9 +141,9 @@ Status launch_product_sm90(const ProductParams& p, const DeviceInfo& device, Str
   args.stages = tile.stages;
   args.staging_tiles = tile.staging_tiles;
   args.resident_tiles = tile.resident_tiles;
-  args.has_preact = p.preact != nullptr;
   args.has_residual = p.residual != nullptr;
-  args.has_z = p.z != nullptr;
+  args.has_slope = p.slope != nullptr;
+  args.has_slope_out = p.slope_out != nullptr;
   args.activation = p.activation;
 
   const int grid = std::min(args.section.num_units, device.num_sms);

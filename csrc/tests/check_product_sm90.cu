@@ -41,7 +41,7 @@ struct Case {
   int K, N;
   int b = 64, rank = 0;
   Kind kind = Kind::kButterfly;
-  bool transposed = false, bias = true, preact = false, residual = false, z = false;
+  bool transposed = false, bias = true, residual = false, slope = false, slope_out = false;
   Activation activation = Activation::kNone;
   double dense_ms = 0;
   bool form_t = false;  // launch the low-rank kernel first
@@ -156,7 +156,7 @@ int run(const Case& c, bool timing) {
   base.factor = c.rank ? arena.data(size_t(out) * c.rank, 52, .1f) : nullptr;
   base.factor_stride = c.transposed ? out : c.rank;
   base.bias = c.bias && !c.transposed ? arena.data(out, 54) : nullptr;
-  base.residual_stride = base.z_stride = base.y_stride = base.preact_stride = out;
+  base.residual_stride = base.slope_stride = base.y_stride = base.slope_out_stride = out;
   base.activation = c.activation;
   base.header = &h;
   base.plan = device_plan;
@@ -168,16 +168,16 @@ int run(const Case& c, bool timing) {
     p.x = arena.data(c.T * in, 11 + i);
     if (c.rank) p.t = arena.data(c.T * c.rank, c.form_t ? 0 : 31 + i);
     if (c.residual) p.residual = arena.data(c.T * out, 77 + i);
-    if (c.z) p.z = arena.data(c.T * out, 87 + i);
+    if (c.slope) p.slope = arena.data(c.T * out, 87 + i);
     p.y = arena.data(c.T * out, 0);
-    if (c.preact) p.preact = arena.data(c.T * out, 0);
+    if (c.slope_out) p.slope_out = arena.data(c.T * out, 0);
   }
 
   char name[160];
   std::snprintf(name, sizeof name, "T%ld %d->%d b%d r%d %s kind%d act%d%s%s%s%s%s", long(c.T), c.K,
                 c.N, c.b, c.rank, c.transposed ? "dx " : "fwd", int(c.kind), int(c.activation),
-                c.bias ? " bias" : "", c.preact ? " pre" : "", c.residual ? " res" : "",
-                c.z ? " z" : "",
+                c.bias ? " bias" : "", c.slope_out ? " save" : "", c.residual ? " res" : "",
+                c.slope ? " slope" : "",
                 std::is_same_v<T, __half> ? " fp16"
                 : c.form_t                ? " +t"
                                           : "");
@@ -210,7 +210,7 @@ int run(const Case& c, bool timing) {
                   p.factor,
                   p.bias,
                   p.residual,
-                  p.z,
+                  p.slope,
                   device_plan + (c.transposed ? h.col_ptr_offset : h.row_ptr_offset),
                   device_plan + (c.transposed ? h.t_row_offset : h.col_idx_offset),
                   c.transposed ? device_plan + h.t_block_offset : nullptr,
@@ -222,20 +222,20 @@ int run(const Case& c, bool timing) {
                   c.activation};
   double sums[8];
   double* device_sums;
-  float *want_y, *want_preact;
+  float *want_y, *want_slope;
   const int64_t chunk = std::min<int64_t>(c.T, 4096);
   CHECK_CUDA(cudaMalloc(&device_sums, sizeof sums));
   CHECK_CUDA(cudaMemset(device_sums, 0, sizeof sums));
   CHECK_CUDA(cudaMalloc(&want_y, chunk * out * 4));
-  CHECK_CUDA(cudaMalloc(&want_preact, chunk * out * 4));
-  arena.all.insert(arena.all.end(), {device_sums, want_y, want_preact});
+  CHECK_CUDA(cudaMalloc(&want_slope, chunk * out * 4));
+  arena.all.insert(arena.all.end(), {device_sums, want_y, want_slope});
   for (int64_t first = 0; first < c.T; first += chunk) {
     const int64_t n = std::min(chunk, c.T - first);
     reference<T>
-        <<<dim3((out + 63) / 64, (n + 3) / 4), dim3(64, 4)>>>(o, want_y, want_preact, first, n);
+        <<<dim3((out + 63) / 64, (n + 3) / 4), dim3(64, 4)>>>(o, want_y, want_slope, first, n);
     compare<<<512, 256>>>(want_y, static_cast<const T*>(p.y) + first * out, n * out, device_sums);
-    if (!c.preact) continue;
-    compare<<<512, 256>>>(want_preact, static_cast<const T*>(p.preact) + first * out, n * out,
+    if (!c.slope_out) continue;
+    compare<<<512, 256>>>(want_slope, static_cast<const T*>(p.slope_out) + first * out, n * out,
                           device_sums + 4);
   }
   if (c.form_t) {
@@ -254,7 +254,7 @@ int run(const Case& c, bool timing) {
   }
   auto relative = [&](int i) { return std::sqrt(sums[i] / std::max(sums[i + 1], 1e-30)); };
   if (bad || !timing) {
-    std::printf("%s %-60s err %.1e nan %.0f out %.0f | preact %.1e %.0f %.0f\n",
+    std::printf("%s %-60s err %.1e nan %.0f out %.0f | slope %.1e %.0f %.0f\n",
                 bad ? "FAIL" : "ok  ", name, relative(0), sums[2], sums[3], relative(4), sums[6],
                 sums[7]);
   }
@@ -262,8 +262,9 @@ int run(const Case& c, bool timing) {
 
   const float ms = time_graph(launch, 12);
   const double flops = 2.0 * c.T * (double(h.nnz) * c.b * c.b + double(c.rank) * out);
-  const double bytes = 2.0 * c.T * (in + out * (1.0 + c.preact + c.residual + c.z) + c.rank) +
-                       2.0 * h.nnz * c.b * c.b;
+  const double bytes =
+      2.0 * c.T * (in + out * (1.0 + c.slope_out + c.residual + c.slope) + c.rank) +
+      2.0 * h.nnz * c.b * c.b;
   const double floor = std::max(flops / 790e12, bytes / 3e12) * 1e3;
   std::printf("%-56s %.4f ms %4.0f TF floor %.4f %3.0f%% %.2f TB/s x%.2f dense %.3f\n", name, ms,
               flops / ms * 1e-9, floor, 100 * floor / ms, bytes / ms * 1e-9, c.dense_ms / ms,
@@ -300,13 +301,13 @@ int check() {
     }
     for (int a = 0; a <= 4; ++a) {
       Case c{4000, 512, 1024, 64, 64, Kind::kButterfly, transposed};
-      c.activation = transposed ? Activation::kNone : static_cast<Activation>(a);
-      c.residual = c.preact = true;
+      if (!transposed) c.activation = static_cast<Activation>(a);
+      c.residual = true;
+      c.slope_out = !transposed;
       bad += run<__nv_bfloat16>(c, false);
-      c.K = 1000, c.N = 1608, c.preact = a % 2;
+      c.K = 1000, c.N = 1608, c.slope_out = !transposed && a % 2;
       c.residual = !transposed && a == 4;
-      c.z = transposed;
-      c.activation = static_cast<Activation>(a);
+      c.slope = transposed;
       bad += run<__nv_bfloat16>(c, false);
       bad += run<__half>(c, false);
     }
@@ -357,8 +358,8 @@ int time_all(const std::string& filter) {
     c.kind = Kind::kButterfly;
     c.activation = Activation::kGelu;
     go(c, "gelu");
-    c.preact = true;
-    go(c, "preact");
+    c.slope_out = true;
+    go(c, "save");
     c = Case{s.T, s.K, s.N};
     c.residual = true;
     c.dense_ms = s.dense;
@@ -368,9 +369,8 @@ int time_all(const std::string& filter) {
     c.transposed = true;
     c.bias = false;
     go(c, "plain");
-    c.z = true;
-    c.activation = Activation::kGelu;
-    go(c, "z");
+    c.slope = true;
+    go(c, "slope");
     c = Case{s.T, s.K, s.N, 128};
     c.dense_ms = s.dense;
     go(c, "b128");

@@ -25,7 +25,7 @@ struct Case {
   Keep keep;
   int tokens, rank;
   Activation activation = Activation::kNone;
-  bool residual = false, save_preact = false;
+  bool residual = false, save_slope = false;
   int arch = 90, sms = 3;
   const char* path = "sm90";
 

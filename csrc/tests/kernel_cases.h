@@ -108,7 +108,7 @@ inline Case random_case(uint64_t seed) {
   c.rank = pick(0, 2) == 0 ? 0 : 8 * pick(1, 18);
   c.activation = static_cast<Activation>(pick(0, 4));
   c.residual = pick(0, 1) == 1;
-  c.save_preact = pick(0, 1) == 1;
+  c.save_slope = pick(0, 1) == 1;
   c.sms = pick(1, 6);
   if (pick(0, 3) == 0) {  // the portable kernels, and those for few tokens
     c.arch = 80;

@@ -22,7 +22,7 @@ __global__ void fill(T* p, size_t n, uint32_t seed, float scale) {
 }
 
 struct Operand {
-  const void *x, *blocks, *t, *factor, *bias, *residual, *z;
+  const void *x, *blocks, *t, *factor, *bias, *residual, *slope;
   const int *ptr, *idx, *block_of;  // of output rows; block_of null: consecutive
   int in, out, b, rank;
   bool transposed;
@@ -30,7 +30,7 @@ struct Operand {
 };
 
 template <typename T>
-__global__ void reference(Operand o, float* y, float* preact, int64_t first, int64_t tokens) {
+__global__ void reference(Operand o, float* y, float* slope_out, int64_t first, int64_t tokens) {
   const int n = blockIdx.x * 64 + threadIdx.x;
   const int64_t local = int64_t{blockIdx.y} * 4 + threadIdx.y;
   if (n >= o.out || local >= tokens) return;
@@ -48,11 +48,12 @@ __global__ void reference(Operand o, float* y, float* preact, int64_t first, int
     const int64_t f = o.transposed ? int64_t{k} * o.out + n : int64_t{n} * o.rank + k;
     s += at(o.factor, f) * at(o.t, token * o.rank + k);
   }
-  if (preact) preact[local * o.out + n] = s;
   device::dispatch_activation(o.activation, [&](auto tag) {
-    s = o.z ? s * device::derivative<decltype(tag)::value, true>(at(o.z, token * o.out + n))
-            : device::activate<decltype(tag)::value, true>(s);
+    const auto [value, slope] = device::activate_with_slope<decltype(tag)::value, true>(s);
+    if (slope_out) slope_out[local * o.out + n] = slope;
+    s = value;
   });
+  if (o.slope) s *= at(o.slope, token * o.out + n);
   if (o.residual) s += at(o.residual, token * o.out + n);
   y[local * o.out + n] = s;
 }

@@ -17,12 +17,11 @@ namespace {
 
 using emulator::Eagerness;
 
-double activated(Activation a, double x, bool slope) {
-  double out = 0;
+// act(x) and act'(x).
+device::ValueAndSlope activated(Activation a, double x) {
+  device::ValueAndSlope out{};
   device::dispatch_activation(a, [&](auto tag) {
-    constexpr Activation kind = decltype(tag)::value;
-    const auto z = static_cast<float>(x);
-    out = slope ? device::derivative<kind, true>(z) : device::activate<kind, true>(z);
+    out = device::activate_with_slope<decltype(tag)::value, true>(static_cast<float>(x));
   });
   return out;
 }
@@ -107,7 +106,7 @@ struct Run {
 
   void forward() {
     const int n = c.n(), k = c.k(), r = c.rank, tokens = c.tokens;
-    Tensor<T> y(tokens, n), preact(tokens, n), t(tokens, r);
+    Tensor<T> y(tokens, n), slope(tokens, n), t(tokens, r);
     ProductParams p = params(false, x, v, u, t, y);
     p.bias = bias.pointer();
     if (c.residual) {
@@ -115,9 +114,9 @@ struct Run {
       p.residual_stride = n;
     }
     p.activation = c.activation;
-    if (c.save_preact) {
-      p.preact = preact.pointer();
-      p.preact_stride = n;
+    if (c.save_slope) {
+      p.slope_out = slope.pointer();
+      p.slope_out_stride = n;
     }
     check(launch_product(p, device, nullptr));
 
@@ -136,16 +135,16 @@ struct Run {
         for (int j = 0; j < n; ++j) z[i][j] += low[i][j];
       }
     }
-    Matrix want = z;
+    Matrix want = z, want_slope = z;
     for (int i = 0; i < tokens; ++i) {
       for (int j = 0; j < n; ++j) {
-        z[i][j] += bias.at(0, j);
-        want[i][j] = activated(c.activation, z[i][j], false);
-        if (c.residual) want[i][j] += residual.at(i, j);
+        const auto exact = activated(c.activation, z[i][j] + bias.at(0, j));
+        want[i][j] = exact.value + (c.residual ? residual.at(i, j) : 0);
+        want_slope[i][j] = exact.slope;
       }
     }
     compare(c, "y", y, want, tolerance);
-    if (c.save_preact) compare(c, "the pre-activation", preact, z, tolerance);
+    if (c.save_slope) compare(c, "the slope", slope, want_slope, tolerance);
   }
 
   void backward() {
@@ -153,13 +152,15 @@ struct Run {
     Tensor<T> dz = dy;
     if (c.activation != Activation::kNone) {
       dz = Tensor<T>(tokens, n);
-      ActivationGradParams a{dtype(), c.activation, tokens, n, dy.pointer(), n, residual.pointer(),
+      const bool relu = c.activation == Activation::kRelu;
+      ActivationGradParams a{dtype(), relu,         tokens, n, dy.pointer(), n, residual.pointer(),
                              n,       dz.pointer(), n};
       check(launch_activation_grad(a, device, nullptr));
       Matrix want = zeros(tokens, n);
       for (int i = 0; i < tokens; ++i) {
         for (int j = 0; j < n; ++j) {
-          want[i][j] = dy.at(i, j) * activated(c.activation, residual.at(i, j), true);
+          const double slope = residual.at(i, j);
+          want[i][j] = dy.at(i, j) * (relu ? slope > 0 : slope);
         }
       }
       compare(c, "dz", dz, want, tolerance);
@@ -168,9 +169,8 @@ struct Run {
     ProductParams p = params(true, dz, u, v, s, dx);
     const bool through = c.activation != Activation::kNone;  // as if x came from the activation
     if (through) {
-      p.z = x.pointer();
-      p.z_stride = k;
-      p.activation = c.activation;
+      p.slope = x.pointer();
+      p.slope_stride = k;
     }
     check(launch_product(p, device, nullptr));
     Matrix want = product(
@@ -185,7 +185,7 @@ struct Run {
       }
     }
     for (int i = 0; through && i < tokens; ++i) {
-      for (int j = 0; j < k; ++j) want[i][j] *= activated(c.activation, x.at(i, j), true);
+      for (int j = 0; j < k; ++j) want[i][j] *= x.at(i, j);
     }
     compare(c, "dx", dx, want, tolerance);
 
@@ -258,18 +258,19 @@ void run(const Case& c) {
 
 // The 16-bit kernels' GELU and its derivative against erf in double.
 void check_gelu() {
+  const auto gelu = device::activate_with_slope<Activation::kGelu, false>;
   double worst = 0;
   for (int i = -120000; i <= 120000; ++i) {
     const double x = static_cast<float>(i * 1e-4), phi = 0.5 * std::erfc(-x / std::sqrt(2.0));
     const double bell = std::exp(-x * x / 2) / std::sqrt(2 * std::acos(-1.0));
-    const auto z = static_cast<float>(x);
-    const double value = device::activate<Activation::kGelu, false>(z);
-    const double slope = device::derivative<Activation::kGelu, false>(z);
+    const auto [value, slope] = gelu(static_cast<float>(x));
     worst = std::max({worst, std::fabs(value - x * phi), std::fabs(slope - phi - x * bell)});
   }
-  const float infinity = std::numeric_limits<float>::infinity();
-  const bool ends = device::activate<Activation::kGelu, false>(infinity) == infinity &&
-                    std::isnan(device::activate<Activation::kGelu, false>(NAN));
+  constexpr float kInfinity = std::numeric_limits<float>::infinity();
+  const auto most = gelu(kInfinity), least = gelu(-kInfinity), nan = gelu(NAN);
+  const bool ends = most.value == kInfinity && most.slope == 1 &&
+                    std::fabs(least.value) + std::fabs(least.slope) < 1e-12 &&
+                    std::isnan(nan.value) && std::isnan(nan.slope);
   if (worst < 4e-7 && ends) return;
   ++g_failures;
   std::printf("FAILED gelu: off by %.1e\n", worst);

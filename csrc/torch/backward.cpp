@@ -10,13 +10,12 @@ namespace {
 constexpr const char* kOp = "pixelfly::backward";
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
-    Tensor dy, Tensor x, Tensor blocks, OptionalTensor u, OptionalTensor v, Tensor t, Tensor preact,
-    Tensor plan, std::vector<int64_t> header_words, int64_t activation_index, bool allow_tf32,
-    bool deterministic, bool need_dx, bool need_dblocks, bool need_du, bool need_dv,
-    bool need_dbias, OptionalTensor x_preact, int64_t x_activation) {
+    Tensor dy, Tensor x, Tensor blocks, OptionalTensor u, OptionalTensor v, Tensor t,
+    OptionalTensor slope, Tensor plan, std::vector<int64_t> header_words, bool relu,
+    bool allow_tf32, bool deterministic, bool need_dx, bool need_dblocks, bool need_du,
+    bool need_dv, bool need_dbias, OptionalTensor x_slope) {
   const PlanHeader h = parse_header(header_words, plan, kOp);
   const DType dtype = dtype_of(x, kOp);
-  const auto activation = static_cast<Activation>(activation_index);
   STD_TORCH_CHECK(x.dim() == 2, kOp, ": x must be [T, in_features], got ", shape_string(x));
   const int64_t tokens = x.size(0), k = h.in_features, n = h.out_features, b = h.block_size;
   check_operand(kOp, "x", x, x, {tokens, k});
@@ -30,8 +29,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     check_operand(kOp, "v", *v, x, {h.rank, k});
     check_operand(kOp, "t", t, x, {tokens, h.rank});
   }
-  if (activation != Activation::kNone) check_operand(kOp, "preact", preact, x, {tokens, n});
-  if (x_preact) check_operand(kOp, "x_preact", *x_preact, x, {tokens, k});
+  if (slope) check_operand(kOp, "slope", *slope, x, {tokens, n});
+  if (x_slope) check_operand(kOp, "x_slope", *x_slope, x, {tokens, k});
 
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   const DeviceInfo device = device_of(x, kOp);
@@ -41,6 +40,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   blocks = aligned(blocks);
   u = aligned(u);
   v = aligned(v);
+  x_slope = aligned(x_slope);
   auto output = [&](bool needed, std::initializer_list<int64_t> shape) {
     return needed ? empty(x, shape) : empty(x, {0});
   };
@@ -51,17 +51,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   Tensor dbias = output(need_dbias, {n});
 
   Tensor dz = dy;
-  if (activation != Activation::kNone && tokens > 0) {
+  if (slope && tokens > 0) {
     dz = empty(x, {tokens, n});
     ActivationGradParams a{};
     a.dtype = dtype;
-    a.activation = activation;
+    a.relu = relu;
     a.tokens = tokens;
     a.features = h.out_features;
     a.dy = dy.data_ptr();
     a.dy_stride = dy.stride(0);
-    a.z = preact.data_ptr();
-    a.z_stride = preact.stride(0);
+    a.slope = slope->data_ptr();
+    a.slope_stride = slope->stride(0);
     a.dz = dz.data_ptr();
     a.dz_stride = n;
     raise_if_error(launch_activation_grad(a, device, stream), kOp);
@@ -93,13 +93,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     p.t_stride = s_rows.stride;
     p.y = dx.data_ptr();
     p.y_stride = k;
-    if (x_preact && x_activation != 0) {
-      x_preact = aligned(x_preact);
-      const Matrix z_rows = matrix(x_preact);
-      p.z = z_rows.data;
-      p.z_stride = z_rows.stride;
-      p.activation = static_cast<Activation>(x_activation);
-    }
+    const Matrix slope_rows = matrix(x_slope);
+    p.slope = slope_rows.data;
+    p.slope_stride = slope_rows.stride;
     p.header = &h;
     p.plan = static_cast<const int32_t*>(plan.data_ptr());
     raise_if_error(launch_product(p, device, stream), kOp);

@@ -13,8 +13,8 @@ std::tuple<Tensor, Tensor, Tensor> forward(Tensor x, Tensor blocks, OptionalTens
                                            OptionalTensor v, OptionalTensor bias,
                                            OptionalTensor residual, Tensor plan,
                                            std::vector<int64_t> header_words, int64_t activation,
-                                           bool save_preact, bool allow_tf32,
-                                           OptionalTensor x_preact, int64_t) {
+                                           bool save_slope, bool allow_tf32, OptionalTensor x_slope,
+                                           bool) {
   const PlanHeader h = parse_header(header_words, plan, kOp);
   const DType dtype = dtype_of(x, kOp);
   STD_TORCH_CHECK(x.dim() == 2, kOp, ": x must be [T, in_features], got ", shape_string(x));
@@ -28,7 +28,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(Tensor x, Tensor blocks, OptionalTens
   if (v) check_operand(kOp, "v", *v, x, {h.rank, k});
   if (bias) check_operand(kOp, "bias", *bias, x, {n});
   if (residual) check_operand(kOp, "residual", *residual, x, {tokens, n});
-  if (x_preact) check_operand(kOp, "x_preact", *x_preact, x, {tokens, k});
+  if (x_slope) check_operand(kOp, "x_slope", *x_slope, x, {tokens, k});
 
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   const DeviceInfo device = device_of(x, kOp);
@@ -40,7 +40,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(Tensor x, Tensor blocks, OptionalTens
   residual = aligned(residual);
   Tensor y = empty(x, {tokens, n});
   Tensor t = padded_rows(x, tokens, h.rank);
-  Tensor preact = save_preact ? empty(x, {tokens, n}) : empty(x, {0});
+  Tensor slope = save_slope ? empty(x, {tokens, n}) : empty(x, {0});
 
   ProductParams p{};
   p.dtype = dtype;
@@ -61,14 +61,14 @@ std::tuple<Tensor, Tensor, Tensor> forward(Tensor x, Tensor blocks, OptionalTens
   set(p.bias, unused, matrix(bias));
   set(p.residual, p.residual_stride, matrix(residual));
   set(p.y, p.y_stride, matrix(y));
-  set(p.preact, p.preact_stride, matrix(preact));
+  set(p.slope_out, p.slope_out_stride, matrix(slope));
   p.activation = static_cast<Activation>(activation);
   p.header = &h;
   p.plan = static_cast<const int32_t*>(plan.data_ptr());
   if (tokens > 0) {
     raise_if_error(launch_product(p, device, current_stream(x.get_device_index())), kOp);
   }
-  return {y, t, preact};
+  return {y, t, slope};
 }
 
 }  // namespace

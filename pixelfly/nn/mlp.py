@@ -15,9 +15,9 @@ from .linear import PixelflyLinear
 class PixelflyMLP(nn.Module):
     """Applies `fc2(act(fc1(x))) + residual`, a drop-in for timm's `Mlp` and GPT-2's MLP.
 
-    Bias and activation happen in fc1's kernel, which keeps the pre-activation for the backward;
-    bias and residual in fc2's, as does the activation's derivative in the backward (unless a layer
-    has hooks or a forward of its own, is a subclass or has a token gate).
+    Bias and activation happen in fc1's kernel, which keeps the activation's derivative for the
+    backward, bias and residual in fc2's. In the backward fc2's kernel applies that derivative
+    (unless a layer has hooks or a forward of its own, is a subclass or has a token gate).
 
     Args:
         in_features: K, a multiple of 8.

@@ -23,15 +23,16 @@ def apply_activation(z: torch.Tensor, activation: int) -> torch.Tensor:
     return F.silu(z)
 
 
-def activation_grad(dy: torch.Tensor, z: torch.Tensor, activation: int) -> torch.Tensor:
-    """Returns `dy ⊙ act'(z)` for an activation number."""
+def activation_slope(z: torch.Tensor, activation: int) -> torch.Tensor:
+    """Returns `act'(z)` for an activation number."""
     aten = torch.ops.aten
+    ones = torch.ones_like(z)
     if activation == NONE:
-        return dy
+        return ones
     if activation == RELU:
-        return aten.threshold_backward(dy, z, 0)
+        return aten.threshold_backward(ones, z, 0)
     if activation == GELU:
-        return aten.gelu_backward(dy, z)
+        return aten.gelu_backward(ones, z)
     if activation == GELU_TANH:
-        return aten.gelu_backward(dy, z, approximate="tanh")
-    return aten.silu_backward(dy, z)
+        return aten.gelu_backward(ones, z, approximate="tanh")
+    return aten.silu_backward(ones, z)

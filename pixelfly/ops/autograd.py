@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from .activations import NONE, RELU, activation_grad
+from .activations import NONE, RELU
 from .plan import Header
 
 
@@ -19,21 +19,21 @@ def _round_up(value: int, multiple: int) -> int:
 
 
 def _forward_fake(
-    x, blocks, u, v, bias, residual, plan, header, activation, save_preact, allow_tf32,
-    x_preact=None, x_activation=NONE,
+    x, blocks, u, v, bias, residual, plan, header, activation, save_slope, allow_tf32,
+    x_slope=None, dy_is_dz=False,
 ):  # fmt: skip
     n = Header.parse(header).out_features
     rank = 0 if u is None else u.shape[1]
     y = x.new_empty(x.shape[0], n)
     # Rows of t are padded to 16 bytes so that kernels can read them as vectors.
     t = x.new_empty(x.shape[0], _round_up(rank, 8))[:, :rank]
-    preact = x.new_empty(x.shape[0], n) if save_preact else x.new_empty(0)
-    return y, t, preact
+    slope = x.new_empty(x.shape[0], n) if save_slope else x.new_empty(0)
+    return y, t, slope
 
 
 def _backward_fake(
-    dy, x, blocks, u, v, t, preact, plan, header, activation, allow_tf32, deterministic,
-    need_dx, need_dblocks, need_du, need_dv, need_dbias, x_preact=None, x_activation=NONE,
+    dy, x, blocks, u, v, t, slope, plan, header, relu, allow_tf32, deterministic,
+    need_dx, need_dblocks, need_du, need_dv, need_dbias, x_slope=None,
 ):  # fmt: skip
     def like(shape, needed):
         return x.new_empty(shape if needed else (0,))
@@ -48,57 +48,45 @@ def _backward_fake(
     )
 
 
-# Positions of x_preact and x_activation among the arguments of `pixelfly::forward`.
-X_PREACT, X_ACTIVATION = 11, 12
-
-
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-    x, blocks, u, v, _, residual, plan, header, activation, save_preact, allow_tf32 = inputs[:11]
-    x_preact, x_activation = inputs[X_PREACT:] or (None, NONE)
-    y, t, preact = output
-    ctx.mark_non_differentiable(t, *([] if save_preact else [preact]))
+    x, blocks, u, v, _, residual, plan, header, activation, save_slope, allow_tf32 = inputs[:11]
+    x_slope, dy_is_dz = inputs[11:] or (None, False)
+    y, t, slope = output
+    ctx.mark_non_differentiable(t, slope)
     # Unused outputs then come as None instead of as tensors of zeros.
     ctx.set_materialize_grads(False)
-    if activation == RELU and residual is None:
-        preact = y  # positive where the pre-activation is, and somebody keeps it anyway
-    elif activation != NONE and not save_preact and any(_needs(ctx)):
+    if activation == NONE or dy_is_dz:
+        slope = None
+    elif activation == RELU and residual is None:
+        slope = y  # positive where the slope is, and somebody keeps it anyway
+    elif not save_slope and any(ctx.needs_input_grad[:5]):
         raise RuntimeError(
-            "pixelfly::forward: save_preact must be True when an activation is to be "
+            "pixelfly::forward: save_slope must be True when an activation is to be "
             "differentiated, got False"
         )
+    if dy_is_dz and ctx.needs_input_grad[5]:
+        raise RuntimeError("pixelfly::forward: with dy_is_dz the residual gets no gradient")
     if not any(ctx.needs_input_grad[1:5]):
         x = t = None  # frozen weights: dx needs neither
-    ctx.save_for_backward(x, blocks, u, v, t, preact, plan, x_preact)
-    ctx.header, ctx.activation, ctx.allow_tf32 = header, activation, allow_tf32
-    ctx.x_activation = x_activation
+    ctx.save_for_backward(x, blocks, u, v, t, slope, plan, x_slope)
+    ctx.header, ctx.relu, ctx.allow_tf32 = header, activation == RELU, allow_tf32
 
 
-def _needs(ctx: Any) -> list[bool]:
-    """Which of dx, dblocks, du, dv and dbias are wanted; dx may be that of the pre-activation."""
-    needs = list(ctx.needs_input_grad)
-    hidden = len(needs) > X_PREACT and needs[X_PREACT]
-    return [needs[0] or hidden, *needs[1:5]]
+def _forward_backward(ctx: Any, dy: torch.Tensor | None, *_: Any) -> tuple[Any, ...]:
+    """Gradients of `pixelfly::forward` from that of y.
 
-
-def _forward_backward(
-    ctx: Any, dy: torch.Tensor | None, _: Any, dz: torch.Tensor | None
-) -> tuple[Any, ...]:
-    """Gradients of `pixelfly::forward` from those of y and of the pre-activation.
-
-    Usually one of them is None. That of the pre-activation is how two layers share an activation's
-    derivative: the later one takes `x = act(x_preact)` and gives its gradient to x_preact.
+    Two layers share an activation's derivative by what travels between them: the later one, given
+    x_slope, hands back its x's gradient times x_slope, and the earlier one, told dy_is_dz, takes
+    that as the gradient of its pre-activation. Nobody else may use the tensor between them.
     """
     grads: list[torch.Tensor | None] = [None] * len(ctx.needs_input_grad)
-    if dy is None and dz is None:
+    if dy is None:
         return tuple(grads)
-    x, blocks, u, v, t, preact, plan, x_preact = ctx.saved_tensors
-    needs = _needs(ctx)
+    x, blocks, u, v, t, slope, plan, x_slope = ctx.saved_tensors
+    needs = ctx.needs_input_grad[:5]
     if any(needs):
         # Gradients arrive expanded (from a sum) or transposed: the kernels want rows.
-        activation = ctx.activation if dz is None else NONE
-        rows = dy if dz is None else dz
-        if dy is not None and dz is not None:
-            rows = dz + activation_grad(dy, preact, ctx.activation)
+        rows = dy
         if rows.stride(1) != 1 or rows.stride(0) < rows.shape[1]:
             rows = rows.contiguous()
         if x is None:
@@ -107,13 +95,10 @@ def _forward_backward(
             x = rows.new_empty(1, Header.parse(ctx.header).in_features).expand(tokens, -1)
             t = rows.new_empty(1, rank).expand(tokens, -1)
         outputs = torch.ops.pixelfly.backward(
-            rows, x, blocks, u, v, t, preact, plan, ctx.header,
-            activation, ctx.allow_tf32,
-            torch.are_deterministic_algorithms_enabled(), *needs, x_preact, ctx.x_activation,
+            rows, x, blocks, u, v, t, slope, plan, ctx.header, ctx.relu, ctx.allow_tf32,
+            torch.are_deterministic_algorithms_enabled(), *needs, x_slope,
         )  # fmt: skip
         grads[:5] = [g if needed else None for g, needed in zip(outputs, needs, strict=True)]
-        if x_preact is not None:
-            grads[0], grads[X_PREACT] = None, grads[0]
     if ctx.needs_input_grad[5]:
         grads[5] = dy
     return tuple(grads)
@@ -172,8 +157,8 @@ def _forward_flops(x_shape, blocks_shape, u_shape, v_shape, bias_shape, residual
     return 2 * x_shape[0] * _kept_weights(header, rank)
 
 
-def _backward_flops(dy_shape, x_shape, blocks_shape, u_shape, v_shape, t_shape, preact_shape,
-                    plan_shape, header, activation, allow_tf32, deterministic, need_dx,
+def _backward_flops(dy_shape, x_shape, blocks_shape, u_shape, v_shape, t_shape, slope_shape,
+                    plan_shape, header, relu, allow_tf32, deterministic, need_dx,
                     need_dblocks, need_du, need_dv, *args, out_shape=None,
                     **kwargs) -> int:  # fmt: skip
     h = Header.parse(header)

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 
-from .activations import NONE, activation_grad, apply_activation
+from .activations import NONE, activation_slope, apply_activation
 from .cpu_schedule import Batch, Schedule, forward_schedule, transposed_schedule
 from .plan import Header
 
@@ -124,16 +124,16 @@ def _product(
 
 
 def forward(
-    x, blocks, u, v, bias, residual, plan, header, activation, save_preact, allow_tf32,
-    x_preact=None, x_activation=NONE,
+    x, blocks, u, v, bias, residual, plan, header, activation, save_slope, allow_tf32,
+    x_slope=None, dy_is_dz=False,
 ):  # fmt: skip
-    """Computes `pixelfly::forward` (schema in csrc/torch/library.cpp): y, t, pre-activation."""
+    """Computes `pixelfly::forward` (schema in csrc/torch/library.cpp): y, t, slope."""
     with _without_autocast():
         h = Header.parse(header)
         tokens, n, b = x.shape[0], h.out_features, h.block_size
         dtype = _compute_dtype(x.dtype)
         y = x.new_empty(tokens, n)
-        preact = x.new_empty(tokens, n) if save_preact else x.new_empty(0)
+        slope = x.new_empty(tokens, n) if save_slope else x.new_empty(0)
         rank = 0 if u is None else u.shape[1]
         t = x.new_empty(tokens, -(-rank // 8) * 8)[:, :rank]
         schedule = forward_schedule(plan, h)
@@ -154,15 +154,15 @@ def forward(
                 z.addmm_(t[rows].to(dtype), u.t())
             if bias is not None:
                 z += bias
-            if save_preact:
-                preact[rows] = z
+            if save_slope:
+                slope[rows] = activation_slope(z, activation)
             if activation != NONE:
                 z = apply_activation(z, activation)
             if residual is not None:
                 z = z + residual[rows]
             if z.data_ptr() != y[rows].data_ptr():
                 y[rows] = z
-        return y, t, preact
+        return y, t, slope
 
 
 def _input_grad(dz, blocks, s, v, plan, h: Header) -> torch.Tensor:
@@ -225,14 +225,16 @@ def _block_grad(dz, x, blocks, plan, h: Header) -> torch.Tensor:
 
 
 def backward(
-    dy, x, blocks, u, v, t, preact, plan, header, activation, allow_tf32, deterministic,
-    need_dx, need_dblocks, need_du, need_dv, need_dbias, x_preact=None, x_activation=NONE,
+    dy, x, blocks, u, v, t, slope, plan, header, relu, allow_tf32, deterministic,
+    need_dx, need_dblocks, need_du, need_dv, need_dbias, x_slope=None,
 ):  # fmt: skip
     """Computes `pixelfly::backward`: dx, dblocks, du, dv, dbias, empty where not needed."""
     with _without_autocast():
         h = Header.parse(header)
         dtype = _compute_dtype(x.dtype)
-        dz = activation_grad(dy, preact, activation)
+        dz = dy
+        if slope is not None:
+            dz = torch.ops.aten.threshold_backward(dy, slope, 0) if relu else dy * slope
         s = None
         if u is not None and (need_dx or need_dv):
             s = dz.to(dtype) @ u.to(dtype)
@@ -240,8 +242,8 @@ def backward(
         dx, dblocks, du, dv, dbias = (x.new_empty(0) for _ in range(5))
         if need_dx:
             dx = _input_grad(dz, blocks, s, None if v is None else v.to(dtype), plan, h)
-            if x_preact is not None:
-                dx = activation_grad(dx, x_preact, x_activation)
+            if x_slope is not None:
+                dx *= x_slope
         if need_dblocks:
             dblocks = _block_grad(dz, x, blocks, plan, h)
         if need_du:

@@ -108,15 +108,14 @@ def linear(
     activation: str | None = None,
     residual: torch.Tensor | None = None,
     *,
-    keep_preact: bool = False,
-    x_preact: torch.Tensor | None = None,
-    x_activation: str | None = None,
+    give_slope: bool = False,
+    x_slope: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """`butterfly_lowrank_mm`, and the pre-activation as `[T, N]` rows if a derivative wants it.
+    """`butterfly_lowrank_mm`, and for two layers that share an activation its derivative.
 
-    With keep_preact that is always so where anything is differentiated, and gradients may come to
-    the pre-activation instead of to y. Given x_preact `[T, K]` with `x = x_activation(x_preact)`,
-    gradients go to x_preact and none to x.
+    With give_slope, which takes no residual, the second result is the activation's derivative as
+    `[T, N]` rows, unless nothing is differentiated. Whoever uses y then must pass on y's gradient
+    times that: a layer that is given it as x_slope `[T, K]` does so to its x.
     """
     optional = {"u": u, "v": v, "bias": bias, "residual": residual}
     validation.check_types(x, blocks, layout, optional, activation)
@@ -140,10 +139,9 @@ def linear(
     plan = device_plan(layout, rank, x.device)
     header = plan_header(layout, rank)
     kind = ACTIVATIONS[activation]
-    operands = (x, blocks, u, v, bias, x_preact)
-    wanted = keep_preact or _derivative_needs_preact(kind, residual)
-    saves_preact = wanted and _needs_grad(*operands)
-    y, _, preact = call_forward(
+    operands = (x, blocks, u, v, bias)
+    differentiated = _needs_grad(*operands)
+    y, _, slope = call_forward(
         _rows(x),
         blocks.contiguous(),
         None if u is None else u.contiguous(),
@@ -153,19 +151,19 @@ def linear(
         plan,
         header,
         kind,
-        saves_preact,
+        differentiated and (give_slope or _derivative_needs_slope(kind, residual)),
         x.dtype == torch.float32 and x.is_cuda and matmul_allows_tf32(),
-        x_preact,
-        ACTIVATIONS[x_activation],
-        needs_grad=_needs_grad(*operands, residual),
+        x_slope,
+        give_slope,
+        needs_grad=differentiated or _needs_grad(residual),
     )
     if x.dim() != 2:
         # Not a view, as far as autograd and FSDP are concerned: nobody else sees y.
         y = torch.ops.aten._unsafe_view(y, (*x.shape[:-1], sizes[0]))
-    return y, preact if saves_preact else None
+    return y, slope if give_slope and differentiated else None
 
 
-def _derivative_needs_preact(activation: int, residual: torch.Tensor | None) -> bool:
+def _derivative_needs_slope(activation: int, residual: torch.Tensor | None) -> bool:
     # ReLU's derivative can be read off its output, unless a residual hides it.
     return activation != NONE and not (activation == RELU and residual is None)
 

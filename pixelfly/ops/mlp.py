@@ -62,8 +62,5 @@ def butterfly_mlp(
     """
     # ReLU's derivative is read off its output instead: nothing but that output is kept.
     shared = activation not in (None, "relu")
-    hidden, preact = linear(x, *first, activation, keep_preact=shared)
-    if not shared or preact is None:  # None: nothing is differentiated
-        return linear(hidden, *second, None, residual)[0]
-    derivative = {"x_preact": preact, "x_activation": activation}
-    return linear(hidden, *second, None, residual, **derivative)[0]
+    hidden, slope = linear(x, *first, activation, give_slope=shared)
+    return linear(hidden, *second, None, residual, x_slope=slope)[0]

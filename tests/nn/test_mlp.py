@@ -11,7 +11,6 @@ from torch.nn.modules.module import register_module_forward_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pixelfly.nn import PixelflyLinear, PixelflyMLP
-from pixelfly.ops.activations import ACTIVATIONS
 
 
 @pytest.mark.parametrize("activation", [None, "relu", "gelu", "gelu_tanh", "silu"])
@@ -76,39 +75,48 @@ def test_shares_the_derivative(activation, how):
 
 
 class Backwards(TorchDispatchMode):
-    """Notes which activations `pixelfly::backward` differentiates: a layer's and its input's."""
+    """Notes for calls of `pixelfly::backward` whether dy and whether dx is scaled by a slope."""
 
     def __init__(self):
         super().__init__()
-        self.activations = []
+        self.scaled = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func is torch.ops.pixelfly.backward.default:
-            self.activations.append((args[9], args[18] if len(args) > 18 else 0))
+            named = dict(zip((a.name for a in func._schema.arguments), args, strict=False))
+            self.scaled.append((named["slope"] is not None, named.get("x_slope") is not None))
         return func(*args, **(kwargs or {}))
 
 
-def differentiated(mlp):
+def scaled(mlp):
     x = torch.randn(3, 64, dtype=mlp.fc1.blocks.dtype)
     with Backwards() as seen:
         mlp(x).sum().backward()
-    return seen.activations  # fc2's, then fc1's
+    return seen.scaled  # fc2's, then fc1's
 
 
 @pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "silu"])
 def test_no_pass_over_the_hidden_activations(activation):
-    kind = ACTIVATIONS[activation]
-    assert differentiated(PixelflyMLP(64, activation=activation, block_size=16)) == [
-        (0, kind), (0, 0),
-    ]  # fmt: skip
+    mlp = PixelflyMLP(64, activation=activation, block_size=16)
+    assert scaled(mlp) == [(False, True), (False, False)]
+
+
+def test_keeps_the_hidden_activations_and_their_slopes_once():
+    mlp = PixelflyMLP(64, 128, block_size=16)
+    kept = set()
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: kept.add((t.data_ptr(), t.shape)) or t, lambda t: t
+    ):
+        mlp(torch.randn(3, 64))
+    assert [shape for _, shape in kept].count((3, 128)) == 2
 
 
 def test_layers_are_called_where_calls_are_watched():
-    apart = [(0, 0), (ACTIVATIONS["gelu"], 0)]
+    apart = [(False, False), (True, False)]
     mlp = PixelflyMLP(64, block_size=16)
     inner = mlp.fc2.forward
     mlp.fc2.forward = lambda x, residual=None: 2 * inner(x, residual)
-    assert differentiated(mlp) == apart
+    assert scaled(mlp) == apart
     x = torch.randn(3, 64)
     torch.testing.assert_close(mlp(x), 2 * inner(mlp.fc1(x)))
 
@@ -116,7 +124,7 @@ def test_layers_are_called_where_calls_are_watched():
     handle = register_module_forward_hook(lambda module, *_: calls.append(module))
     try:
         mlp = PixelflyMLP(64, block_size=16)
-        assert differentiated(mlp) == apart
+        assert scaled(mlp) == apart
     finally:
         handle.remove()
     assert calls == [mlp.fc1, mlp.fc2, mlp]

@@ -9,6 +9,7 @@ import torch
 
 from pixelfly.masks import BlockLayout
 from pixelfly.ops import butterfly_lowrank_mm
+from pixelfly.ops.plan import device_plan, plan_header
 
 from .helpers import DEVICES, make_call, make_layout, xor_grid
 
@@ -144,6 +145,22 @@ class TestOnCuda:
         }
         with pytest.raises(TypeError, match="float64 runs on the CPU only"):
             butterfly_lowrank_mm(**on_gpu)
+
+
+def test_operator_whose_gradient_would_be_wrong(arguments):
+    x, residual = (arguments[name].flatten(0, 1) for name in ("x", "residual"))
+    blocks = arguments["blocks"].requires_grad_()
+    plan = device_plan(arguments["layout"], 0, x.device)
+    header = plan_header(arguments["layout"], 0)
+
+    def forward(residual, save_slope, dy_is_dz):
+        options = (2, save_slope, False, None, dy_is_dz)
+        torch.ops.pixelfly.forward(x, blocks, None, None, None, residual, plan, header, *options)
+
+    with pytest.raises(RuntimeError, match="save_slope must be True .* got False"):
+        forward(None, False, False)
+    with pytest.raises(RuntimeError, match="with dy_is_dz the residual gets no gradient"):
+        forward(residual.requires_grad_(), True, True)
 
 
 class TestDevicesWithoutKernels:

@@ -189,7 +189,7 @@ def test_first_call_in_inference_mode_leaves_a_plan_for_training():
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("rank", [0, 8, 40])
-@pytest.mark.parametrize("activation", [0, 2])
+@pytest.mark.parametrize("activation", [0, 1, 2])
 def test_opcheck(device, rank, activation):
     layout = make_layout(torch.tensor([[1, 0, 1], [0, 0, 0], [1, 1, 0]]).bool(), 16, (8, 8))
     call = make_call(layout, rank=rank, device=device, dtype=torch.float32)
@@ -203,16 +203,14 @@ def test_opcheck(device, rank, activation):
     arguments = (*leaves, None, plan, header, activation, True, False)
     # Stride-0 gradients of the operator's unused outputs are what makes these tests worth running.
     torch.library.opcheck(forward, arguments)
-    if activation:
-        hidden = torch.randn_like(leaves[0]).requires_grad_()
-        torch.library.opcheck(forward, (*arguments, hidden, activation))
-    _, t, preact = forward(*arguments)
+    torch.library.opcheck(forward, (*arguments, torch.randn_like(leaves[0]), True))
+    _, t, slope = forward(*arguments)
     x, blocks, u, v = (None if p is None else p.detach() for p in leaves[:4])
-    for x_preact in (None, torch.randn_like(x)):
+    for slopes in ((None, None), (slope.detach(), torch.randn_like(x))):
         torch.library.opcheck(
             torch.ops.pixelfly.backward.default,
-            (call.dy, x, blocks, u, v, t.detach(), preact.detach(), plan, header, activation,
-             False, False, True, True, rank > 0, rank > 0, True, x_preact, 2),
+            (call.dy, x, blocks, u, v, t.detach(), slopes[0], plan, header, activation == 1,
+             False, False, True, True, rank > 0, rank > 0, True, slopes[1]),
         )  # fmt: skip
 
 

@@ -33,7 +33,7 @@ def _saved_shapes(call) -> list[tuple[int, ...]]:
     ("activation", "residual", "kept"),
     [(None, True, False), ("relu", False, True), ("relu", True, True), ("gelu", False, True)],
 )
-def test_pre_activation_is_kept_only_if_the_activation_needs_it(activation, residual, kept):
+def test_slope_is_kept_only_if_the_activation_needs_it(activation, residual, kept):
     layout = make_layout(xor_grid(8, 4), 16)
     call = make_call(layout, tokens=TOKENS, rank=RANK, activation=activation, residual=residual)
     shapes = _saved_shapes(call)

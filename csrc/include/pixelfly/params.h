@@ -34,7 +34,7 @@ struct LowRankParams {
 };
 
 // y = act(x · Bᵀ + t · uᵀ + bias) + residual             (transposed == false)
-// dx = (dz · B + s · v) ⊙ act'(z)                        (transposed == true; ⊙ only if z given)
+// dx = (dz · B + s · v) ⊙ slope                          (transposed == true; ⊙ only if given)
 struct ProductParams {
   DType dtype;
   bool allow_tf32;
@@ -54,13 +54,13 @@ struct ProductParams {
   const void* bias;      // [out_features] or null
   const void* residual;  // [T, out_features] or null
   int64_t residual_stride;
-  const void* z;  // [T, out_features] pre-activation whose derivative scales the result, or null
-  int64_t z_stride;
-  Activation activation;  // applied to the result, or differentiated at z when z is given
+  const void* slope;  // [T, out_features]: multiplies the result (transposed only), or null
+  int64_t slope_stride;
+  Activation activation;  // not transposed only
   void* y;                // [T, out_features]
   int64_t y_stride;
-  void* preact;  // [T, out_features]: x · Bᵀ + t · uᵀ + bias before the activation, or null
-  int64_t preact_stride;
+  void* slope_out;  // [T, out_features]: act'(x · Bᵀ + t · uᵀ + bias), or null; not transposed only
+  int64_t slope_out_stride;
   const PlanHeader* header;  // host
   const int32_t* plan;       // device
 };
@@ -91,16 +91,16 @@ struct WeightGradParams {
   const int32_t* plan;
 };
 
-// dz = dy ⊙ act'(z), elementwise over [T, N].
+// dz = dy ⊙ slope, elementwise over [T, N]; for ReLU, dz = dy where slope > 0: it may be y itself.
 struct ActivationGradParams {
   DType dtype;
-  Activation activation;
+  bool relu;
   int64_t tokens;
   int32_t features;
   const void* dy;
   int64_t dy_stride;
-  const void* z;
-  int64_t z_stride;
+  const void* slope;
+  int64_t slope_stride;
   void* dz;
   int64_t dz_stride;
 };
