@@ -203,16 +203,38 @@ struct Consumer {
     return at;
   }
 
-  // Sends 64 tokens x 64 features, packed in pairs, to global memory by way of a tile in shared
-  // memory.
-  __device__ __forceinline__ void store(const uint32_t (&pairs)[4][4], uint32_t tile,
-                                        const CUtensorMap* map, int feature, int token) const {
+  // Writes 64 tokens x 64 features, packed in pairs, into a tile in shared memory.
+  __device__ __forceinline__ void fill(const uint32_t (&pairs)[4][4], uint32_t tile) const {
 #pragma unroll
     for (int j = 0; j < 4; ++j) device::stmatrix_x4_trans(fragment_address(tile, j), pairs[j]);
+  }
+
+  // Sends them to global memory by way of that tile.
+  __device__ __forceinline__ void store(const uint32_t (&pairs)[4][4], uint32_t tile,
+                                        const CUtensorMap* map, int feature, int token) const {
+    fill(pairs, tile);
     device::fence_proxy_async();
     synchronize();
     if (leader()) {
       device::tma_store_2d(map, tile, feature, token);
+      device::tma_store_commit();
+    }
+  }
+
+  // Sends slopes and outputs through both staging tiles, with one wait and one barrier.
+  __device__ __forceinline__ void store_both(const uint32_t (&slopes)[4][4],
+                                             const uint32_t (&outputs)[4][4], int feature,
+                                             int token) const {
+    const uint32_t tile = layout.staging + warpgroup * 2 * kGroupTileBytes;
+    if (leader()) device::tma_store_wait_read<0>();
+    synchronize();
+    fill(slopes, tile);
+    fill(outputs, tile + kGroupTileBytes);
+    device::fence_proxy_async();
+    synchronize();
+    if (leader()) {
+      device::tma_store_2d(&maps.slope_out, tile, feature, token);
+      device::tma_store_2d(&maps.y, tile + kGroupTileBytes, feature, token);
       device::tma_store_commit();
     }
   }
@@ -240,6 +262,15 @@ struct Consumer {
             pairs[i / 4][i % 4] = device::pack2<T>(a.slope, b.slope);
           }
         });
+        if (!kCooperative && args.staging_tiles == 2 && !args.has_aux()) {
+          uint32_t outputs[4][4];
+#pragma unroll
+          for (int i = 0; i < 16; ++i) {
+            outputs[i / 4][i % 4] = device::pack2<T>(chunk[2 * i], chunk[2 * i + 1]);
+          }
+          store_both(pairs, outputs, feature, first);
+          continue;
+        }
         store(pairs, free_staging(), &maps.slope_out, feature, first);
       } else if (args.activation != Activation::kNone) {
         device::dispatch_activation(args.activation, [&](auto tag) {
