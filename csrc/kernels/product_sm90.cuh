@@ -184,16 +184,18 @@ struct Consumer {
     return layout.stage(stage) + (kCooperative ? warpgroup * kGroupXBytes : 0);
   }
 
-  // A staging tile that may be overwritten.
+  // One or two staging tiles in a row that may be overwritten.
+  template <int kTiles>
   __device__ __forceinline__ uint32_t free_staging() {
-    const int next = next_staging++;
+    const int next = next_staging;
+    next_staging += kTiles;
     const uint32_t tiles = layout.staging + warpgroup * args.staging_tiles * kGroupTileBytes;
     uint32_t at;
     if (kCooperative && held >= 0) {
-      if (leader()) device::tma_store_wait_read<3>();
+      if (leader()) device::tma_store_wait_read<4 / kTiles - 1>();
       at = (next % 4 < 2 ? x_tile(held) : tiles) + next % 2 * kGroupTileBytes;
     } else if (args.staging_tiles == 2) {
-      if (leader()) device::tma_store_wait_read<1>();
+      if (leader()) device::tma_store_wait_read<2 / kTiles - 1>();
       at = tiles + next % 2 * kGroupTileBytes;
     } else {
       if (leader()) device::tma_store_wait_read<0>();
@@ -203,32 +205,26 @@ struct Consumer {
     return at;
   }
 
-  // Sends 64 tokens x 64 features, packed in pairs, to global memory by way of a tile in shared
-  // memory.
-  __device__ __forceinline__ void store(const uint32_t (&pairs)[4][4], uint32_t tile,
-                                        const CUtensorMap* map, int feature, int token) const {
+  // Writes 64 tokens x 64 features, packed in pairs, into a tile in shared memory.
+  __device__ __forceinline__ void write(const uint32_t (&pairs)[4][4], uint32_t tile) const {
 #pragma unroll
     for (int j = 0; j < 4; ++j) device::stmatrix_x4_trans(fragment_address(tile, j), pairs[j]);
-    device::fence_proxy_async();
-    synchronize();
-    if (leader()) {
-      device::tma_store_2d(map, tile, feature, token);
-      device::tma_store_commit();
-    }
   }
 
-  // 128 tokens of one output tile. `aux`: its residual or slope tile, which it replaces.
+  // 128 tokens of one output tile. `aux`: its residual or slope tile, which it replaces. Slopes to
+  // be saved leave together with the output: one wait and one barrier for both.
   __device__ __forceinline__ void epilogue(float (&acc)[64], int row, int token, uint32_t aux) {
     const int feature = row * kGroupTile;
+    const bool saves_slope = !kTransposed && args.has_slope_out;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       float* chunk = acc + half * 32;
       const int first = token + half * 64;
       const uint32_t aux_half = aux + half * kGroupTileBytes;
-      uint32_t pairs[4][4];
+      uint32_t outputs[4][4], slopes[4][4];
       if constexpr (kTransposed) {
         if (args.has_slope) combine<T>(chunk, aux_half, [](float a, float b) { return a * b; });
-      } else if (args.has_slope_out) {
+      } else if (saves_slope) {
         device::dispatch_activation(args.activation, [&](auto tag) {
           constexpr Activation kKind = decltype(tag)::value;
 #pragma unroll
@@ -237,10 +233,9 @@ struct Consumer {
             const auto b = device::activate_with_slope<kKind, false>(chunk[2 * i + 1]);
             chunk[2 * i] = a.value;
             chunk[2 * i + 1] = b.value;
-            pairs[i / 4][i % 4] = device::pack2<T>(a.slope, b.slope);
+            slopes[i / 4][i % 4] = device::pack2<T>(a.slope, b.slope);
           }
         });
-        store(pairs, free_staging(), &maps.slope_out, feature, first);
       } else if (args.activation != Activation::kNone) {
         device::dispatch_activation(args.activation, [&](auto tag) {
 #pragma unroll
@@ -254,9 +249,25 @@ struct Consumer {
       }
 #pragma unroll
       for (int i = 0; i < 16; ++i) {
-        pairs[i / 4][i % 4] = device::pack2<T>(chunk[2 * i], chunk[2 * i + 1]);
+        outputs[i / 4][i % 4] = device::pack2<T>(chunk[2 * i], chunk[2 * i + 1]);
       }
-      store(pairs, args.has_aux() ? aux_half : free_staging(), &maps.y, feature, first);
+
+      uint32_t tile = aux_half, slope_tile = 0;
+      if (saves_slope) {
+        slope_tile = args.has_aux() ? free_staging<1>() : free_staging<2>();
+        if (!args.has_aux()) tile = slope_tile + kGroupTileBytes;
+        write(slopes, slope_tile);
+      } else if (!args.has_aux()) {
+        tile = free_staging<1>();
+      }
+      write(outputs, tile);
+      device::fence_proxy_async();
+      synchronize();
+      if (leader()) {
+        if (saves_slope) device::tma_store_2d(&maps.slope_out, slope_tile, feature, first);
+        device::tma_store_2d(&maps.y, tile, feature, first);
+        device::tma_store_commit();
+      }
     }
   }
 

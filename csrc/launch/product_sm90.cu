@@ -44,6 +44,9 @@ Tile choose_tile(const ProductParams& p, const DeviceInfo& device) {
     while (stages > 0 && bytes(stages) > budget) --stages;
     return Tile{stages, staging, resident, cooperative, 1024 + bytes(stages)};
   };
+  // Slopes leave together with the outputs, which need a tile of their own unless they replace the
+  // residual.
+  const int least_staging = p.slope_out != nullptr && p.residual == nullptr ? 2 : 1;
   const int resident = section.resident_weights;
   if (resident > 0 || section.max_weights == 0) {
     // A second staging tile pays only where the epilogue is long.
@@ -51,7 +54,7 @@ Tile choose_tile(const ProductParams& p, const DeviceInfo& device) {
       const Tile tile = fit(2, resident, false);
       if (tile.stages > kMinStages) return tile;
     }
-    const Tile tile = fit(1, resident, false);
+    const Tile tile = fit(least_staging, resident, false);
     if (tile.stages >= kMinStages) return tile;
   }
   // All groups stream their weights. For many of them it pays to read them once for two token
@@ -60,7 +63,7 @@ Tile choose_tile(const ProductParams& p, const DeviceInfo& device) {
   constexpr int kCooperativeTiles = 44;
   const bool staged_beside_aux = p.slope_out != nullptr && p.residual != nullptr;
   if (section.max_weights >= kCooperativeTiles && !staged_beside_aux) return fit(2, 0, true);
-  return fit(1, 0, false);
+  return fit(least_staging, 0, false);
 }
 
 template <typename T, bool kTransposed, bool kQuads>
