@@ -13,8 +13,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(Tensor x, Tensor blocks, OptionalTens
                                            OptionalTensor v, OptionalTensor bias,
                                            OptionalTensor residual, Tensor plan,
                                            std::vector<int64_t> header_words, int64_t activation,
-                                           bool save_slope, bool allow_tf32, OptionalTensor x_slope,
-                                           bool) {
+                                           bool save_slope, bool allow_tf32) {
   const PlanHeader h = parse_header(header_words, plan, kOp);
   const DType dtype = dtype_of(x, kOp);
   STD_TORCH_CHECK(x.dim() == 2, kOp, ": x must be [T, in_features], got ", shape_string(x));
@@ -28,7 +27,6 @@ std::tuple<Tensor, Tensor, Tensor> forward(Tensor x, Tensor blocks, OptionalTens
   if (v) check_operand(kOp, "v", *v, x, {h.rank, k});
   if (bias) check_operand(kOp, "bias", *bias, x, {n});
   if (residual) check_operand(kOp, "residual", *residual, x, {tokens, n});
-  if (x_slope) check_operand(kOp, "x_slope", *x_slope, x, {tokens, k});
 
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   const DeviceInfo device = device_of(x, kOp);

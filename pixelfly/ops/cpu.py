@@ -123,10 +123,7 @@ def _product(
         y.index_fill_(1, schedule.empty_rows, 0)
 
 
-def forward(
-    x, blocks, u, v, bias, residual, plan, header, activation, save_slope, allow_tf32,
-    x_slope=None, dy_is_dz=False,
-):  # fmt: skip
+def forward(x, blocks, u, v, bias, residual, plan, header, activation, save_slope, allow_tf32):
     """Computes `pixelfly::forward` (schema in csrc/torch/library.cpp): y, t, slope."""
     with _without_autocast():
         h = Header.parse(header)
@@ -226,7 +223,7 @@ def _block_grad(dz, x, blocks, plan, h: Header) -> torch.Tensor:
 
 def backward(
     dy, x, blocks, u, v, t, slope, plan, header, relu, allow_tf32, deterministic,
-    need_dx, need_dblocks, need_du, need_dv, need_dbias, x_slope=None,
+    need_dx, need_dblocks, need_du, need_dv, need_dbias, x_slope,
 ):  # fmt: skip
     """Computes `pixelfly::backward`: dx, dblocks, du, dv, dbias, empty where not needed."""
     with _without_autocast():
