@@ -11,10 +11,10 @@ constexpr const char* kOp = "pixelfly::backward";
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     Tensor dy, Tensor x, Tensor blocks, OptionalTensor u, OptionalTensor v, Tensor t,
-    OptionalTensor slope, Tensor plan, std::vector<int64_t> header_words, bool relu,
-    bool allow_tf32, bool deterministic, bool need_dx, bool need_dblocks, bool need_du,
-    bool need_dv, bool need_dbias, OptionalTensor x_slope) {
-  const PlanHeader h = parse_header(header_words, plan, kOp);
+    OptionalTensor slope, Tensor plan, const std::string& header_text, bool relu, bool allow_tf32,
+    bool deterministic, bool need_dx, bool need_dblocks, bool need_du, bool need_dv,
+    bool need_dbias, OptionalTensor x_slope) {
+  const PlanHeader h = parse_header(header_text, plan, kOp);
   const DType dtype = dtype_of(x, kOp);
   STD_TORCH_CHECK(x.dim() == 2, kOp, ": x must be [T, in_features], got ", shape_string(x));
   const int64_t tokens = x.size(0), k = h.in_features, n = h.out_features, b = h.block_size;

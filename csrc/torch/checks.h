@@ -10,6 +10,7 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
+#include <charconv>
 #include <cstring>
 #include <optional>
 #include <string>
@@ -67,12 +68,19 @@ inline void check_operand(const char* op, const char* name, const Tensor& t, con
                   name, " must be contiguous in its last dimension");
 }
 
-inline PlanHeader parse_header(const std::vector<int64_t>& words, const Tensor& plan,
-                               const char* op) {
-  STD_TORCH_CHECK(words.size() == kPlanHeaderSize, op, ": header must hold ", kPlanHeaderSize,
-                  " integers, got ", words.size());
+// The header travels as decimal integers in a string: a list of integers is converted one by one,
+// three times, on its way from Python to here.
+inline PlanHeader parse_header(const std::string& text, const Tensor& plan, const char* op) {
   int32_t raw[kPlanHeaderSize];
-  for (int i = 0; i < kPlanHeaderSize; ++i) raw[i] = static_cast<int32_t>(words[i]);
+  const char *at = text.data(), *end = at + text.size();
+  int count = 0;
+  for (; at < end && count < kPlanHeaderSize; ++count) {
+    const auto [next, error] = std::from_chars(at, end, raw[count]);
+    if (error != std::errc()) break;
+    at = next + (next < end);  // the space
+  }
+  STD_TORCH_CHECK(at == end && count == kPlanHeaderSize, op, ": header must hold ", kPlanHeaderSize,
+                  " integers, got '", text, "'");
   PlanHeader header;
   std::memcpy(&header, raw, sizeof(header));
   STD_TORCH_CHECK(header.magic == kPlanMagic && header.version == kPlanVersion, op,

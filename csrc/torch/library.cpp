@@ -15,17 +15,17 @@
 STABLE_TORCH_LIBRARY(pixelfly, m) {
   m.def(
       "forward(Tensor x, Tensor blocks, Tensor? u, Tensor? v, Tensor? bias, Tensor? residual, "
-      "Tensor plan, int[] header, int activation, bool save_slope, bool allow_tf32) "
+      "Tensor plan, str header, int activation, bool save_slope, bool allow_tf32) "
       "-> (Tensor y, Tensor t, Tensor slope)");
   m.def(
       "backward(Tensor dy, Tensor x, Tensor blocks, Tensor? u, Tensor? v, Tensor t, "
-      "Tensor? slope, Tensor plan, int[] header, bool relu, bool allow_tf32, "
+      "Tensor? slope, Tensor plan, str header, bool relu, bool allow_tf32, "
       "bool deterministic, bool need_dx, bool need_dblocks, bool need_du, bool need_dv, "
       "bool need_dbias, Tensor? x_slope) "
       "-> (Tensor dx, Tensor dblocks, Tensor du, Tensor dv, Tensor dbias)");
   m.def(
       "linear(Tensor x, Tensor blocks, Tensor? u, Tensor? v, Tensor? bias, Tensor? residual, "
-      "Tensor plan, int[] header, int activation, bool save_slope, bool allow_tf32, "
+      "Tensor plan, str header, int activation, bool save_slope, bool allow_tf32, "
       "Tensor? x_slope, bool dy_is_dz) "
       "-> (Tensor y, Tensor? slope)");
 }

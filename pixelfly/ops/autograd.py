@@ -160,7 +160,7 @@ def _linear(*args: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
     return _run_linear(*args, needs_grad=needs_grad)
 
 
-def _kept_weights(header: list[int], rank: int) -> int:
+def _kept_weights(header: str, rank: int) -> int:
     h = Header.parse(header)
     return h.nnz * h.block_size**2 + rank * (h.out_features + h.in_features)
 
