@@ -9,11 +9,10 @@ namespace {
 
 constexpr const char* kOp = "pixelfly::forward";
 
-std::tuple<Tensor, Tensor, Tensor> forward(Tensor x, Tensor blocks, OptionalTensor u,
-                                           OptionalTensor v, OptionalTensor bias,
-                                           OptionalTensor residual, Tensor plan,
-                                           const std::string& header_text, int64_t activation,
-                                           bool save_slope, bool allow_tf32) {
+std::tuple<Tensor, OptionalTensor, OptionalTensor> forward(
+    Tensor x, Tensor blocks, OptionalTensor u, OptionalTensor v, OptionalTensor bias,
+    OptionalTensor residual, const Tensor& plan, const std::string& header_text, int64_t activation,
+    bool save_slope, bool allow_tf32) {
   const PlanHeader h = parse_header(header_text, plan, kOp);
   const DType dtype = dtype_of(x, kOp);
   STD_TORCH_CHECK(x.dim() == 2, kOp, ": x must be [T, in_features], got ", shape_string(x));
@@ -37,8 +36,9 @@ std::tuple<Tensor, Tensor, Tensor> forward(Tensor x, Tensor blocks, OptionalTens
   bias = aligned(bias);
   residual = aligned(residual);
   Tensor y = empty(x, {tokens, n});
-  Tensor t = padded_rows(x, tokens, h.rank);
-  Tensor slope = save_slope ? empty(x, {tokens, n}) : empty(x, {0});
+  OptionalTensor t, slope;
+  if (h.rank > 0) t = padded_rows(x, tokens, h.rank);
+  if (save_slope) slope = empty(x, {tokens, n});
 
   ProductParams p{};
   p.dtype = dtype;

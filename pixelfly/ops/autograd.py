@@ -5,6 +5,7 @@ Schemas are defined in csrc/torch/library.cpp, CUDA kernels beside them, CPU ker
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,29 +22,25 @@ def _round_up(value: int, multiple: int) -> int:
 def _forward_fake(
     x, blocks, u, v, bias, residual, plan, header, activation, save_slope, allow_tf32
 ):
-    n = Header.parse(header).out_features
-    rank = 0 if u is None else u.shape[1]
-    y = x.new_empty(x.shape[0], n)
-    # Rows of t are padded to 16 bytes so that kernels can read them as vectors.
-    t = x.new_empty(x.shape[0], _round_up(rank, 8))[:, :rank]
-    slope = x.new_empty(x.shape[0], n) if save_slope else x.new_empty(0)
-    return y, t, slope
+    n, t = Header.parse(header).out_features, None
+    if u is not None:
+        # Rows of t are padded to 16 bytes so that kernels can read them as vectors.
+        rank = u.shape[1]
+        t = x.new_empty(x.shape[0], _round_up(rank, 8))[:, :rank]
+    return x.new_empty(x.shape[0], n), t, x.new_empty(x.shape[0], n) if save_slope else None
 
 
 def _backward_fake(
     dy, x, blocks, u, v, t, slope, plan, header, relu, allow_tf32, deterministic,
     need_dx, need_dblocks, need_du, need_dv, need_dbias, x_slope,
 ):  # fmt: skip
-    def like(shape, needed):
-        return x.new_empty(shape if needed else (0,))
-
     h = Header.parse(header)
     return (
-        like((x.shape[0], h.in_features), need_dx),
-        like(blocks.shape, need_dblocks),
-        like((0,) if u is None else u.shape, need_du),
-        like((0,) if v is None else v.shape, need_dv),
-        like((h.out_features,), need_dbias),
+        dy.new_empty(dy.shape[0], h.in_features) if need_dx else None,
+        dy.new_empty(blocks.shape) if need_dblocks else None,
+        dy.new_empty(u.shape) if need_du else None,
+        dy.new_empty(v.shape) if need_dv else None,
+        dy.new_empty(h.out_features) if need_dbias else None,
     )
 
 
@@ -64,7 +61,7 @@ class _Linear(torch.autograd.Function):
         )
         # Unused outputs then come as None instead of as tensors of zeros.
         ctx.set_materialize_grads(False)
-        given = slope if dy_is_dz and save_slope else None
+        given = slope if dy_is_dz else None
         if given is not None:
             ctx.mark_non_differentiable(given)
         if activation == NONE or dy_is_dz:
@@ -103,18 +100,12 @@ class _Linear(torch.autograd.Function):
             rows = dy
             if rows.stride(1) != 1 or rows.stride(0) < rows.shape[1]:
                 rows = rows.contiguous()
-            if x is None:
-                # The operator wants their shapes; rows of stride 0 take no memory.
-                tokens, rank = rows.shape[0], 0 if u is None else u.shape[1]
-                x = rows.new_empty(1, Header.parse(ctx.header).in_features).expand(tokens, -1)
-                t = rows.new_empty(1, rank).expand(tokens, -1)
             # Under create_graph=True the gradients must refuse to be differentiated.
             backward = _Backward.apply if torch.is_grad_enabled() else torch.ops.pixelfly.backward
-            outputs = backward(
+            grads[:5] = backward(
                 rows, x, blocks, u, v, t, slope, plan, ctx.header, ctx.relu, ctx.allow_tf32,
                 torch.are_deterministic_algorithms_enabled(), *needs, x_slope,
             )  # fmt: skip
-            grads[:5] = [g if needed else None for g, needed in zip(outputs, needs, strict=True)]
         if ctx.needs_input_grad[5]:
             grads[5] = dy
         return tuple(grads)
@@ -124,7 +115,7 @@ class _Backward(torch.autograd.Function):
     """`pixelfly::backward`, and an error instead of its derivative."""
 
     @staticmethod
-    def forward(ctx: Any, *args: Any) -> tuple[torch.Tensor, ...]:
+    def forward(ctx: Any, *args: Any) -> tuple[torch.Tensor | None, ...]:
         return torch.ops.pixelfly.backward(*args)
 
     @staticmethod
@@ -176,7 +167,7 @@ def _backward_flops(dy_shape, x_shape, blocks_shape, u_shape, v_shape, t_shape, 
                     need_dblocks, need_du, need_dv, *args, out_shape=None,
                     **kwargs) -> int:  # fmt: skip
     h = Header.parse(header)
-    tokens, rank = x_shape[0], 0 if u_shape is None else u_shape[1]
+    tokens, rank = dy_shape[0], 0 if u_shape is None else u_shape[1]
     block_flops = 2 * tokens * h.nnz * h.block_size**2
     thin = [2 * tokens * rank * width for width in (h.out_features, h.in_features)]
     flops = block_flops * (need_dx + need_dblocks)
@@ -184,10 +175,27 @@ def _backward_flops(dy_shape, x_shape, blocks_shape, u_shape, v_shape, t_shape, 
     return flops + thin[1] * (need_dx + need_dv)  # s · v, dv
 
 
+def _vmap_rule(operator: Any) -> Callable[..., Any]:
+    """One call after another: the fallback of torch.vmap, which serves no optional results."""
+
+    def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
+        def one(i: int) -> tuple[torch.Tensor | None, ...]:
+            selected = zip(args, in_dims, strict=True)
+            return operator(*(a if d is None else a.select(d, i).contiguous() for a, d in selected))
+
+        calls = [one(i) for i in range(info.batch_size)]
+        outputs = [None if o[0] is None else torch.stack(o) for o in zip(*calls, strict=True)]
+        return tuple(outputs), tuple(None if o is None else 0 for o in outputs)
+
+    return rule
+
+
 def register(library: torch.library.Library) -> None:
     """Attaches fakes, autograd and FLOP formulas to the operators; called once, on import."""
     torch.library.register_fake("pixelfly::forward", _forward_fake)
     torch.library.register_fake("pixelfly::backward", _backward_fake)
+    for operator in (torch.ops.pixelfly.forward, torch.ops.pixelfly.backward):
+        torch.library.register_vmap(operator.default, _vmap_rule(operator))
     library.impl("linear", _linear, "CompositeImplicitAutograd")
     register_flop_formula(torch.ops.pixelfly.forward)(_forward_flops)
     register_flop_formula(torch.ops.pixelfly.backward)(_backward_flops)
