@@ -54,8 +54,8 @@ def operators(device: str, width: int, tokens: int) -> dict[str, Callable[[], ob
             x, blocks, None, None, bias, None, plan, header, 0, False, False
         ),
         "operator backward": lambda: torch.ops.pixelfly.backward(
-            x, x, blocks, None, None, x[:, :0], None, plan, header, False, False, False,
-            True, True, False, False, True,
+            x, x, blocks, None, None, None, None, plan, header, False, False, False,
+            True, True, False, False, True, None,
         ),
     }  # fmt: skip
 

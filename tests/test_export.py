@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from pixelfly import _C, PixelflyLinear, densify_
+from pixelfly.nn import PixelflyMLP
 
 
 @pytest.mark.parametrize("gate", [None, "scalar", "token"])
@@ -101,9 +102,21 @@ def test_onnx_takes_the_dense_model_alone(tmp_path):
 def test_a_program_of_another_version_is_refused(tmp_path):
     layer = PixelflyLinear(96, 160, block_size=16).eval()
     program = torch.export.export(layer, (torch.randn(5, 96),))
-    (node,) = (n for n in program.graph.nodes if n.target is torch.ops.pixelfly.forward.default)
-    header = list(node.args[7])
-    header[1] -= 1  # the version of the plan
+    (node,) = (n for n in program.graph.nodes if n.target is torch.ops.pixelfly.linear.default)
+    magic, version, rest = node.args[7].split(maxsplit=2)
+    header = f"{magic} {int(version) - 1} {rest}"
     node.args = (*node.args[:7], header, *node.args[8:])
     with pytest.raises(RuntimeError, match="not written by this version's planner"):
         program.module()(torch.randn(5, 96))
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_an_exported_program_trains(strict):
+    model = PixelflyMLP(64, block_size=16, rank=16)
+    x = torch.randn(5, 64)
+    module = torch.export.export(model, (x,), strict=strict).module()
+    ours, theirs = (
+        torch.autograd.grad(run(x).square().sum(), list(run.parameters()))
+        for run in (module, model)
+    )
+    torch.testing.assert_close(ours, theirs)

@@ -305,7 +305,7 @@ int check() {
       c.residual = true;
       c.slope_out = !transposed;
       bad += run<__nv_bfloat16>(c, false);
-      c.K = 1000, c.N = 1608, c.slope_out = !transposed && a % 2;
+      c.K = 1000, c.N = 1608, c.slope_out = !transposed && a == 3;  // not at kinks
       c.residual = !transposed && a == 4;
       c.slope = transposed;
       bad += run<__nv_bfloat16>(c, false);

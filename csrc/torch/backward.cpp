@@ -9,32 +9,35 @@ namespace {
 
 constexpr const char* kOp = "pixelfly::backward";
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
-    Tensor dy, Tensor x, Tensor blocks, OptionalTensor u, OptionalTensor v, Tensor t,
-    OptionalTensor slope, Tensor plan, std::vector<int64_t> header_words, bool relu,
-    bool allow_tf32, bool deterministic, bool need_dx, bool need_dblocks, bool need_du,
+std::tuple<OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor> backward(
+    Tensor dy, OptionalTensor x, Tensor blocks, OptionalTensor u, OptionalTensor v,
+    OptionalTensor t, OptionalTensor slope, const Tensor& plan, const std::string& header_text,
+    bool relu, bool allow_tf32, bool deterministic, bool need_dx, bool need_dblocks, bool need_du,
     bool need_dv, bool need_dbias, OptionalTensor x_slope) {
-  const PlanHeader h = parse_header(header_words, plan, kOp);
-  const DType dtype = dtype_of(x, kOp);
-  STD_TORCH_CHECK(x.dim() == 2, kOp, ": x must be [T, in_features], got ", shape_string(x));
-  const int64_t tokens = x.size(0), k = h.in_features, n = h.out_features, b = h.block_size;
-  check_operand(kOp, "x", x, x, {tokens, k});
-  check_operand(kOp, "dy", dy, x, {tokens, n});
-  check_operand(kOp, "blocks", blocks, x, {h.nnz, b, b});
+  const PlanHeader h = parse_header(header_text, plan, kOp);
+  const DType dtype = dtype_of(dy, kOp);
+  STD_TORCH_CHECK(dy.dim() == 2, kOp, ": dy must be [T, out_features], got ", shape_string(dy));
+  const int64_t tokens = dy.size(0), k = h.in_features, n = h.out_features, b = h.block_size;
+  need_du = need_du && h.rank > 0;
+  need_dv = need_dv && h.rank > 0;
+  const bool need_weights = need_dblocks || need_dbias || need_du || need_dv;
+  check_operand(kOp, "dy", dy, dy, {tokens, n});
+  check_operand(kOp, "blocks", blocks, dy, {h.nnz, b, b});
   STD_TORCH_CHECK(blocks.is_contiguous(), kOp, ": blocks must be contiguous");
   STD_TORCH_CHECK(u.has_value() == (h.rank > 0) && v.has_value() == (h.rank > 0), kOp,
                   ": u and v must be given exactly if the plan has a rank (", h.rank, ")");
-  if (h.rank > 0) {
-    check_operand(kOp, "u", *u, x, {n, h.rank});
-    check_operand(kOp, "v", *v, x, {h.rank, k});
-    check_operand(kOp, "t", t, x, {tokens, h.rank});
-  }
-  if (slope) check_operand(kOp, "slope", *slope, x, {tokens, n});
-  if (x_slope) check_operand(kOp, "x_slope", *x_slope, x, {tokens, k});
+  STD_TORCH_CHECK(!need_weights || (x && t.has_value() == (h.rank > 0)), kOp,
+                  ": gradients of weights need x and, with a rank, t");
+  if (u) check_operand(kOp, "u", *u, dy, {n, h.rank});
+  if (v) check_operand(kOp, "v", *v, dy, {h.rank, k});
+  if (x) check_operand(kOp, "x", *x, dy, {tokens, k});
+  if (t) check_operand(kOp, "t", *t, dy, {tokens, h.rank});
+  if (slope) check_operand(kOp, "slope", *slope, dy, {tokens, n});
+  if (x_slope) check_operand(kOp, "x_slope", *x_slope, dy, {tokens, k});
 
-  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
-  const DeviceInfo device = device_of(x, kOp);
-  const Stream stream = current_stream(x.get_device_index());
+  const torch::stable::accelerator::DeviceGuard guard(dy.get_device_index());
+  const DeviceInfo device = device_of(dy, kOp);
+  const Stream stream = current_stream(dy.get_device_index());
   dy = aligned(dy);
   x = aligned(x);
   blocks = aligned(blocks);
@@ -42,17 +45,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   v = aligned(v);
   x_slope = aligned(x_slope);
   auto output = [&](bool needed, std::initializer_list<int64_t> shape) {
-    return needed ? empty(x, shape) : empty(x, {0});
+    return needed ? OptionalTensor(empty(dy, shape)) : OptionalTensor();
   };
-  Tensor dx = output(need_dx, {tokens, k});
-  Tensor dblocks = output(need_dblocks, {h.nnz, b, b});
-  Tensor du = output(need_du && h.rank > 0, {n, h.rank});
-  Tensor dv = output(need_dv && h.rank > 0, {h.rank, k});
-  Tensor dbias = output(need_dbias, {n});
+  const OptionalTensor dx = output(need_dx, {tokens, k});
+  const OptionalTensor dblocks = output(need_dblocks, {h.nnz, b, b});
+  const OptionalTensor du = output(need_du, {n, h.rank});
+  const OptionalTensor dv = output(need_dv, {h.rank, k});
+  const OptionalTensor dbias = output(need_dbias, {n});
 
   Tensor dz = dy;
   if (slope && tokens > 0) {
-    dz = empty(x, {tokens, n});
+    dz = empty(dy, {tokens, n});
     ActivationGradParams a{};
     a.dtype = dtype;
     a.relu = relu;
@@ -72,7 +75,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   // s = dz · u: formed on the way to dx if dx is wanted, else alone for dv.
   const bool need_s = h.rank > 0 && (need_dx || need_dv) && tokens > 0;
   OptionalTensor s;
-  if (need_s) s = padded_rows(x, tokens, h.rank);
+  if (need_s) s = padded_rows(dy, tokens, h.rank);
   const Matrix s_rows = matrix(s);
   if (need_dx && tokens > 0) {
     ProductParams p{};
@@ -91,7 +94,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     p.factor_stride = v_rows.stride;
     p.t = s_rows.data;
     p.t_stride = s_rows.stride;
-    p.y = dx.data_ptr();
+    p.y = dx->data_ptr();
     p.y_stride = k;
     const Matrix slope_rows = matrix(x_slope);
     p.slope = slope_rows.data;
@@ -116,7 +119,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     raise_if_error(launch_low_rank(p, device, stream), kOp);
   }
 
-  if (need_dblocks || need_dbias || (h.rank > 0 && (need_du || need_dv))) {
+  if (need_weights) {
     const Matrix t_rows = matrix(t);
     WeightGradParams p{};
     p.dtype = dtype;
@@ -141,7 +144,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     p.plan = static_cast<const int32_t*>(plan.data_ptr());
     const auto bytes = static_cast<int64_t>(weight_grad_workspace(p, device));
     OptionalTensor workspace;
-    if (bytes > 0) workspace = empty(x, {bytes}, ScalarType::Byte);
+    if (bytes > 0) workspace = empty(dy, {bytes}, aoti_torch_dtype_uint8());
     p.workspace = matrix(workspace).data;
     raise_if_error(launch_weight_grad(p, device, stream), kOp);
   }

@@ -10,6 +10,7 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
+#include <charconv>
 #include <cstring>
 #include <optional>
 #include <string>
@@ -51,28 +52,44 @@ inline DType dtype_of(const Tensor& t, const char* op) {
   return DType::kFloat32;
 }
 
-// Checks one operand against x: same device, same dtype, the shape given, contiguous last
-// dimension.
-inline void check_operand(const char* op, const char* name, const Tensor& t, const Tensor& x,
-                          std::initializer_list<int64_t> shape) {
-  STD_TORCH_CHECK(t.is_cuda() && t.get_device_index() == x.get_device_index(), op, ": ", name,
-                  " must be on x's device (cuda:", x.get_device_index(), ")");
-  STD_TORCH_CHECK(t.scalar_type() == x.scalar_type(), op, ": ", name, " must have x's dtype");
-  bool same = t.dim() == static_cast<int64_t>(shape.size());
-  int64_t i = 0;
-  for (int64_t size : shape) same = same && t.size(i++) == size;
-  STD_TORCH_CHECK(same, op, ": ", name, " must have shape ", shape_string(shape), ", got ",
-                  shape_string(t));
-  STD_TORCH_CHECK(t.dim() == 0 || t.size(t.dim() - 1) <= 1 || t.stride(t.dim() - 1) == 1, op, ": ",
-                  name, " must be contiguous in its last dimension");
+// torch's number of a tensor's dtype, for comparing and passing on: making a ScalarType of it asks
+// torch for the number of one dtype after another.
+inline int32_t dtype_number(const Tensor& t) {
+  int32_t number = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &number));
+  return number;
 }
 
-inline PlanHeader parse_header(const std::vector<int64_t>& words, const Tensor& plan,
-                               const char* op) {
-  STD_TORCH_CHECK(words.size() == kPlanHeaderSize, op, ": header must hold ", kPlanHeaderSize,
-                  " integers, got ", words.size());
+// Checks one operand against another, which may be itself: same device, same dtype, the shape
+// given, contiguous last dimension.
+inline void check_operand(const char* op, const char* name, const Tensor& t, const Tensor& other,
+                          std::initializer_list<int64_t> shape) {
+  const int32_t device = other.get_device_index();
+  STD_TORCH_CHECK(t.is_cuda() && t.get_device_index() == device, op, ": ", name,
+                  " must be on the other operands' device (cuda:", device, ")");
+  STD_TORCH_CHECK(dtype_number(t) == dtype_number(other), op, ": ", name,
+                  " must have the other operands' dtype");
+  const auto sizes = t.sizes();
+  STD_TORCH_CHECK(std::equal(sizes.begin(), sizes.end(), shape.begin(), shape.end()), op, ": ",
+                  name, " must have shape ", shape_string(shape), ", got ", shape_string(t));
+  const auto last = static_cast<int64_t>(shape.size()) - 1;
+  STD_TORCH_CHECK(sizes[last] <= 1 || t.stride(last) == 1, op, ": ", name,
+                  " must be contiguous in its last dimension");
+}
+
+// The header travels as decimal integers in a string: a list of integers is converted one by one,
+// three times, on its way from Python to here.
+inline PlanHeader parse_header(const std::string& text, const Tensor& plan, const char* op) {
   int32_t raw[kPlanHeaderSize];
-  for (int i = 0; i < kPlanHeaderSize; ++i) raw[i] = static_cast<int32_t>(words[i]);
+  const char *at = text.data(), *end = at + text.size();
+  int count = 0;
+  for (; at < end && count < kPlanHeaderSize; ++count) {
+    const auto [next, error] = std::from_chars(at, end, raw[count]);
+    if (error != std::errc()) break;
+    at = next + (next < end);  // the space
+  }
+  STD_TORCH_CHECK(at == end && count == kPlanHeaderSize, op, ": header must hold ", kPlanHeaderSize,
+                  " integers, got '", text, "'");
   PlanHeader header;
   std::memcpy(&header, raw, sizeof(header));
   STD_TORCH_CHECK(header.magic == kPlanMagic && header.version == kPlanVersion, op,
@@ -97,20 +114,20 @@ inline Matrix matrix(const OptionalTensor& t) { return t.has_value() ? matrix(*t
 
 // An uninitialised contiguous tensor on x's device. Straight through the C interface:
 // torch::stable::new_empty goes through the dispatcher with boxed arguments.
-inline Tensor empty(const Tensor& x, std::initializer_list<int64_t> shape, ScalarType dtype) {
+inline Tensor empty(const Tensor& x, std::initializer_list<int64_t> shape, int32_t dtype) {
   int64_t strides[4] = {1, 1, 1, 1};
   const int64_t* size = shape.begin();
   for (auto d = static_cast<int>(shape.size()) - 2; d >= 0; --d) {
     strides[d] = strides[d + 1] * std::max<int64_t>(size[d + 1], 1);
   }
   AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      static_cast<int64_t>(shape.size()), size, strides, static_cast<int32_t>(dtype),
-      aoti_torch_device_type_cuda(), static_cast<int32_t>(x.get_device_index()), &handle));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), size, strides,
+                                                  dtype, aoti_torch_device_type_cuda(),
+                                                  x.get_device_index(), &handle));
   return Tensor(handle);
 }
 inline Tensor empty(const Tensor& x, std::initializer_list<int64_t> shape) {
-  return empty(x, shape, x.scalar_type());
+  return empty(x, shape, dtype_number(x));
 }
 
 // A [rows, cols] tensor like x whose row stride is a multiple of 8 elements, so that kernels can
@@ -125,9 +142,8 @@ inline Tensor padded_rows(const Tensor& x, int64_t rows, int64_t cols) {
 // does. Slices of wider tensors and views into flat parameters may start anywhere; kernels read
 // vectors.
 inline Tensor aligned(const Tensor& t) {
-  const int64_t size = t.scalar_type() == ScalarType::Float ? 4 : 2;
   const bool start = reinterpret_cast<uintptr_t>(t.data_ptr()) % 16 == 0;
-  const bool rows = t.dim() != 2 || (t.stride(0) * size) % 16 == 0;
+  const bool rows = t.dim() != 2 || t.stride(0) * static_cast<int64_t>(t.element_size()) % 16 == 0;
   if (t.numel() == 0 || (start && rows)) return t;
   Tensor copy = t.dim() == 2 ? padded_rows(t, t.size(0), t.size(1)) : torch::stable::empty_like(t);
   return torch::stable::copy_(copy, t);

@@ -9,13 +9,11 @@ namespace {
 
 constexpr const char* kOp = "pixelfly::forward";
 
-std::tuple<Tensor, Tensor, Tensor> forward(Tensor x, Tensor blocks, OptionalTensor u,
-                                           OptionalTensor v, OptionalTensor bias,
-                                           OptionalTensor residual, Tensor plan,
-                                           std::vector<int64_t> header_words, int64_t activation,
-                                           bool save_slope, bool allow_tf32, OptionalTensor x_slope,
-                                           bool) {
-  const PlanHeader h = parse_header(header_words, plan, kOp);
+std::tuple<Tensor, OptionalTensor, OptionalTensor> forward(
+    Tensor x, Tensor blocks, OptionalTensor u, OptionalTensor v, OptionalTensor bias,
+    OptionalTensor residual, const Tensor& plan, const std::string& header_text, int64_t activation,
+    bool save_slope, bool allow_tf32) {
+  const PlanHeader h = parse_header(header_text, plan, kOp);
   const DType dtype = dtype_of(x, kOp);
   STD_TORCH_CHECK(x.dim() == 2, kOp, ": x must be [T, in_features], got ", shape_string(x));
   const int64_t tokens = x.size(0), k = h.in_features, n = h.out_features, b = h.block_size;
@@ -28,7 +26,6 @@ std::tuple<Tensor, Tensor, Tensor> forward(Tensor x, Tensor blocks, OptionalTens
   if (v) check_operand(kOp, "v", *v, x, {h.rank, k});
   if (bias) check_operand(kOp, "bias", *bias, x, {n});
   if (residual) check_operand(kOp, "residual", *residual, x, {tokens, n});
-  if (x_slope) check_operand(kOp, "x_slope", *x_slope, x, {tokens, k});
 
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   const DeviceInfo device = device_of(x, kOp);
@@ -39,8 +36,9 @@ std::tuple<Tensor, Tensor, Tensor> forward(Tensor x, Tensor blocks, OptionalTens
   bias = aligned(bias);
   residual = aligned(residual);
   Tensor y = empty(x, {tokens, n});
-  Tensor t = padded_rows(x, tokens, h.rank);
-  Tensor slope = save_slope ? empty(x, {tokens, n}) : empty(x, {0});
+  OptionalTensor t, slope;
+  if (h.rank > 0) t = padded_rows(x, tokens, h.rank);
+  if (save_slope) slope = empty(x, {tokens, n});
 
   ProductParams p{};
   p.dtype = dtype;

@@ -1,6 +1,14 @@
 // Operator schemas. Implementations: CUDA beside this file, CPU, fakes and autograd in
 // pixelfly/ops.
 //
+// forward and backward are plain kernels, without derivatives. linear is forward as programs that
+// are traced or exported hold it: differentiable, and in Python alone, which takes it apart into
+// the other two. An autograd kernel of forward itself would be Python on the way of every call of
+// compiled code.
+//
+// t: x vᵀ, None without low rank. The backward wants x and t only where gradients of weights are
+// wanted; gradients that are not come as None.
+//
 // slope: act'(z) of the pre-activation z, whose gradient is then dz = dy * slope. For ReLU it may
 // be any tensor that is positive where z is, as y. x_slope: x comes from an activation of that
 // slope, and dx is the gradient of its pre-activation. Whoever made x then says so with dy_is_dz:
@@ -10,13 +18,17 @@
 STABLE_TORCH_LIBRARY(pixelfly, m) {
   m.def(
       "forward(Tensor x, Tensor blocks, Tensor? u, Tensor? v, Tensor? bias, Tensor? residual, "
-      "Tensor plan, int[] header, int activation, bool save_slope, bool allow_tf32, "
-      "Tensor? x_slope=None, bool dy_is_dz=False) "
-      "-> (Tensor y, Tensor t, Tensor slope)");
+      "Tensor plan, str header, int activation, bool save_slope, bool allow_tf32) "
+      "-> (Tensor y, Tensor? t, Tensor? slope)");
   m.def(
-      "backward(Tensor dy, Tensor x, Tensor blocks, Tensor? u, Tensor? v, Tensor t, "
-      "Tensor? slope, Tensor plan, int[] header, bool relu, bool allow_tf32, "
+      "backward(Tensor dy, Tensor? x, Tensor blocks, Tensor? u, Tensor? v, Tensor? t, "
+      "Tensor? slope, Tensor plan, str header, bool relu, bool allow_tf32, "
       "bool deterministic, bool need_dx, bool need_dblocks, bool need_du, bool need_dv, "
-      "bool need_dbias, Tensor? x_slope=None) "
-      "-> (Tensor dx, Tensor dblocks, Tensor du, Tensor dv, Tensor dbias)");
+      "bool need_dbias, Tensor? x_slope) "
+      "-> (Tensor? dx, Tensor? dblocks, Tensor? du, Tensor? dv, Tensor? dbias)");
+  m.def(
+      "linear(Tensor x, Tensor blocks, Tensor? u, Tensor? v, Tensor? bias, Tensor? residual, "
+      "Tensor plan, str header, int activation, bool save_slope, bool allow_tf32, "
+      "Tensor? x_slope, bool dy_is_dz) "
+      "-> (Tensor y, Tensor? slope)");
 }

@@ -27,4 +27,4 @@ __all__ = [
 # Registrations live as long as this object.
 _library = torch.library.Library("pixelfly", "IMPL")
 cpu.register(_library)
-autograd.register()
+autograd.register(_library)

@@ -123,19 +123,18 @@ def _product(
         y.index_fill_(1, schedule.empty_rows, 0)
 
 
-def forward(
-    x, blocks, u, v, bias, residual, plan, header, activation, save_slope, allow_tf32,
-    x_slope=None, dy_is_dz=False,
-):  # fmt: skip
+def forward(x, blocks, u, v, bias, residual, plan, header, activation, save_slope, allow_tf32):
     """Computes `pixelfly::forward` (schema in csrc/torch/library.cpp): y, t, slope."""
     with _without_autocast():
         h = Header.parse(header)
         tokens, n, b = x.shape[0], h.out_features, h.block_size
         dtype = _compute_dtype(x.dtype)
         y = x.new_empty(tokens, n)
-        slope = x.new_empty(tokens, n) if save_slope else x.new_empty(0)
-        rank = 0 if u is None else u.shape[1]
-        t = x.new_empty(tokens, -(-rank // 8) * 8)[:, :rank]
+        slope = x.new_empty(tokens, n) if save_slope else None
+        t = None
+        if u is not None:
+            rank = u.shape[1]
+            t = x.new_empty(tokens, -(-rank // 8) * 8)[:, :rank]
         schedule = forward_schedule(plan, h)
         factor = _product_dtype(x.dtype)
         weights = [_class_weights(blocks, batch, factor, False) for batch in schedule.batches]
@@ -226,20 +225,19 @@ def _block_grad(dz, x, blocks, plan, h: Header) -> torch.Tensor:
 
 def backward(
     dy, x, blocks, u, v, t, slope, plan, header, relu, allow_tf32, deterministic,
-    need_dx, need_dblocks, need_du, need_dv, need_dbias, x_slope=None,
+    need_dx, need_dblocks, need_du, need_dv, need_dbias, x_slope,
 ):  # fmt: skip
-    """Computes `pixelfly::backward`: dx, dblocks, du, dv, dbias, empty where not needed."""
+    """Computes `pixelfly::backward`: dx, dblocks, du, dv, dbias, None where not needed."""
     with _without_autocast():
         h = Header.parse(header)
-        dtype = _compute_dtype(x.dtype)
+        dtype = _compute_dtype(dy.dtype)
         dz = dy
         if slope is not None:
             dz = torch.ops.aten.threshold_backward(dy, slope, 0) if relu else dy * slope
         s = None
         if u is not None and (need_dx or need_dv):
             s = dz.to(dtype) @ u.to(dtype)
-        # One empty tensor each: the outputs of an operator must not alias.
-        dx, dblocks, du, dv, dbias = (x.new_empty(0) for _ in range(5))
+        dx = dblocks = du = dv = dbias = None
         if need_dx:
             dx = _input_grad(dz, blocks, s, None if v is None else v.to(dtype), plan, h)
             if x_slope is not None:
@@ -247,11 +245,11 @@ def backward(
         if need_dblocks:
             dblocks = _block_grad(dz, x, blocks, plan, h)
         if need_du:
-            du = (dz.to(dtype).t() @ t.to(dtype)).to(x.dtype)
+            du = (dz.to(dtype).t() @ t.to(dtype)).to(dy.dtype)
         if need_dv:
-            dv = (s.t() @ x.to(dtype)).to(x.dtype)
+            dv = (s.t() @ x.to(dtype)).to(dy.dtype)
         if need_dbias:
-            dbias = dz.sum(0, dtype=dtype).to(x.dtype)
+            dbias = dz.sum(0, dtype=dtype).to(dy.dtype)
         return dx, dblocks, du, dv, dbias
 
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from ..masks import BlockLayout
 from . import validation
 from .activations import ACTIVATIONS, NONE, RELU
-from .autograd import call_forward
+from .autograd import call_linear
 from .plan import device_plan, layout_sizes, plan_header, traced_constant
 
 
@@ -141,7 +141,7 @@ def linear(
     kind = ACTIVATIONS[activation]
     operands = (x, blocks, u, v, bias)
     differentiated = _needs_grad(*operands)
-    y, _, slope = call_forward(
+    y, slope = call_linear(
         _rows(x),
         blocks.contiguous(),
         None if u is None else u.contiguous(),
@@ -160,7 +160,7 @@ def linear(
     if x.dim() != 2:
         # Not a view, as far as autograd and FSDP are concerned: nobody else sees y.
         y = torch.ops.aten._unsafe_view(y, (*x.shape[:-1], sizes[0]))
-    return y, slope if give_slope and differentiated else None
+    return y, slope
 
 
 def _derivative_needs_slope(activation: int, residual: torch.Tensor | None) -> bool:

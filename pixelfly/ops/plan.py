@@ -1,4 +1,4 @@
-"""The plan of a layout as an operator argument: a device tensor and a list of integers.
+"""The plan of a layout as an operator argument: a device tensor and a header for the host.
 
 `torch.compile` must neither trace the planner nor upload the plan at every call. So the functions
 below are marked as constants of the traced program: dynamo runs them once while tracing, keeps the
@@ -64,8 +64,8 @@ class Header(NamedTuple):
     max_col_blocks: int
 
     @classmethod
-    def parse(cls, words: list[int]) -> Header:
-        header = cls(*words[: len(cls._fields)])
+    def parse(cls, text: str) -> Header:
+        header = cls(*map(int, text.split(maxsplit=len(cls._fields))[: len(cls._fields)]))
         if (header.magic, header.version) != _planner_stamp():
             raise RuntimeError(
                 "pixelfly: header was not written by this version's planner; a program exported by "
@@ -104,7 +104,7 @@ def host_plan(layout: BlockLayout, rank: int) -> np.ndarray:
 _uploaded = types.SimpleNamespace()
 _names: dict[tuple[BlockLayout, int, torch.device], str] = {}
 _lock = threading.Lock()
-_headers: dict[tuple[BlockLayout, int], list[int]] = {}
+_headers: dict[tuple[BlockLayout, int], str] = {}
 
 
 def _upload(layout: BlockLayout, rank: int, device: torch.device) -> torch.Tensor:
@@ -143,16 +143,16 @@ def device_plan(layout: BlockLayout, rank: int, device: torch.device) -> torch.T
     return getattr(_uploaded, _plan_name((layout, rank, device)))
 
 
-def plan_header(layout: BlockLayout, rank: int) -> list[int]:
-    """Returns the plan's header as the list of integers the operators take."""
+def plan_header(layout: BlockLayout, rank: int) -> str:
+    """Returns the plan's header as the operators take it: integers with spaces between."""
     return _plan_header((layout, rank))
 
 
 @traced_constant
-def _plan_header(key: tuple[BlockLayout, int]) -> list[int]:
+def _plan_header(key: tuple[BlockLayout, int]) -> str:
     header = _headers.get(key)
     if header is None:
-        header = _headers[key] = host_plan(*key)[:HEADER_SIZE].tolist()
+        header = _headers[key] = " ".join(map(str, host_plan(*key)[:HEADER_SIZE]))
     return header
 
 

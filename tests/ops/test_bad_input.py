@@ -155,7 +155,7 @@ def test_operator_whose_gradient_would_be_wrong(arguments):
 
     def forward(residual, save_slope, dy_is_dz):
         options = (2, save_slope, False, None, dy_is_dz)
-        torch.ops.pixelfly.forward(x, blocks, None, None, None, residual, plan, header, *options)
+        torch.ops.pixelfly.linear(x, blocks, None, None, None, residual, plan, header, *options)
 
     with pytest.raises(RuntimeError, match="save_slope must be True .* got False"):
         forward(None, False, False)

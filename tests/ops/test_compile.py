@@ -199,17 +199,19 @@ def test_opcheck(device, rank, activation):
                         for n in ("x", "blocks", "u", "v", "bias"))]  # fmt: skip
     plan = device_plan(layout, rank, inputs["x"].device)
     header = plan_header(layout, rank)
-    forward = torch.ops.pixelfly.forward.default
     arguments = (*leaves, None, plan, header, activation, True, False)
+    linear = torch.ops.pixelfly.linear.default
     # Stride-0 gradients of the operator's unused outputs are what makes these tests worth running.
-    torch.library.opcheck(forward, arguments)
-    torch.library.opcheck(forward, (*arguments, torch.randn_like(leaves[0]), True))
-    _, t, slope = forward(*arguments)
-    x, blocks, u, v = (None if p is None else p.detach() for p in leaves[:4])
-    for slopes in ((None, None), (slope.detach(), torch.randn_like(x))):
+    torch.library.opcheck(linear, (*arguments, None, False))
+    torch.library.opcheck(linear, (*arguments, torch.randn_like(leaves[0]), True))
+    x, blocks, u, v, *rest = (p.detach() if isinstance(p, torch.Tensor) else p for p in arguments)
+    forward = torch.ops.pixelfly.forward.default
+    torch.library.opcheck(forward, (x, blocks, u, v, *rest))
+    _, t, slope = forward(x, blocks, u, v, *rest)
+    for slopes in ((None, None), (slope, torch.randn_like(x))):
         torch.library.opcheck(
             torch.ops.pixelfly.backward.default,
-            (call.dy, x, blocks, u, v, t.detach(), slopes[0], plan, header, activation == 1,
+            (call.dy, x, blocks, u, v, t, slopes[0], plan, header, activation == 1,
              False, False, True, True, rank > 0, rank > 0, True, slopes[1]),
         )  # fmt: skip
 

@@ -1,8 +1,8 @@
 // The plan: everything a kernel needs to know about a block layout, as one int32 array.
 //
 // The planner (host C++) writes it once per (layout, rank); a copy lives on the device and is an
-// ordinary tensor argument of the operators; the first kPlanHeaderSize integers also travel as a
-// host int[] so that launchers can choose grids and kernels without a device read.
+// ordinary tensor argument of the operators; the first kPlanHeaderSize integers also travel on the
+// host, as decimal text, so that launchers can choose grids and kernels without a device read.
 // All `*_offset` fields count int32 elements from the start of the array.
 //
 // Low rank is a border of the sparse matrix: with rank r and block size b, `rank_tiles = ceil(r /
