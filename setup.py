@@ -127,12 +127,29 @@ def sdist_files() -> list[str]:
     return ["CMakeLists.txt", *sorted(str(path.relative_to(ROOT)) for path in files)]
 
 
+def find_ninja() -> str:
+    """The program of the Python package, or one on PATH."""
+    try:
+        import ninja
+
+        return os.path.join(ninja.BIN_DIR, "ninja")
+    except ImportError:
+        pass
+    found = shutil.which("ninja")
+    if found is None:
+        raise SystemExit(
+            "pixelfly: the build needs ninja: run `pip install ninja`, or build without "
+            "--no-build-isolation"
+        )
+    return found
+
+
 class NinjaBuild(build_ext):
     """Writes a build.ninja for the one extension and runs it."""
 
     def build_extension(self, ext: Extension) -> None:
+        ninja = find_ninja()
         try:
-            import ninja
             import pybind11
             import torch
         except ImportError as error:
@@ -213,7 +230,7 @@ class NinjaBuild(build_ext):
             objects.append(str(name))
         lines.append(f"build {output}: link {' '.join(objects)}")
         (work / "build.ninja").write_text("\n".join(lines) + "\n")
-        command = [os.path.join(ninja.BIN_DIR, "ninja"), "-C", str(work)]
+        command = [ninja, "-C", str(work)]
         if os.environ.get("MAX_JOBS"):
             command += ["-j", os.environ["MAX_JOBS"]]
         if subprocess.run(command).returncode:

@@ -278,14 +278,13 @@ def make_block_mask(layout: AttentionLayout, device, is_causal: bool, hidden=Non
 
 def block_mask_of(layout: AttentionLayout, device: torch.device, is_causal: bool):
     """Returns the layout's mask without padding; made once, kept with the layout."""
+    if torch.compiler.is_compiling():  # part of the program; dynamo cannot trace the cache
+        return make_block_mask(layout, device, is_causal)
     masks = layout.__dict__.setdefault("_block_masks", {})
     key = str(device), is_causal
-    if key in masks:
-        return masks[key]
-    mask = make_block_mask(layout, device, is_causal)
-    if not torch.compiler.is_compiling():
-        masks[key] = mask
-    return mask
+    if key not in masks:
+        masks[key] = make_block_mask(layout, device, is_causal)
+    return masks[key]
 
 
 def _flex(
