@@ -4,6 +4,7 @@ import importlib.util
 import pathlib
 import subprocess
 import sys
+import types
 
 import pytest
 
@@ -76,6 +77,17 @@ def test_old_torch_old_nvcc_no_compiler(build):
         build.check_nvcc("nvcc", "12.4")
     with pytest.raises(SystemExit, match="'c\\+\\+' was not found"):
         build.find_compiler()
+
+
+def test_ninja_of_the_package_or_on_path(build, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "ninja", None)  # cannot be imported
+    with pytest.raises(SystemExit, match="the build needs ninja: run `pip install ninja`"):
+        build.find_ninja()
+    on_path = executable(tmp_path / "ninja")
+    assert build.find_ninja() == on_path
+    package = types.SimpleNamespace(BIN_DIR=str(tmp_path / "package/bin"))
+    monkeypatch.setitem(sys.modules, "ninja", package)
+    assert build.find_ninja() == str(tmp_path / "package/bin/ninja")
 
 
 def test_compiler_with_a_launcher(build, monkeypatch, tmp_path):
