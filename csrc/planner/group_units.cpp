@@ -103,10 +103,11 @@ ThreadBlocks balance(const ThreadBlocks& before, const std::vector<GroupWork>& g
   for (int32_t turns = fewest; turns < fewest + 3; ++turns) {
     ThreadBlocks trial = before;
     deal_lanes(trial, groups, times, cut_lanes(times, turns * kGroupThreadBlocks), first_group);
-    double slowest = kTurn * share * turns;
-    for (const ThreadBlock& b : trial) slowest = std::max(slowest, b.busy + kTurn * share * turns);
-    if (best.empty() || slowest < least) {
-      least = slowest;
+    double slowest = 0;
+    for (const ThreadBlock& b : trial) slowest = std::max(slowest, b.busy);
+    const double cost = slowest + kTurn * share * turns;
+    if (best.empty() || cost < least) {
+      least = cost;
       best = std::move(trial);
     }
   }

@@ -262,8 +262,9 @@ GroupSection append_row_groups(PlanBuilder& builder, const LayoutView& layout, b
     groups.push_back({{a, b}, begin, static_cast<int32_t>(steps.size())});
     work.push_back(work_of(lists[g]));
     section.max_weights = std::max(section.max_weights, slot);
-    if (stays_resident(work.back()))
+    if (stays_resident(work.back())) {
       section.resident_weights = std::max(section.resident_weights, slot);
+    }
   }
   const std::vector<GroupUnit> units = spread_groups(work, together);
   section.num_groups = static_cast<int32_t>(groups.size());

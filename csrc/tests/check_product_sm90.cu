@@ -305,7 +305,8 @@ int check() {
       c.residual = true;
       c.slope_out = !transposed;
       bad += run<__nv_bfloat16>(c, false);
-      c.K = 1000, c.N = 1608, c.slope_out = !transposed && a == 3;  // not at kinks
+      c.K = 1000, c.N = 1608, c.slope_out = !transposed && a == 3;
+      // Not ReLU's once more: where fp32 sums of another order cross zero, its slope jumps.
       c.residual = !transposed && a == 4;
       c.slope = transposed;
       bad += run<__nv_bfloat16>(c, false);

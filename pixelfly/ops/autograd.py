@@ -1,4 +1,5 @@
-"""Fakes, gradients and FLOP counts of the dispatcher operators `pixelfly::forward` and `backward`.
+"""Fakes and FLOP counts of the operators `pixelfly::forward` and `backward`, and `linear`, which
+makes one differentiable function of them.
 
 Schemas are defined in csrc/torch/library.cpp, CUDA kernels beside them, CPU kernels in cpu.py.
 """
@@ -191,7 +192,7 @@ def _vmap_rule(operator: Any) -> Callable[..., Any]:
 
 
 def register(library: torch.library.Library) -> None:
-    """Attaches fakes, autograd and FLOP formulas to the operators; called once, on import."""
+    """Attaches fakes, vmap rules, FLOP formulas and `linear`; called once, on import."""
     torch.library.register_fake("pixelfly::forward", _forward_fake)
     torch.library.register_fake("pixelfly::backward", _backward_fake)
     for operator in (torch.ops.pixelfly.forward, torch.ops.pixelfly.backward):

@@ -1,0 +1,110 @@
+// product_sm90's producer: one thread that loads the tiles of every step, in the consumers' order.
+#pragma once
+
+#include "device/mbarrier.cuh"
+#include "device/tma.cuh"
+#include "device/wgmma.cuh"
+#include "kernels/product_sm90_work.cuh"
+
+namespace pixelfly {
+
+namespace groups {
+
+template <bool kTransposed, bool kQuads>
+__device__ void load_weight(const GroupMaps& maps, const GroupArgs& args, uint32_t at,
+                            uint32_t full, int weight, int x_tile, int row) {
+  if constexpr (kQuads) {  // absent blocks lie outside the matrix: zeros
+    const int4 quad = __ldg(reinterpret_cast<const int4*>(args.plan + args.section.quads_offset) +
+                            (x_tile < args.num_x_tiles ? weight : 0));
+    const int blocks[4] = {quad.x, quad.y, quad.z, quad.w};
+#pragma unroll
+    for (int q = 0; q < 4; ++q) {
+      const uint32_t box = at + q * device::kQuadBytes;
+      if (x_tile < args.num_x_tiles) {
+        device::tma_load_2d(box, &maps.blocks, full, 0, blocks[q] * 32);
+        continue;
+      }
+      const int rank = (x_tile - args.num_x_tiles) * kGroupTile + q / 2 * 32;
+      const int out = row * kGroupTile + q % 2 * 32;
+      device::tma_load_2d(box, &maps.factor, full, kTransposed ? out : rank,
+                          kTransposed ? rank : out);
+    }
+  } else if (x_tile < args.num_x_tiles) {
+    const int col = (weight & ((1 << args.weight_shift) - 1)) * kGroupTile;
+    device::tma_load_2d(at, &maps.blocks, full, col, (weight >> args.weight_shift) * kGroupTile);
+  } else {
+    const int rank = (x_tile - args.num_x_tiles) * kGroupTile, out = row * kGroupTile;
+    device::tma_load_2d(at, &maps.factor, full, kTransposed ? out : rank, kTransposed ? rank : out);
+  }
+}
+
+// One thread.
+template <bool kTransposed, bool kQuads, bool kCooperative>
+__device__ void produce(const GroupMaps& maps, const GroupArgs& args, const Layout& layout) {
+  Ring ring{args.stages};
+  uint32_t units_done = 0;
+  for (int index = blockIdx.x; index < args.section.num_units; index += gridDim.x) {
+    const Unit unit(args, index);
+    if (unit.first >= unit.end) continue;
+    // Every unit waits once for the one before, even if it loads no weights: whoever skipped a
+    // phase could pass the next one too early.
+    bool load_weights = true, waited = args.resident_tiles == 0 || units_done == 0;
+    auto wait_for_weights = [&] {
+      if (!waited) device::mbarrier_wait(layout.weights_free(), (units_done - 1) & 1);
+      waited = true;
+    };
+    for (int tile = unit.first; tile < unit.end;
+         tile += kCooperative ? 2 * unit.lanes : unit.lanes) {
+      const int second = tile + unit.lanes;
+      const bool both = kCooperative && second < unit.end;
+      const int x_bytes = both ? 2 * kGroupXBytes : kGroupXBytes;
+      auto load = [&](const CUtensorMap* map, uint32_t full, int column) {
+        const uint32_t at = layout.stage(ring.stage);
+        device::tma_load_2d(at, map, full, column, tile * kGroupTokens);
+        if (both) {
+          device::tma_load_2d(at + kGroupXBytes, map, full, column, second * kGroupTokens);
+        }
+      };
+      int4 ahead = unit.step(0);
+      for (int s = 0; s < unit.num_steps; ++s) {
+        const int4 step = ahead;
+        ahead = unit.step(s + 1);
+        const uint32_t full = layout.full(ring.stage);
+        device::mbarrier_wait(layout.empty(ring.stage), ring.phase ^ 1);
+        const int weights = load_weights ? (step.y >= 0) + (step.z >= 0) : 0;
+        device::mbarrier_expect_tx(full, x_bytes + weights * kGroupTileBytes);
+        const bool is_t = step.x >= args.num_x_tiles;
+        load(is_t ? &maps.t : &maps.x, full,
+             (is_t ? step.x - args.num_x_tiles : step.x) * kGroupTile);
+        if (load_weights) {
+          wait_for_weights();
+          uint32_t at = layout.weight(unit.resident, step.w, ring.stage);
+          if (step.y >= 0) {
+            load_weight<kTransposed, kQuads>(maps, args, at, full, step.y, step.x, unit.rows[0]);
+            at += kGroupTileBytes;
+          }
+          if (step.z >= 0) {
+            load_weight<kTransposed, kQuads>(maps, args, at, full, step.z, step.x, unit.rows[1]);
+          }
+        }
+        ring.advance();
+      }
+      load_weights = !unit.resident;
+      if (args.has_aux()) {
+        for (int r = 0; r < unit.outputs(); ++r) {
+          const uint32_t full = layout.full(ring.stage);
+          device::mbarrier_wait(layout.empty(ring.stage), ring.phase ^ 1);
+          device::mbarrier_expect_tx(full, x_bytes);
+          load(&maps.aux, full, (r == 0 ? unit.rows[0] : unit.rows[1]) * kGroupTile);
+          ring.advance();
+        }
+      }
+    }
+    wait_for_weights();
+    ++units_done;
+  }
+}
+
+}  // namespace groups
+
+}  // namespace pixelfly
