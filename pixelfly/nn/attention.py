@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ..masks.attention import ATTENTION_BLOCK_SIZES, AttentionLayout, butterfly_attention_layout
-from ..ops.attention import block_mask_of, butterfly_attention
+from ..ops.attention import butterfly_attention
 
 
 @dataclass(frozen=True)
@@ -94,9 +94,7 @@ _STORE = _Store()
 @torch.compiler.assume_constant_result
 def _stored(device: str, length: int, causal: bool, *fields: int | None) -> str:
     layout = _layout(length, causal, *fields)
-    if device.startswith("cuda"):
-        block_mask_of(layout, torch.device(device), causal)
-    else:
+    if not device.startswith("cuda"):
         _ = layout.row_groups
     name = "layout_" + "_".join(map(str, (length, causal, *fields)))
     setattr(_STORE, name, layout)
