@@ -13,6 +13,7 @@ import types
 import torch
 
 from ..masks.attention import AttentionLayout
+from .block_mask import block_mask_of
 
 OP = "butterfly_attention"
 
@@ -60,7 +61,6 @@ def butterfly_attention(
         torch.Size([2, 4, 100, 32])
     """
     _check(q, k, v, layout, is_causal, key_padding_mask)
-    layout = layout.causal() if is_causal else layout
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if q.is_cuda:
         return _flex(q, k, v, layout, is_causal, scale, key_padding_mask)
@@ -170,6 +170,7 @@ def _masked_softmax(scores: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
 
 
 def _gathered(q, k, v, layout, is_causal, scale, key_padding_mask) -> torch.Tensor:
+    layout = layout.causal() if is_causal else layout
     b, (_, rows, cols) = layout.block_size, layout.grid.shape
     batch, heads = q.shape[:2]
     # One layout for all heads: heads go with the batch.
@@ -239,54 +240,6 @@ def _compiled_flex(key: tuple, autotune: bool):
     return torch.compile(own, dynamic=False, fullgraph=True, options=options)
 
 
-def _ordered(kept: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """`[1, H, q blocks]` counts and `[1, H, q blocks, kv blocks]` indices, kept ones first."""
-    order = (~kept).to(torch.int8).argsort(dim=-1, stable=True)
-    return kept.sum(-1).to(torch.int32)[None], order.to(torch.int32)[None]
-
-
-def make_block_mask(layout: AttentionLayout, device, is_causal: bool, hidden=None):
-    """Returns FlexAttention's mask of a layout, made from its grid alone.
-
-    Args:
-        layout: already trimmed if `is_causal`.
-        device: where the attention runs.
-        is_causal: masks keys after their query inside the blocks on the diagonal.
-        hidden: bool `[B, kv_len]` of keys to ignore, or None.
-    """
-    from torch.nn.attention.flex_attention import BlockMask
-
-    grid = layout.grid.to(device)
-    partial = torch.zeros_like(grid)
-    if hidden is not None:
-        partial = grid
-    elif is_causal:
-        partial = grid & torch.eye(*grid.shape[1:], dtype=torch.bool, device=device)
-
-    def mask_mod(batch, head, q, kv):
-        keep = q >= kv if is_causal else q >= 0
-        return keep if hidden is None else keep & ~hidden[batch, kv]
-
-    return BlockMask.from_kv_blocks(
-        *_ordered(partial),
-        *_ordered(grid & ~partial),
-        BLOCK_SIZE=layout.block_size,
-        mask_mod=mask_mod,
-        seq_lengths=(layout.q_len, layout.kv_len),
-    )
-
-
-def block_mask_of(layout: AttentionLayout, device: torch.device, is_causal: bool):
-    """Returns the layout's mask without padding; made once, kept with the layout."""
-    if torch.compiler.is_compiling():  # part of the program; dynamo cannot trace the cache
-        return make_block_mask(layout, device, is_causal)
-    masks = layout.__dict__.setdefault("_block_masks", {})
-    key = str(device), is_causal
-    if key not in masks:
-        masks[key] = make_block_mask(layout, device, is_causal)
-    return masks[key]
-
-
 def _flex(
     q, k, v, layout, is_causal, scale, key_padding_mask, *, autotune=None, options=None
 ) -> torch.Tensor:
@@ -302,10 +255,7 @@ def _flex(
         raise ValueError(
             f"{OP}: on {q.device} layout.block_size must be 64 or 128, got {layout.block_size}"
         )
-    if key_padding_mask is None:
-        mask = block_mask_of(layout, q.device, is_causal)
-    else:
-        mask = make_block_mask(layout, q.device, is_causal, key_padding_mask)
+    mask = block_mask_of(layout, q.device, is_causal, key_padding_mask)
     autotune = layout.block_size == 64 if autotune is None else autotune
     # Short queries too take the kernel that reads every mask block.
     options = {"FORCE_USE_FLEX_ATTENTION": True} | (options or {})

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import types
+
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.nn.attention import flex_attention
 
 from pixelfly.masks import AttentionLayout, butterfly_attention_layout
-from pixelfly.ops import butterfly_attention, butterfly_attention_reference
-from pixelfly.ops.attention import make_block_mask
+from pixelfly.nn import AttentionConfig, PixelflySelfAttention
+from pixelfly.ops import attention, block_mask, butterfly_attention, butterfly_attention_reference
+from pixelfly.ops.block_mask import make_block_mask
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
@@ -104,8 +109,8 @@ def test_gradcheck_and_compile():
 def test_block_mask_is_the_layout(is_causal, heads):
     """What FlexAttention is given on CUDA: counts and indices of partial and full blocks."""
     layout = random_layout(250, 250, 64, heads)
-    layout = layout.causal() if is_causal else layout
     mask = make_block_mask(layout, "cpu", is_causal)
+    layout = layout.causal() if is_causal else layout
     found = torch.zeros_like(layout.grid)
     for counts, indices, full in (
         (mask.kv_num_blocks, mask.kv_indices, False),
@@ -119,6 +124,63 @@ def test_block_mask_is_the_layout(is_causal, heads):
                     found[h, row, col] = True
     assert torch.equal(found, layout.grid)
     assert mask.seq_lengths == (250, 250)
+
+
+@pytest.fixture
+def flex_on_the_cpu(monkeypatch):
+    """Attention as on CUDA, as far as tracing goes: torch refuses FlexAttention's gradients on the
+    CPU, and its stand-in for the kernels drops no block. Yields the calls that made a mask."""
+    made = []
+
+    def make(*args):
+        made.append(args)
+        return make_block_mask(*args)
+
+    monkeypatch.setattr(block_mask, "make_block_mask", make)
+    monkeypatch.setattr(block_mask, "_names", {})
+    monkeypatch.setattr(block_mask, "_made", types.SimpleNamespace())
+    monkeypatch.setattr(attention, "_gathered", attention._flex)
+    monkeypatch.setattr(flex_attention, "_validate_device", lambda *_: None)
+    torch.compiler.reset()
+    yield made
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_masks_are_constants_of_compiled_programs(flex_on_the_cpu, is_causal):
+    layer = PixelflySelfAttention(32, 2, attention=AttentionConfig(64), is_causal=is_causal)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(layer, backend=counter, fullgraph=True)
+    for _ in range(2):
+        for length in (100, 150):
+            hidden = torch.rand(2, length) < 0.3
+            for mask in (None, ~hidden, hidden):
+                x = torch.randn(2, length, 32, requires_grad=True)
+                compiled(x, mask).square().sum().backward()
+                assert x.grad.isfinite().all()
+    # Of each length a program and a mask with padding, and one of both without.
+    assert counter.frame_count == len(flex_on_the_cpu) == 4
+    nodes = [node for graph in counter.graphs for node in graph.graph.nodes]
+    assert sum(node.target is torch.ops.higher_order.flex_attention for node in nodes) == 4
+    assert not any("sort" in str(node.target) for node in nodes)
+
+
+def test_equal_layouts_share_masks_and_programs(flex_on_the_cpu):
+    counter = CompileCounterWithBackend("eager")
+    compiled = torch.compile(butterfly_attention, backend=counter, fullgraph=True)
+    q, k, v = torch.randn(3, 1, 2, 150, 16)
+    for stride in (1, 1, 2, 2):  # equal ones are other objects
+        layout = butterfly_attention_layout(150, block_size=64, max_stride=stride, global_blocks=0)
+        compiled(q, k, v, layout, is_causal=True)
+    assert counter.frame_count == len(flex_on_the_cpu) == 2
+
+
+def test_a_mask_made_in_inference_mode_serves_training(flex_on_the_cpu):
+    layout = butterfly_attention_layout(100, block_size=64)
+    with torch.inference_mode():
+        mask = block_mask.block_mask_of(layout, torch.device("cpu"), False)
+    assert block_mask.block_mask_of(layout, torch.device("cpu"), False) is mask
+    assert not mask.kv_indices.is_inference() and len(flex_on_the_cpu) == 1
 
 
 @pytest.mark.parametrize(
