@@ -67,7 +67,23 @@ def test_aot_inductor_on_a_gpu_without_the_python_package(tmp_path):
     )
     command = [sys.executable, "-c", code, _C.__file__, package, str(tmp_path / "xy.pt")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    if done.returncode < 0 and dense_package_crashes(tmp_path):
+        pytest.skip("AOTInductor crashes here on loading a package of torch.nn.Linear too")
     assert done.returncode == 0, done.stderr
+
+
+def dense_package_crashes(folder):
+    """Whether a process that compiles and loads a dense layer is killed by a signal, as happens
+    where the C++ compiler's standard library and torch's do not agree."""
+    code = (
+        "import sys, torch\n"
+        "x = torch.randn(9, 96, device='cuda')\n"
+        "program = torch.export.export(torch.nn.Linear(96, 64).cuda(), (x,))\n"
+        "package = torch._inductor.aoti_compile_and_package(program, package_path=sys.argv[1])\n"
+        "torch._inductor.aoti_load_package(package)(x)\n"
+    )
+    command = [sys.executable, "-c", code, str(folder / "dense.pt2")]
+    return subprocess.run(command, capture_output=True, timeout=180).returncode < 0
 
 
 def test_the_library_loads_without_the_python_package():
