@@ -1,25 +1,29 @@
 // dB = dzᵀ x on the kept blocks, du = dzᵀ t, dv = sᵀ x, dbias = Σ dz: one pass over tokens, Hopper
 // (sm_90a).
 //
-// A thread block takes one chunk (GradChunk) and one span of tokens. Two consumer warpgroups hold
-// one column tile of [dz | s] each and multiply it with up to six column tiles of [x | t]: 6 x
-// 64x64 fp32 accumulators, 192 registers a thread. Both operands come straight from their row-major
-// tensors: rows are tokens, so tiles are MN-major for wgmma, A transposed and B transposed.
+// A thread block takes one chunk (GradChunk) and one span of tokens: up to twelve tiles of dz, s, x
+// and t, multiplied as its two consumer warpgroups' runs say into up to six 64x64 fp32 accumulators
+// each, 192 registers a thread. Operands come straight from their row-major tensors: rows are
+// tokens, so tiles are MN-major for wgmma, A transposed and B transposed. A run is one wgmma of n =
+// 64, 128 or 192, so that A is read from shared memory once for all of it: shared memory, written
+// by TMA and read by wgmma, is as scarce here as L2's bandwidth.
 //
-//   stage: [dz tiles: 1 or 2][x tiles: up to 9], each 32 tokens x 64 features, 4 KB, 128-byte
-//   swizzle ones:  a constant K-major tile; dz times it is the sum over tokens, dbias full[s]:
-//   producer -> consumers     empty[s]: the 8 consumer warps -> producer
+//   stage: the chunk's tiles, each 32 tokens x 64 features, 4 KB, 128-byte swizzle
+//   full[s]: producer -> consumers     empty[s]: the 8 consumer warps and 3 summing warps ->
+//   producer
 //
 // Producer: one TMA box a lane, its coordinates in registers (one thread reading a table was the
-// bottleneck of the prototype). Partial sums go to the workspace in fragment order, fully
-// coalesced; a second kernel adds the spans in order, so results are deterministic, and rounds
-// once. With one span the results are written directly.
+// bottleneck of the prototype). The three other warps of its warpgroup sum tiles of dz for dbias.
+// Partial sums go to the workspace in fragment order, fully coalesced; a second kernel adds the
+// spans in order, so results are deterministic, and rounds once. With one span the results are
+// written directly.
 #pragma once
 
 #include <cuda.h>
 #include <cuda_runtime.h>
 
 #include "device/convert.cuh"
+#include "device/dependent_launch.cuh"
 #include "device/mbarrier.cuh"
 #include "device/register_budget.cuh"
 #include "device/shared_memory.cuh"
@@ -33,13 +37,12 @@ constexpr int kGradTokens = 32;                          // tokens a stage
 constexpr int kGradTileBytes = kGradTokens * 64 * 2;     // 4 KB
 constexpr int kGradRingBytes = 5 * 11 * kGradTileBytes;  // 220 KB
 constexpr int kGradMaxStages = 12;
-constexpr int kGradOnesBytes = 1024;
-constexpr int kGradSharedBytes = kGradRingBytes + kGradOnesBytes + 1024;
+constexpr int kGradSharedBytes = kGradRingBytes + 1024;
 constexpr int kGradThreads = 384;
 constexpr int kGradPartial = 64 * 64;  // fp32 values of an output tile
 
 struct GradMaps {
-  CUtensorMap dz, x, t, s;  // box 32 tokens x 64 features
+  CUtensorMap of[4];  // by GradSource; box 32 tokens x 64 features
 };
 
 struct GradKernelArgs {
@@ -48,7 +51,6 @@ struct GradKernelArgs {
   int32_t spans;
   int32_t span_steps;  // stages of kGradTokens tokens in a span
   int32_t total_steps;
-  int32_t row_tiles, col_tiles;
   int32_t block_parts;     // block_size / 64
   const GroupQuad* quads;  // device; b = 32 only, else null
   int32_t out_features, in_features, rank, rank_tiles;
@@ -57,7 +59,7 @@ struct GradKernelArgs {
   void* dv;
   void* dbias;
   float* partial;       // [span][chunk][warpgroup][output][64 * 64]
-  float* bias_partial;  // [span][chunk][warpgroup][64]
+  float* bias_partial;  // [span][chunk][kGradBias][64]
 };
 
 namespace grad {
@@ -103,47 +105,80 @@ __device__ __forceinline__ void write_fragment(const GradKernelArgs& args, int o
 }
 
 template <typename T>
-__device__ __forceinline__ void write_bias(const GradKernelArgs& args, int row_tile, int row,
-                                           float sum) {
-  const int n = row_tile * 64 + row;
+__device__ __forceinline__ void write_bias(const GradKernelArgs& args, const GradChunk& chunk,
+                                           int i, int feature, float sum) {
+  const int n = (chunk.tile[chunk.bias[i]] >> 2) * 64 + feature;
   if (args.dbias != nullptr && n < args.out_features) {
     static_cast<T*>(args.dbias)[n] = device::from_float<T>(sum);
   }
 }
 
-// One consumer warpgroup with kOutputs accumulators.
-template <typename T, int kOutputs>
+// Accumulators of kRuns runs of kSize outputs, and where their operands are: the part of wgmma's
+// descriptors that differs.
+template <int kRuns, int kSize>
+struct Runs {
+  float acc[kRuns > 0 ? kRuns : 1][32 * kSize];
+  uint32_t a[kRuns > 0 ? kRuns : 1], b[kRuns > 0 ? kRuns : 1];
+
+  __device__ __forceinline__ void init(const GradRun* run, uint32_t ring) {
+#pragma unroll
+    for (int i = 0; i < kRuns; ++i) {
+      a[i] =
+          static_cast<uint32_t>(device::descriptor_mn_major(ring + run[i].row * kGradTileBytes, 0));
+      b[i] = static_cast<uint32_t>(device::descriptor_mn_major(ring + run[i].first * kGradTileBytes,
+                                                               run[i].step * kGradTileBytes));
+#pragma unroll
+      for (int j = 0; j < 32 * kSize; ++j) acc[i][j] = 0.f;
+    }
+  }
+  // `offset` of a stage and token step, in the descriptors' 16 bytes.
+  template <typename T>
+  __device__ __forceinline__ void multiply(uint32_t offset) {
+    constexpr uint64_t kCommon = device::kSwizzle128 | device::kGroupStride;
+#pragma unroll
+    for (int i = 0; i < kRuns; ++i) {
+      device::wgmma<T, true, true>(acc[i], kCommon | (a[i] + offset), kCommon | (b[i] + offset), 1);
+    }
+  }
+  // Calls visit(output, j, value) for the eight fragments of every output, counted from `first`.
+  template <typename Visit>
+  __device__ __forceinline__ void each(int first, Visit&& visit) const {
+#pragma unroll
+    for (int i = 0; i < kRuns * kSize; ++i) {
+#pragma unroll
+      for (int j = 0; j < 8; ++j) {
+        const float* v = acc[i / kSize] + (i % kSize * 8 + j) * 4;
+        visit(first + i, j, make_float4(v[0], v[1], v[2], v[3]));
+      }
+    }
+  }
+};
+
+// One consumer warpgroup with runs of three outputs, of two and of one.
+template <typename T, int kThrees, int kTwos, int kOnes>
 __device__ void consume(const GradChunk& chunk, const GradKernelArgs& args, int warpgroup,
-                        uint32_t ring, uint32_t ones, uint32_t bars, int stages, int steps,
-                        int span, int chunk_index) {
+                        uint32_t ring, uint32_t bars, int stages, int steps, int span,
+                        int chunk_index) {
   constexpr int kStepK = 128;  // descriptor units (16 bytes) of 16 token rows
   const int thread = threadIdx.x % 128;
-  const uint32_t stage_bytes = (chunk.num_rows + chunk.num_tiles) * kGradTileBytes;
-  float acc[kOutputs > 0 ? kOutputs : 1][32] = {};
-  float sums[4] = {};
-  const uint64_t a =
-      device::descriptor_mn_major(ring + warpgroup % chunk.num_rows * kGradTileBytes, 0);
-  const uint64_t one = device::descriptor_k_major(ones);
-  uint64_t b[kOutputs > 0 ? kOutputs : 1];
-#pragma unroll
-  for (int o = 0; o < kOutputs; ++o) {
-    b[o] = device::descriptor_mn_major(
-        ring + (chunk.num_rows + chunk.output_tile[warpgroup][o]) * kGradTileBytes, 0);
-  }
+  const uint32_t stage_bytes = chunk.num_tiles * kGradTileBytes;
+  Runs<kThrees, 3> threes;
+  Runs<kTwos, 2> twos;
+  Runs<kOnes, 1> ones;
+  threes.init(chunk.run[warpgroup], ring);
+  twos.init(chunk.run[warpgroup] + kThrees, ring);
+  ones.init(chunk.run[warpgroup] + kThrees + kTwos, ring);
   int stage = 0, previous = -1;
   uint32_t phase = 0;
   for (int i = 0; i < steps; ++i) {
     device::mbarrier_wait(bars + stage * 16, phase);
-    const uint64_t offset = static_cast<uint64_t>(stage * stage_bytes) >> 4;
+    const uint32_t offset = stage * stage_bytes >> 4;
     device::wgmma_fence();
 #pragma unroll
     for (int k = 0; k < kGradTokens / 16; ++k) {
-#pragma unroll
-      for (int o = 0; o < kOutputs; ++o) {
-        device::wgmma<T, true, true>(acc[o], a + offset + k * kStepK, b[o] + offset + k * kStepK,
-                                     1);
-      }
-      device::wgmma<T, true, false>(sums, a + offset + k * kStepK, one, 1);
+      threes.template multiply<T>(offset + k * kStepK);
+      twos.template multiply<T>(offset + k * kStepK);
+      ones.template multiply<T>(offset + k * kStepK);
     }
     device::wgmma_commit();
     device::wgmma_wait<1>();
@@ -156,31 +191,68 @@ __device__ void consume(const GradChunk& chunk, const GradKernelArgs& args, int 
   }
   device::wgmma_wait<0>();
 
-  const bool direct = args.spans == 1;
+  auto each = [&](auto&& visit) {
+    threes.each(0, visit);
+    twos.each(3 * kThrees, visit);
+    ones.each(3 * kThrees + 2 * kTwos, visit);
+  };
+  if (args.spans == 1) {
+    each([&](int output, int j, float4 v) {
+      write_fragment<T>(args, chunk.output[warpgroup][output], thread, j, v);
+    });
+    return;
+  }
   const int64_t slot = (static_cast<int64_t>(span) * args.num_chunks + chunk_index) * 2 + warpgroup;
+  float4* partial =
+      reinterpret_cast<float4*>(args.partial + slot * kGradOutputs * kGradPartial) + thread;
+  each([&](int output, int j, float4 v) { partial[(output * 8 + j) * 128] = v; });
+}
+
+// Sums the chunk's tiles of dz over tokens, tiles warp, warp + 3, ..: a lane has two features.
+template <typename T>
+__device__ void sum_tokens(const GradChunk& chunk, const GradKernelArgs& args, int warp,
+                           uint32_t ring, uint32_t bars, int stages, int steps, int span,
+                           int chunk_index) {
+  constexpr int kTiles = kGradBias / 3;
+  const int lane = threadIdx.x % 32;
+  const uint32_t stage_bytes = chunk.num_tiles * kGradTileBytes;
+  float sums[kTiles][2] = {};
+  int stage = 0;
+  uint32_t phase = 0;
+  for (int i = 0; i < steps; ++i) {
+    device::mbarrier_wait(bars + stage * 16, phase);
 #pragma unroll
-  for (int o = 0; o < kOutputs; ++o) {
-    float4* partial =
-        reinterpret_cast<float4*>(args.partial + (slot * kGradOutputs + o) * kGradPartial);
+    for (int n = 0; n < kTiles; ++n) {
+      if (warp + 3 * n >= chunk.num_bias) continue;
+      const uint32_t tile =
+          ring + stage * stage_bytes + chunk.bias[warp + 3 * n] * kGradTileBytes + lane * 4;
 #pragma unroll
-    for (int j = 0; j < 8; ++j) {
-      const float4 v =
-          make_float4(acc[o][j * 4], acc[o][j * 4 + 1], acc[o][j * 4 + 2], acc[o][j * 4 + 3]);
-      if (direct) {
-        write_fragment<T>(args, chunk.output[warpgroup][o], thread, j, v);
-      } else {
-        partial[j * 128 + thread] = v;
+      for (int token = 0; token < kGradTokens; ++token) {
+        const float2 v =
+            device::unpack2<T>(device::load_shared((tile + token * 128) ^ ((token % 8) << 4)));
+        sums[n][0] += v.x;
+        sums[n][1] += v.y;
       }
     }
+    __syncwarp();
+    if (lane == 0) device::mbarrier_arrive(bars + stage * 16 + 8);
+    if (++stage == stages) {
+      stage = 0;
+      phase ^= 1;
+    }
   }
-  if (chunk.bias[warpgroup] && thread % 4 == 0) {
-    const int row = thread / 32 * 16 + thread % 32 / 4;
-    if (direct) {
-      write_bias<T>(args, chunk.row[warpgroup], row, sums[0]);
-      write_bias<T>(args, chunk.row[warpgroup], row + 8, sums[2]);
+#pragma unroll
+  for (int n = 0; n < kTiles; ++n) {
+    const int tile = warp + 3 * n;
+    if (tile >= chunk.num_bias) continue;
+    if (args.spans == 1) {
+      write_bias<T>(args, chunk, tile, lane * 2, sums[n][0]);
+      write_bias<T>(args, chunk, tile, lane * 2 + 1, sums[n][1]);
     } else {
-      args.bias_partial[slot * 64 + row] = sums[0];
-      args.bias_partial[slot * 64 + row + 8] = sums[2];
+      const int64_t slot =
+          (static_cast<int64_t>(span) * args.num_chunks + chunk_index) * kGradBias + tile;
+      *reinterpret_cast<float2*>(args.bias_partial + slot * 64 + lane * 2) =
+          make_float2(sums[n][0], sums[n][1]);
     }
   }
 }
@@ -188,19 +260,14 @@ __device__ void consume(const GradChunk& chunk, const GradKernelArgs& args, int 
 __device__ inline void produce(const GradMaps& maps, const GradChunk& chunk,
                                const GradKernelArgs& args, uint32_t ring, uint32_t bars, int stages,
                                int first_step, int steps) {
-  const int lane = threadIdx.x % 32, boxes = chunk.num_rows + chunk.num_tiles;
-  const uint32_t stage_bytes = boxes * kGradTileBytes;
+  const int lane = threadIdx.x % 32;
+  const uint32_t stage_bytes = chunk.num_tiles * kGradTileBytes;
   const CUtensorMap* map = nullptr;
   int col = 0;
-  if (lane < chunk.num_rows) {
-    const bool from_s = chunk.row[lane] >= args.row_tiles;
-    map = from_s ? &maps.s : &maps.dz;
-    col = (chunk.row[lane] - (from_s ? args.row_tiles : 0)) * 64;
-  } else if (lane < boxes) {
-    const int tile = chunk.tile[lane - chunk.num_rows];
-    const bool from_t = tile >= args.col_tiles;
-    map = from_t ? &maps.t : &maps.x;
-    col = (tile - (from_t ? args.col_tiles : 0)) * 64;
+  if (lane < chunk.num_tiles) {
+    const int tile = chunk.tile[lane];
+    map = &maps.of[tile & 3];
+    col = (tile >> 2) * 64;
   }
   int stage = 0;
   uint32_t phase = 1;
@@ -231,75 +298,94 @@ __global__ void __launch_bounds__(kGradThreads, 1)
   __shared__ GradChunk chunk;
   __shared__ uint64_t barriers[2 * kGradMaxStages];
   const uint32_t ring = (device::smem_address(device::dynamic_shared()) + 1023) & ~1023u;
-  const uint32_t ones = ring + kGradRingBytes;
   const uint32_t bars = device::smem_address(barriers);
   const int chunk_index = blockIdx.x % args.num_chunks, span = blockIdx.x / args.num_chunks;
   for (int i = threadIdx.x; i < static_cast<int>(sizeof(GradChunk) / 4); i += kGradThreads) {
     reinterpret_cast<int*>(&chunk)[i] = reinterpret_cast<const int*>(args.chunks + chunk_index)[i];
   }
-  for (int i = threadIdx.x; i < kGradOnesBytes / 4; i += kGradThreads) {
-    device::store_shared(ones + i * 4, device::pack2<T>(1.f, 1.f));
-  }
   if (threadIdx.x == 0) {
     for (int s = 0; s < kGradMaxStages; ++s) {
       device::mbarrier_init(bars + s * 16, 1);
-      device::mbarrier_init(bars + s * 16 + 8, 8);
+      device::mbarrier_init(bars + s * 16 + 8, 11);
     }
     device::mbarrier_init_fence();
   }
-  device::fence_proxy_async();
   __syncthreads();
 
-  const int stages =
-      min(kGradMaxStages, kGradRingBytes / ((chunk.num_rows + chunk.num_tiles) * kGradTileBytes));
+  device::allow_dependent_launch();
+  const int stages = min(kGradMaxStages, kGradRingBytes / (chunk.num_tiles * kGradTileBytes));
   const int first = span * args.span_steps;
   const int steps = min(args.span_steps, args.total_steps - first);
   const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);
   if (warpgroup == 2) {
-    device::release_registers<24>();
-    if (threadIdx.x < 288) {
+    device::release_registers<32>();
+    const int warp = __shfl_sync(0xffffffffu, threadIdx.x % 128 / 32, 0);
+    if (warp == 3) {
       grad::produce(maps, chunk, args, ring, bars, stages, first, steps);
+    } else {
+      grad::sum_tokens<T>(chunk, args, warp, ring, bars, stages, steps, span, chunk_index);
     }
-  } else {
-    device::claim_registers<240>();
-    auto run = [&](auto count) {
-      grad::consume<T, decltype(count)::value>(chunk, args, warpgroup, ring, ones, bars, stages,
-                                               steps, span, chunk_index);
-    };
-    switch (chunk.num_outputs[warpgroup]) {
-      case 0: run(std::integral_constant<int, 0>{}); break;
-      case 1: run(std::integral_constant<int, 1>{}); break;
-      case 2: run(std::integral_constant<int, 2>{}); break;
-      case 3: run(std::integral_constant<int, 3>{}); break;
-      case 4: run(std::integral_constant<int, 4>{}); break;
-      case 5: run(std::integral_constant<int, 5>{}); break;
-      default: run(std::integral_constant<int, 6>{}); break;
-    }
+    return;
   }
+  device::claim_registers<240>();
+#define PIXELFLY_CONSUME(sizes, threes, twos, ones)                                               \
+  case sizes:                                                                                     \
+    grad::consume<T, threes, twos, ones>(chunk, args, warpgroup, ring, bars, stages, steps, span, \
+                                         chunk_index);                                            \
+    break;
+  switch (chunk.sizes[warpgroup]) {  // kGradSizes
+    PIXELFLY_CONSUME(0, 0, 0, 0)
+    PIXELFLY_CONSUME(1, 0, 0, 1)
+    PIXELFLY_CONSUME(2, 0, 1, 0)
+    PIXELFLY_CONSUME(11, 0, 0, 2)
+    PIXELFLY_CONSUME(3, 1, 0, 0)
+    PIXELFLY_CONSUME(21, 0, 1, 1)
+    PIXELFLY_CONSUME(111, 0, 0, 3)
+    PIXELFLY_CONSUME(31, 1, 0, 1)
+    PIXELFLY_CONSUME(22, 0, 2, 0)
+    PIXELFLY_CONSUME(1111, 0, 0, 4)
+    PIXELFLY_CONSUME(32, 1, 1, 0)
+    PIXELFLY_CONSUME(221, 0, 2, 1)
+    PIXELFLY_CONSUME(11111, 0, 0, 5)
+    PIXELFLY_CONSUME(33, 2, 0, 0)
+    PIXELFLY_CONSUME(321, 1, 1, 1)
+    PIXELFLY_CONSUME(222, 0, 3, 0)
+    PIXELFLY_CONSUME(2211, 0, 2, 2)
+    PIXELFLY_CONSUME(111111, 0, 0, 6)
+  }
+#undef PIXELFLY_CONSUME
 #endif
 }
 
-// Adds the spans of every output in order. Grid: chunks x 2 warpgroups x (outputs + 1) x 8; the
-// last output is dbias, the last index one of eight slices of an output tile, so that enough loads
-// are in flight to cover their latency.
+// Adds the spans of every output in order. Grid: chunks x 2 warpgroups x outputs x 8 slices of an
+// output, so that enough loads are in flight to cover their latency; then chunks x kGradBias / 2
+// for dbias.
 template <typename T>
 __global__ void __launch_bounds__(128)
     reduce_weight_grad_sm90(const __grid_constant__ GradKernelArgs args) {
-  const int j = blockIdx.x % 8, output = blockIdx.x / 8 % (kGradOutputs + 1);
-  const int rest = blockIdx.x / (8 * (kGradOutputs + 1));
-  const int warpgroup = rest % 2, chunk_index = rest / 2, thread = threadIdx.x;
-  const GradChunk& chunk = args.chunks[chunk_index];
-  const int64_t slot = static_cast<int64_t>(chunk_index) * 2 + warpgroup;
-  const int64_t slots = static_cast<int64_t>(args.num_chunks) * 2;
-  if (output == kGradOutputs) {
-    if (j > 0 || !chunk.bias[warpgroup] || thread >= 64) return;
+  const int thread = threadIdx.x;
+  const int bias_block = static_cast<int>(blockIdx.x) - args.num_chunks * 2 * kGradOutputs * 8;
+  if (bias_block >= 0) {
+    const int chunk_index = bias_block / (kGradBias / 2);
+    const int tile = bias_block % (kGradBias / 2) * 2 + thread / 64;
+    const GradChunk& chunk = args.chunks[chunk_index];
+    if (tile >= chunk.num_bias) return;
+    device::wait_for_previous_kernel();
+    const float* partial = args.bias_partial + (chunk_index * kGradBias + tile) * 64 + thread % 64;
+    const int64_t step = static_cast<int64_t>(args.num_chunks) * kGradBias * 64;
     float sum = 0.f;
 #pragma unroll 8
-    for (int s = 0; s < args.spans; ++s) sum += args.bias_partial[(s * slots + slot) * 64 + thread];
-    grad::write_bias<T>(args, chunk.row[warpgroup], thread, sum);
+    for (int s = 0; s < args.spans; ++s) sum += partial[s * step];
+    grad::write_bias<T>(args, chunk, tile, thread % 64, sum);
     return;
   }
+  const int j = blockIdx.x % 8, output = blockIdx.x / 8 % kGradOutputs;
+  const int64_t slot = blockIdx.x / (8 * kGradOutputs);
+  const int64_t slots = static_cast<int64_t>(args.num_chunks) * 2;
+  const GradChunk& chunk = args.chunks[slot / 2];
+  const int warpgroup = slot % 2;
   if (output >= chunk.num_outputs[warpgroup]) return;
+  device::wait_for_previous_kernel();
   const float4* partial = reinterpret_cast<const float4*>(
                               args.partial + (slot * kGradOutputs + output) * kGradPartial) +
                           j * 128 + thread;

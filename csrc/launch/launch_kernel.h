@@ -42,4 +42,21 @@ Status launch_kernel(void (*kernel)(Parameters...), dim3 grid, dim3 threads, int
   return Status::success();
 }
 
+// Starts a kernel that calls wait_for_previous_kernel(), sm_90 or later (device/dependent_launch).
+template <typename... Parameters, typename... Arguments>
+Status launch_dependent_kernel(void (*kernel)(Parameters...), dim3 grid, dim3 threads,
+                               Stream stream, const Arguments&... arguments) {
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = threads;
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  PIXELFLY_CUDA(cudaLaunchKernelEx(&config, kernel, arguments...));
+  return Status::success();
+}
+
 }  // namespace pixelfly

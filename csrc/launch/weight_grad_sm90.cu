@@ -43,8 +43,6 @@ GradKernelArgs make_args(const WeightGradParams& p, const DeviceInfo& device) {
   if (h.block_size == 32) {
     args.quads = reinterpret_cast<const GroupQuad*>(p.plan + h.forward.quads_offset);
   }
-  args.row_tiles = h.grad.row_tiles;
-  args.col_tiles = h.grad.col_tiles;
   args.out_features = p.out_features;
   args.in_features = p.in_features;
   args.rank = h.rank;
@@ -53,9 +51,9 @@ GradKernelArgs make_args(const WeightGradParams& p, const DeviceInfo& device) {
   args.du = p.du;
   args.dv = p.dv;
   args.dbias = p.dbias;
-  const int64_t slots = int64_t{2} * args.num_chunks * args.spans;
   args.partial = static_cast<float*>(p.workspace);
-  args.bias_partial = args.partial + slots * kGradOutputs * kGradPartial;
+  args.bias_partial =
+      args.partial + int64_t{2} * args.num_chunks * args.spans * kGradOutputs * kGradPartial;
   return args;
 }
 
@@ -65,8 +63,9 @@ Status launch(const GradMaps& maps, const GradKernelArgs& args, Stream stream) {
   PIXELFLY_RETURN_IF_ERROR(
       launch_kernel(weight_grad_sm90<T>, grid, kGradThreads, kGradSharedBytes, stream, maps, args));
   if (args.spans == 1) return Status::success();
-  const auto tiles = static_cast<unsigned>(args.num_chunks * 2 * (kGradOutputs + 1) * 8);
-  return launch_kernel(reduce_weight_grad_sm90<T>, tiles, 128, 0, stream, args);
+  const auto slices =
+      static_cast<unsigned>(args.num_chunks * (2 * kGradOutputs * 8 + kGradBias / 2));
+  return launch_dependent_kernel(reduce_weight_grad_sm90<T>, slices, 128, stream, args);
 }
 
 }  // namespace
@@ -82,8 +81,9 @@ bool weight_grad_sm90_supports(const WeightGradParams& p, const DeviceInfo& devi
 size_t weight_grad_workspace_sm90(const WeightGradParams& p, const DeviceInfo& device) {
   const GradKernelArgs args = make_args(p, device);
   if (args.spans == 1) return 0;
-  const int64_t slots = int64_t{2} * args.num_chunks * args.spans;
-  return static_cast<size_t>(slots * (kGradOutputs * kGradPartial + 64)) * sizeof(float);
+  const int64_t chunks = int64_t{args.num_chunks} * args.spans;
+  return static_cast<size_t>(chunks * (2 * kGradOutputs * kGradPartial + kGradBias * 64)) *
+         sizeof(float);
 }
 
 Status launch_weight_grad_sm90(const WeightGradParams& p, const DeviceInfo& device, Stream stream) {
@@ -100,10 +100,10 @@ Status launch_weight_grad_sm90(const WeightGradParams& p, const DeviceInfo& devi
     }
     return encode_tile_map(out, p.dtype, data, p.tokens, cols, stride, kGradTokens);
   };
-  PIXELFLY_RETURN_IF_ERROR(map(&maps.dz, p.dz, p.out_features, p.dz_stride));
-  PIXELFLY_RETURN_IF_ERROR(map(&maps.x, p.x, p.in_features, p.x_stride));
-  PIXELFLY_RETURN_IF_ERROR(map(&maps.t, p.t, rank, p.t_stride));
-  PIXELFLY_RETURN_IF_ERROR(map(&maps.s, p.s, rank, p.s_stride));
+  PIXELFLY_RETURN_IF_ERROR(map(&maps.of[kGradDz], p.dz, p.out_features, p.dz_stride));
+  PIXELFLY_RETURN_IF_ERROR(map(&maps.of[kGradX], p.x, p.in_features, p.x_stride));
+  PIXELFLY_RETURN_IF_ERROR(map(&maps.of[kGradT], p.t, rank, p.t_stride));
+  PIXELFLY_RETURN_IF_ERROR(map(&maps.of[kGradS], p.s, rank, p.s_stride));
   return p.dtype == DType::kBFloat16 ? launch<__nv_bfloat16>(maps, args, stream)
                                      : launch<__half>(maps, args, stream);
 }

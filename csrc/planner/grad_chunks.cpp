@@ -1,7 +1,10 @@
-// Work list of the Hopper weight-gradient kernel: the kept 64x64 tiles of dB, bordered by du (a
-// column t) and dv (a row s), cut into chunks of two rows that share tiles of x.
+// Work list of the Hopper weight-gradient kernel. Its outputs (the kept 64x64 tiles of dB, bordered
+// by du and dv) are edges between tiles of [dz | s] and tiles of [x | t]; a thread block that holds
+// some of them loads every tile they touch, so chunks are grown to have many edges between few
+// tiles: 12 between 4 + 4 in a butterfly, 12 between 3 + 4 where rows share their columns.
 #include <algorithm>
 #include <array>
+#include <cmath>
 #include <set>
 #include <utility>
 #include <vector>
@@ -12,125 +15,413 @@ namespace pixelfly {
 namespace {
 
 constexpr int32_t kTile = 64;
+constexpr int32_t kMaxOutputs = 2 * kGradOutputs;
 
-struct Entry {
-  int32_t col;
+struct Edge {
+  int32_t row;  // tile of dz; from dz_tiles on: of s
+  int32_t col;  // tile of x; from x_tiles on: of t
   int32_t output;
 };
-using Row = std::vector<Entry>;
+
+struct Graph {
+  int32_t dz_tiles, x_tiles, rank_tiles;
+  std::vector<Edge> edges;  // row by row
+  int32_t rows() const { return dz_tiles + rank_tiles; }
+  int32_t vertices() const { return rows() + x_tiles + rank_tiles; }
+};
 
 int32_t tiles(int32_t features) { return (features + kTile - 1) / kTile; }
 
-// Tiles of 64 along a side of `count` blocks; the part of a block past the features has its own.
-int32_t side_tiles(const LayoutView& layout, int32_t count) {
-  return (count * layout.block_size + kTile - 1) / kTile;
-}
-
-// The outputs of every row tile of [dz | s]: kept blocks, and the low-rank border.
-std::vector<Row> output_rows(const LayoutView& layout) {
-  const int32_t rows = side_tiles(layout, layout.num_rows());
-  const int32_t cols = side_tiles(layout, layout.num_cols());
-  const int32_t ranks = tiles(layout.rank), sub = layout.block_size / kTile;
-  std::vector<Row> out(static_cast<size_t>(rows + ranks));
+Graph make_graph(const LayoutView& layout) {
+  // The part of a block past the features has tiles of its own.
+  const int32_t sub = layout.block_size / kTile;
+  Graph graph{tiles(layout.num_rows() * layout.block_size),
+              tiles(layout.num_cols() * layout.block_size),
+              tiles(layout.rank),
+              {}};
+  std::vector<Edge>& edges = graph.edges;
   std::set<std::pair<int32_t, int32_t>> quads;  // numbered as in row_groups.cpp
   for (int32_t k = 0; k < layout.nnz(); ++k) {
     if (sub == 0) {
       const std::pair<int32_t, int32_t> tile{layout.row_idx[k] / 2, layout.col_idx[k] / 2};
       const auto number = static_cast<int32_t>(quads.size());
-      if (quads.insert(tile).second) {
-        out[static_cast<size_t>(tile.first)].push_back({tile.second, kGradBlock + number});
-      }
+      if (quads.insert(tile).second)
+        edges.push_back({tile.first, tile.second, kGradBlock + number});
       continue;
     }
     for (int32_t r = 0; r < sub; ++r) {
       for (int32_t c = 0; c < sub; ++c) {
-        out[static_cast<size_t>(layout.row_idx[k] * sub + r)].push_back(
-            {layout.col_idx[k] * sub + c, kGradBlock + (k * sub + r) * sub + c});
+        edges.push_back({layout.row_idx[k] * sub + r, layout.col_idx[k] * sub + c,
+                         kGradBlock + (k * sub + r) * sub + c});
       }
     }
   }
-  for (int32_t j = 0; j < ranks; ++j) {
-    for (int32_t r = 0; r < rows; ++r) {
-      out[static_cast<size_t>(r)].push_back({cols + j, kGradDu + r * ranks + j});
+  for (int32_t j = 0; j < graph.rank_tiles; ++j) {
+    for (int32_t r = 0; r < graph.dz_tiles; ++r) {
+      edges.push_back({r, graph.x_tiles + j, kGradDu + r * graph.rank_tiles + j});
     }
-    for (int32_t c = 0; c < cols; ++c) {
-      out[static_cast<size_t>(rows + j)].push_back({c, kGradDv + c * ranks + j});
+    for (int32_t c = 0; c < graph.x_tiles; ++c) {
+      edges.push_back({graph.dz_tiles + j, c, kGradDv + c * graph.rank_tiles + j});
     }
   }
-  for (Row& row : out) {
-    std::sort(row.begin(), row.end(), [](const Entry& a, const Entry& b) { return a.col < b.col; });
-  }
-  return out;
+  std::sort(edges.begin(), edges.end(), [](const Edge& a, const Edge& b) {
+    return std::pair(a.row, a.col) < std::pair(b.row, b.col);
+  });
+  return graph;
 }
 
-GradChunk empty_chunk(int32_t row0, int32_t row1) {
+using Chunk = std::vector<int32_t>;  // indices of edges
+
+// Cuts the edges into chunks of at most `max_edges` edges between at most `max_tiles` tiles.
+class Grower {
+ public:
+  Grower(const Graph& graph, int32_t max_edges, int32_t max_tiles)
+      : graph_(graph),
+        max_edges_(static_cast<size_t>(max_edges)),
+        max_tiles_(static_cast<size_t>(max_tiles)),
+        incident_(static_cast<size_t>(graph.vertices())),
+        taken_(graph.edges.size(), false),
+        gain_(static_cast<size_t>(graph.vertices()), 0),
+        inside_(static_cast<size_t>(graph.vertices()), false),
+        left_(static_cast<size_t>(graph.rows()), 0) {
+    for (size_t e = 0; e < graph.edges.size(); ++e) {
+      ++left_[row_of(e)];
+      incident_[row_of(e)].push_back(e);
+      incident_[col_of(e)].push_back(e);
+    }
+  }
+
+  std::vector<Chunk> grow() {
+    std::vector<Chunk> pieces;
+    for (size_t seed = next_seed(); seed != kNone; seed = next_seed()) {
+      pieces.push_back(grow_from(seed));
+    }
+    return pack(pieces);
+  }
+
+ private:
+  size_t row_of(size_t e) const { return static_cast<size_t>(graph_.edges[e].row); }
+  size_t col_of(size_t e) const { return static_cast<size_t>(graph_.rows() + graph_.edges[e].col); }
+  // Of the row that has most edges left, the edge nearest to the diagonal: pieces of the same kind
+  // come one after another, and a piece does not break up those of its neighbours.
+  size_t next_seed() const {
+    const auto row =
+        static_cast<size_t>(std::max_element(left_.begin(), left_.end()) - left_.begin());
+    if (left_.empty() || left_[row] == 0) return kNone;
+    size_t best = kNone;
+    for (const size_t e : incident_[row]) {
+      if (!taken_[e] && (best == kNone || distance(col_of(e), row) < distance(col_of(best), row))) {
+        best = e;
+      }
+    }
+    return best;
+  }
+  // Between two tiles, as parts of their sides.
+  double distance(size_t a, size_t b) const {
+    auto place = [&](size_t v) {
+      const auto rows = static_cast<size_t>(graph_.rows());
+      return v < rows
+                 ? (static_cast<double>(v) + .5) / static_cast<double>(rows)
+                 : (static_cast<double>(v - rows) + .5) / static_cast<double>(gain_.size() - rows);
+    };
+    return std::abs(place(a) - place(b));
+  }
+
+  // A connected piece around an edge.
+  Chunk grow_from(size_t seed) {
+    Chunk chunk;
+    std::vector<size_t> members;
+    reached_.clear();
+    auto add = [&](size_t v) {
+      inside_[v] = true;
+      members.push_back(v);
+      for (const size_t e : incident_[v]) {
+        if (taken_[e]) continue;
+        const size_t other = row_of(e) == v ? col_of(e) : row_of(e);
+        if (!inside_[other]) {
+          if (gain_[other]++ == 0) reached_.push_back(other);
+        } else if (chunk.size() < max_edges_) {
+          taken_[e] = true;
+          --left_[row_of(e)];
+          chunk.push_back(static_cast<int32_t>(e));
+        }
+      }
+    };
+    add(row_of(seed));
+    add(col_of(seed));
+    while (chunk.size() < max_edges_ && members.size() < max_tiles_) {
+      const size_t best = best_of(max_edges_ - chunk.size(), row_of(seed), col_of(seed));
+      if (best == kNone) break;
+      add(best);
+    }
+    for (const size_t v : members) inside_[v] = false;
+    for (const size_t v : reached_) gain_[v] = 0;
+    return chunk;
+  }
+
+  // The tile that adds most edges, at most `room`; of several the nearest to `row` or `col`.
+  size_t best_of(size_t room, size_t row, size_t col) const {
+    size_t best = kNone;
+    double best_distance = 0;
+    for (const size_t v : reached_) {
+      if (inside_[v] || gain_[v] > room) continue;
+      const double away = distance(v, v < static_cast<size_t>(graph_.rows()) ? row : col);
+      if (best == kNone || gain_[v] > gain_[best] ||
+          (gain_[v] == gain_[best] && std::pair(away, best) < std::pair(best_distance, v))) {
+        best = v;
+        best_distance = away;
+      }
+    }
+    return best;
+  }
+
+  // Joins connected pieces to chunks: each to the open one it shares most tiles with.
+  std::vector<Chunk> pack(const std::vector<Chunk>& pieces) const {
+    std::vector<Chunk> chunks;
+    std::vector<std::set<size_t>> members;  // of each chunk: its tiles
+    std::vector<size_t> open;
+    for (const Chunk& piece : pieces) {
+      std::set<size_t> tiles;
+      for (const int32_t e : piece) {
+        tiles.insert(row_of(static_cast<size_t>(e)));
+        tiles.insert(col_of(static_cast<size_t>(e)));
+      }
+      size_t best = kNone, best_shared = 0;
+      for (const size_t c : open) {
+        size_t shared = 0;
+        for (const size_t v : tiles) shared += members[c].count(v);
+        const bool fits = chunks[c].size() + piece.size() <= max_edges_ &&
+                          members[c].size() + tiles.size() - shared <= max_tiles_;
+        if (fits && (best == kNone || shared > best_shared)) {
+          best = c;
+          best_shared = shared;
+        }
+      }
+      if (best == kNone) {
+        best = chunks.size();
+        chunks.emplace_back();
+        members.emplace_back();
+        open.push_back(best);
+      }
+      chunks[best].insert(chunks[best].end(), piece.begin(), piece.end());
+      members[best].insert(tiles.begin(), tiles.end());
+      if (chunks[best].size() == max_edges_ || members[best].size() + 1 >= max_tiles_) {
+        open.erase(std::find(open.begin(), open.end(), best));
+      }
+    }
+    return chunks;
+  }
+
+  static constexpr size_t kNone = ~size_t{0};
+  const Graph& graph_;
+  const size_t max_edges_, max_tiles_;
+  std::vector<std::vector<size_t>> incident_;  // edges of a vertex: rows, then columns
+  std::vector<bool> taken_;
+  std::vector<size_t> gain_;  // edges a vertex would add to the chunk
+  std::vector<bool> inside_;
+  std::vector<size_t> reached_;
+  std::vector<int32_t> left_;  // edges of a row not yet taken
+};
+
+// Cycles of an SM for a chunk and 32 tokens: loads (L2 feeds an SM about 30 bytes a cycle), or
+// products; what does not overlap is put at a quarter.
+double cycles_of(const Graph& graph, const Chunk& chunk) {
+  std::set<int32_t> rows, cols;
+  for (const int32_t e : chunk) {
+    rows.insert(graph.edges[static_cast<size_t>(e)].row);
+    cols.insert(graph.edges[static_cast<size_t>(e)].col);
+  }
+  const double loads = 136. * static_cast<double>(rows.size() + cols.size());
+  const double products = 80. * static_cast<double>(chunk.size());
+  return std::max(loads, products) + std::min(loads, products) / 4;
+}
+
+// Time of a pass over kTokens tokens, in cycles. All chunks go through the same span of tokens at
+// the same time, so that L2 serves what several load; spans fill the SMs.
+double cost_of(const Graph& graph, const std::vector<Chunk>& chunks) {
+  constexpr double kTokens = 16384, kPartialCycles = 600;  // to write and add 16 KB of sums
+  double slowest = 0;
+  for (const Chunk& chunk : chunks) slowest = std::max(slowest, cycles_of(graph, chunk));
+  const size_t count = chunks.size();
+  double best = 0;
+  for (size_t spans = 1; spans <= 64; ++spans) {
+    const size_t waves = (count * spans + kGroupThreadBlocks - 1) / kGroupThreadBlocks;
+    const double sums = static_cast<double>(spans * graph.edges.size()) / kGroupThreadBlocks;
+    const double cost =
+        static_cast<double>(waves) * slowest * kTokens / 32 / static_cast<double>(spans) +
+        (spans > 1 ? sums * kPartialCycles : 0);
+    if (best == 0 || cost < best) best = cost;
+  }
+  return best;
+}
+
+std::vector<Chunk> best_chunks(const Graph& graph) {
+  std::vector<Chunk> best;
+  double best_cost = 0;
+  const bool large = graph.edges.size() > 8192;  // the search is then not worth its time
+  for (int32_t max_edges = kMaxOutputs; max_edges >= (large ? kMaxOutputs : 5); --max_edges) {
+    for (int32_t max_tiles = kGradTiles; max_tiles >= (large ? kGradTiles : 6); --max_tiles) {
+      std::vector<Chunk> chunks = Grower(graph, max_edges, max_tiles).grow();
+      const double cost = cost_of(graph, chunks);
+      if (best.empty() || cost < best_cost) {
+        best = std::move(chunks);
+        best_cost = cost;
+      }
+    }
+  }
+  return best;
+}
+
+// Deals the outputs of a warpgroup to runs of the given sizes: a run has one row and evenly spaced
+// columns. `left` counts runs of size 1, 2 and 3 not yet made.
+bool deal_runs(const std::vector<std::array<int32_t, 3>>& outputs, std::vector<bool>& used,
+               std::array<int, 4>& left, std::vector<std::vector<size_t>>& runs) {
+  const auto first = static_cast<size_t>(std::find(used.begin(), used.end(), false) - used.begin());
+  if (first == used.size()) return true;
+  const size_t n = outputs.size();
+  auto attempt = [&](const std::vector<size_t>& run) {
+    for (const size_t i : run) used[i] = true;
+    --left[run.size()];
+    runs.push_back(run);
+    if (deal_runs(outputs, used, left, runs)) return true;
+    runs.pop_back();
+    ++left[run.size()];
+    for (const size_t i : run) used[i] = false;
+    return false;
+  };
+  auto joins = [&](size_t i) { return !used[i] && outputs[i][0] == outputs[first][0]; };
+  if (left[3] > 0) {
+    for (size_t i = first + 1; i < n; ++i) {
+      for (size_t j = i + 1; joins(i) && j < n; ++j) {
+        if (joins(j) && outputs[j][1] - outputs[i][1] == outputs[i][1] - outputs[first][1] &&
+            attempt({first, i, j})) {
+          return true;
+        }
+      }
+    }
+  }
+  if (left[2] > 0) {
+    for (size_t i = first + 1; i < n; ++i) {
+      if (joins(i) && attempt({first, i})) return true;
+    }
+  }
+  return left[1] > 0 && attempt({first});
+}
+
+// Writes the outputs {row slot, column slot, destination} of warpgroup w, sorted by row and column.
+void set_outputs(GradChunk* chunk, int w, const std::vector<std::array<int32_t, 3>>& outputs) {
+  chunk->num_outputs[w] = static_cast<int32_t>(outputs.size());
+  for (const int32_t sizes : kGradSizes) {
+    std::array<int, 4> left{};
+    size_t sum = 0;
+    for (int32_t rest = sizes; rest > 0; rest /= 10) {
+      ++left[static_cast<size_t>(rest % 10)];
+      sum += static_cast<size_t>(rest % 10);
+    }
+    std::vector<bool> used(outputs.size(), false);
+    std::vector<std::vector<size_t>> runs;
+    if (sum != outputs.size() || !deal_runs(outputs, used, left, runs)) continue;
+    std::stable_sort(runs.begin(), runs.end(),
+                     [](const auto& a, const auto& b) { return a.size() > b.size(); });
+    chunk->sizes[w] = sizes;
+    int32_t next = 0, number = 0;
+    for (const std::vector<size_t>& run : runs) {
+      const auto& first = outputs[run[0]];
+      const int32_t step = run.size() > 1 ? outputs[run[1]][1] - first[1] : 1;
+      chunk->run[w][number++] = {first[0], first[1], step, static_cast<int32_t>(run.size())};
+      for (const size_t i : run) chunk->output[w][next++] = outputs[i][2];
+    }
+    return;
+  }
+}
+
+GradChunk make_chunk(const Graph& graph, const Chunk& members) {
+  // Columns in the order of the rows that use them, so that a row's columns lie side by side.
+  struct Use {
+    double rows = 0, count = 0;
+  };
+  std::vector<int32_t> rows, cols;
+  for (const int32_t e : members) {
+    rows.push_back(graph.edges[static_cast<size_t>(e)].row);
+    cols.push_back(graph.edges[static_cast<size_t>(e)].col);
+  }
+  auto unique = [](std::vector<int32_t>* v) {
+    std::sort(v->begin(), v->end());
+    v->erase(std::unique(v->begin(), v->end()), v->end());
+  };
+  auto index = [](const std::vector<int32_t>& v, int32_t value) {
+    return static_cast<size_t>(std::find(v.begin(), v.end(), value) - v.begin());
+  };
+  unique(&rows);
+  unique(&cols);
+  std::vector<Use> use(cols.size());
+  for (const int32_t e : members) {
+    const Edge& edge = graph.edges[static_cast<size_t>(e)];
+    Use& u = use[index(cols, edge.col)];
+    u.rows += static_cast<double>(index(rows, edge.row));
+    ++u.count;
+  }
+  std::vector<size_t> order(cols.size());
+  for (size_t i = 0; i < order.size(); ++i) order[i] = i;
+  std::stable_sort(order.begin(), order.end(), [&](size_t a, size_t b) {
+    return use[a].rows * use[b].count < use[b].rows * use[a].count;
+  });
+
   GradChunk chunk{};
-  chunk.num_rows = row1 >= 0 && row1 != row0 ? 2 : 1;
-  chunk.row[0] = row0;
-  chunk.row[1] = row1 >= 0 ? row1 : row0;
+  for (const int32_t row : rows) {
+    const bool is_s = row >= graph.dz_tiles;
+    chunk.tile[chunk.num_tiles++] =
+        (is_s ? row - graph.dz_tiles : row) << 2 | (is_s ? kGradS : kGradDz);
+  }
+  std::vector<int32_t> slot(cols.size());
+  for (const size_t i : order) {
+    const bool is_t = cols[i] >= graph.x_tiles;
+    slot[i] = chunk.num_tiles;
+    chunk.tile[chunk.num_tiles++] =
+        (is_t ? cols[i] - graph.x_tiles : cols[i]) << 2 | (is_t ? kGradT : kGradX);
+  }
+  std::vector<std::array<int32_t, 3>> outputs;
+  for (const int32_t e : members) {
+    const Edge& edge = graph.edges[static_cast<size_t>(e)];
+    outputs.push_back(
+        {static_cast<int32_t>(index(rows, edge.row)), slot[index(cols, edge.col)], edge.output});
+  }
+  std::sort(outputs.begin(), outputs.end());
+  const auto half = outputs.begin() + static_cast<long>((outputs.size() + 1) / 2);
+  set_outputs(&chunk, 0, {outputs.begin(), half});
+  set_outputs(&chunk, 1, {half, outputs.end()});
   return chunk;
 }
 
-void add(GradChunk* chunk, int w, const Entry& entry) {
-  int32_t slot = 0;
-  while (slot < chunk->num_tiles && chunk->tile[slot] != entry.col) ++slot;
-  if (slot == chunk->num_tiles) chunk->tile[chunk->num_tiles++] = entry.col;
-  chunk->output_tile[w][chunk->num_outputs[w]] = slot;
-  chunk->output[w][chunk->num_outputs[w]++] = entry.output;
-}
-
-// One row alone: both warpgroups take different columns of it.
-void single_row(std::vector<GradChunk>* chunks, int32_t row, const Row& entries) {
-  const size_t count = (entries.size() + kGradTiles - 1) / kGradTiles;
-  for (size_t c = 0; c < count; ++c) {
-    GradChunk chunk = empty_chunk(row, -1);
-    int w = 0;
-    for (size_t i = c; i < entries.size(); i += count, w ^= 1) add(&chunk, w, entries[i]);
-    chunks->push_back(chunk);
-  }
-}
-
-// Two rows: shared columns and each row's own are dealt evenly over as few chunks as fit.
-void row_pair(std::vector<GradChunk>* chunks, int32_t row, const Row& first, const Row& second) {
-  std::vector<std::array<Entry, 2>> shared;
-  std::array<Row, 2> own;
-  auto a = first.begin(), b = second.begin();
-  while (a != first.end() || b != second.end()) {
-    if (b == second.end() || (a != first.end() && a->col < b->col)) {
-      own[0].push_back(*a++);
-    } else if (a == first.end() || b->col < a->col) {
-      own[1].push_back(*b++);
-    } else {
-      shared.push_back({*a++, *b++});
+// Every tile of dz is summed for dbias in one chunk that loads it: the one with fewest such tiles.
+void assign_bias(const Graph& graph, std::vector<GradChunk>* chunks) {
+  std::vector<std::vector<std::pair<size_t, int32_t>>> loads(static_cast<size_t>(graph.dz_tiles));
+  for (size_t c = 0; c < chunks->size(); ++c) {
+    for (int32_t i = 0; i < (*chunks)[c].num_tiles; ++i) {
+      const int32_t tile = (*chunks)[c].tile[i];
+      if ((tile & 3) == kGradDz) loads[static_cast<size_t>(tile >> 2)].push_back({c, i});
     }
   }
-  // A much longer row (a global one) sheds its surplus to chunks of its own.
-  for (int w = 0; w < 2; ++w) {
-    const size_t other = own[1 - w].size();
-    if (own[w].size() > other + 2 * kGradOutputs) {
-      single_row(chunks, row + w, Row(own[w].begin() + static_cast<long>(other), own[w].end()));
-      own[w].resize(other);
+  for (int32_t row = 0; row < graph.dz_tiles; ++row) {
+    GradChunk* best = nullptr;
+    int32_t index = 0;
+    for (const auto& [c, i] : loads[static_cast<size_t>(row)]) {
+      GradChunk* chunk = &(*chunks)[c];
+      if (chunk->num_bias < kGradBias && (best == nullptr || chunk->num_bias < best->num_bias)) {
+        best = chunk;
+        index = i;
+      }
     }
-  }
-  auto up = [](size_t n, size_t d) { return (n + d - 1) / d; };
-  size_t count = std::max({up(shared.size() + own[0].size(), kGradOutputs),
-                           up(shared.size() + own[1].size(), kGradOutputs),
-                           up(shared.size() + own[0].size() + own[1].size(), kGradTiles)});
-  auto fits = [&](size_t n) {
-    const size_t s = up(shared.size(), n), o0 = up(own[0].size(), n), o1 = up(own[1].size(), n);
-    return s + o0 <= kGradOutputs && s + o1 <= kGradOutputs && s + o0 + o1 <= kGradTiles;
-  };
-  while (count > 0 && !fits(count)) ++count;
-  for (size_t c = 0; c < count; ++c) {
-    GradChunk chunk = empty_chunk(row, row + 1);
-    for (size_t i = c; i < shared.size(); i += count) {
-      add(&chunk, 0, shared[i][0]);
-      add(&chunk, 1, shared[i][1]);
+    if (best == nullptr) {  // in none, or none has room
+      if (chunks->empty() || chunks->back().num_outputs[0] > 0 ||
+          chunks->back().num_bias == kGradBias) {
+        chunks->push_back({});
+      }
+      best = &chunks->back();
+      index = best->num_tiles++;
+      best->tile[index] = row << 2 | kGradDz;
     }
-    // The second row is dealt from the other end, so that chunks load equally many tiles.
-    for (size_t i = c; i < own[0].size(); i += count) add(&chunk, 0, own[0][i]);
-    for (size_t i = count - 1 - c; i < own[1].size(); i += count) add(&chunk, 1, own[1][i]);
-    chunks->push_back(chunk);
+    best->bias[best->num_bias++] = index;
   }
 }
 
@@ -138,38 +429,13 @@ void row_pair(std::vector<GradChunk>* chunks, int32_t row, const Row& first, con
 
 GradSection append_grad_chunks(PlanBuilder& builder, const LayoutView& layout) {
   if (layout.block_size < 32) return {};
-  const auto rows = output_rows(layout);
-  const auto dz_rows = static_cast<size_t>(side_tiles(layout, layout.num_rows()));
+  const Graph graph = make_graph(layout);
   std::vector<GradChunk> chunks;
-  for (size_t r = 0; r < dz_rows; r += 2) {
-    const auto row = static_cast<int32_t>(r);
-    const size_t before = chunks.size();
-    if (r + 1 < dz_rows) {
-      row_pair(&chunks, row, rows[r], rows[r + 1]);
-    } else {
-      single_row(&chunks, row, rows[r]);
-    }
-    // dbias of both rows: the first chunk that has the row, or one of its own if none does.
-    for (int32_t w = 0; w < 2 && r + static_cast<size_t>(w) < dz_rows; ++w) {
-      bool found = false;
-      for (size_t c = before; c < chunks.size() && !found; ++c) {
-        for (int g = 0; g < 2 && !found; ++g) {
-          found = chunks[c].row[g] == row + w;
-          if (found) chunks[c].bias[g] = 1;
-        }
-      }
-      if (!found) {
-        chunks.push_back(empty_chunk(row + w, -1));
-        chunks.back().bias[0] = 1;
-      }
-    }
-  }
-  for (size_t r = dz_rows; r < rows.size(); ++r) {
-    single_row(&chunks, static_cast<int32_t>(r), rows[r]);
-  }
+  for (const Chunk& members : best_chunks(graph)) chunks.push_back(make_chunk(graph, members));
+  assign_bias(graph, &chunks);
   GradSection section{};
-  section.row_tiles = static_cast<int32_t>(dz_rows);
-  section.col_tiles = side_tiles(layout, layout.num_cols());
+  section.row_tiles = graph.dz_tiles;
+  section.col_tiles = graph.x_tiles;
   section.num_chunks = static_cast<int32_t>(chunks.size());
   section.chunks_offset = builder.append(chunks);
   return section;

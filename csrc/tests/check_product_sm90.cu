@@ -10,31 +10,15 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
-#include <cstdlib>
 #include <cstring>
-#include <functional>
-#include <random>
 #include <string>
 #include <vector>
 
 #include "launch/low_rank_sm90.h"
 #include "launch/product_sm90.h"
-#include "planner/plan.h"
-#include "tests/naive_product.cuh"
+#include "tests/check_device.cuh"
 
 using namespace pixelfly;
-
-#define CHECK_CUDA(call)                                                                \
-  do {                                                                                  \
-    const cudaError_t e_ = (call);                                                      \
-    if (e_ != cudaSuccess) {                                                            \
-      std::printf("%s:%d %s: %s\n", __FILE__, __LINE__, #call, cudaGetErrorString(e_)); \
-      std::exit(1);                                                                     \
-    }                                                                                   \
-  } while (0)
-
-// kQuarter: strides 1, 2, 4 on a grid of 16, stretched: a quarter of the matrix.
-enum class Kind { kButterfly, kRandom, kGlobal, kFull, kEmpty, kQuarter };
 
 struct Case {
   int64_t T;
@@ -47,87 +31,9 @@ struct Case {
   bool form_t = false;  // launch the low-rank kernel first
 };
 
-LayoutView make_layout(const Case& c) {
-  LayoutView l{c.N, c.K, c.b, c.rank, {}, {}};
-  const int64_t rows = l.num_rows(), cols = l.num_cols(), cells = std::min(rows, cols);
-  std::mt19937 random(7);
-  for (int64_t i = 0; i < rows; ++i) {
-    for (int64_t j = 0; j < cols; ++j) {
-      const auto e =
-          static_cast<uint64_t>(i * cells / rows) ^ static_cast<uint64_t>(j * cells / cols);
-      const bool butterfly = (e & (e - 1)) == 0;
-      bool keep = butterfly;
-      if (c.kind == Kind::kRandom) keep = random() % 100 < 30 && i % 3 != 1 && j % 4 != 2;
-      if (c.kind == Kind::kGlobal) keep = butterfly || i == 0 || j == 0;
-      if (c.kind == Kind::kFull) keep = true;
-      if (c.kind == Kind::kQuarter) {
-        const int64_t d = (i * 16 / rows) ^ (j * 16 / cols);
-        keep = d == 0 || d == 1 || d == 2 || d == 4;
-      }
-      if (c.kind == Kind::kEmpty) keep = false;
-      if (!keep) continue;
-      l.row_idx.push_back(static_cast<int32_t>(i));
-      l.col_idx.push_back(static_cast<int32_t>(j));
-    }
-  }
-  return l;
-}
-
-template <typename T>
-struct Arena {
-  std::vector<void*> all;
-  T* data(size_t n, uint32_t seed, float scale = 1.f) {  // seed 0: poisoned with NaN
-    T* p;
-    CHECK_CUDA(cudaMalloc(&p, n * sizeof(T) + 256));
-    all.push_back(p);
-    if (seed) {
-      fill<T><<<2048, 256>>>(p, n, seed, scale);
-    } else {
-      CHECK_CUDA(cudaMemset(p, 0xff, n * sizeof(T)));
-    }
-    CHECK_CUDA(cudaGetLastError());
-    return p;
-  }
-  ~Arena() {
-    for (void* p : all) cudaFree(p);
-  }
-};
-
-// Median ms per launch of a graph of `launches`, after 0.3 s of load.
-float time_graph(const std::function<void(int, cudaStream_t)>& launch, int launches) {
-  cudaStream_t stream;
-  cudaGraph_t graph;
-  cudaGraphExec_t exec;
-  cudaEvent_t begin, end;
-  CHECK_CUDA(cudaStreamCreate(&stream));
-  CHECK_CUDA(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
-  for (int i = 0; i < launches; ++i) launch(i, stream);
-  CHECK_CUDA(cudaStreamEndCapture(stream, &graph));
-  CHECK_CUDA(cudaGraphInstantiate(&exec, graph, 0));
-  CHECK_CUDA(cudaEventCreate(&begin));
-  CHECK_CUDA(cudaEventCreate(&end));
-  auto run = [&](int times) {
-    float ms;
-    CHECK_CUDA(cudaEventRecord(begin, stream));
-    for (int i = 0; i < times; ++i) CHECK_CUDA(cudaGraphLaunch(exec, stream));
-    CHECK_CUDA(cudaEventRecord(end, stream));
-    CHECK_CUDA(cudaEventSynchronize(end));
-    CHECK_CUDA(cudaEventElapsedTime(&ms, begin, end));
-    return ms;
-  };
-  for (float total = 0; total < 300;) total += run(20);
-  std::vector<float> samples;
-  for (int i = 0; i < 21; ++i) samples.push_back(run(1) / launches);
-  std::sort(samples.begin(), samples.end());
-  CHECK_CUDA(cudaGraphExecDestroy(exec));
-  CHECK_CUDA(cudaGraphDestroy(graph));
-  CHECK_CUDA(cudaStreamDestroy(stream));
-  return samples[samples.size() / 2];
-}
-
 template <typename T>
 int run(const Case& c, bool timing) {
-  const LayoutView layout = make_layout(c);
+  const LayoutView layout = make_layout(c.K, c.N, c.b, c.rank, c.kind);
   const std::vector<int32_t> plan = build_plan(layout);
   PlanHeader h;
   std::memcpy(&h, plan.data(), sizeof h);

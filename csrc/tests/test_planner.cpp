@@ -215,14 +215,29 @@ void check_grad(const LayoutView& layout, const Plan& plan) {
   std::vector<int32_t> bias(static_cast<size_t>(row_tiles), 0);
   for (int32_t c = 0; c < s.num_chunks; ++c) {
     const GradChunk& chunk = chunks[c];
-    expect(chunk.num_tiles <= kGradTiles, "tiles fit");
+    expect(chunk.num_tiles <= kGradTiles && chunk.num_bias <= kGradBias, "tiles fit");
+    for (int32_t i = 0; i < chunk.num_bias; ++i) {
+      const int32_t tile = chunk.tile[chunk.bias[i]];
+      expect((tile & 3) == kGradDz, "dbias is a sum of dz");
+      ++bias[static_cast<size_t>(tile >> 2)];
+    }
     for (int w = 0; w < 2; ++w) {
       expect(chunk.num_outputs[w] <= kGradOutputs, "outputs fit");
-      if (chunk.bias[w]) ++bias[static_cast<size_t>(chunk.row[w])];
-      for (int32_t o = 0; o < chunk.num_outputs[w]; ++o) {
+      expect(std::find(std::begin(kGradSizes), std::end(kGradSizes), chunk.sizes[w]) !=
+                 std::end(kGradSizes),
+             "sizes that the kernel has");
+      const GradRun* run = chunk.run[w];
+      for (int32_t o = 0, place = 0, sizes = 0; o < chunk.num_outputs[w]; ++o, ++place) {
+        if (place == run->size) ++run, place = 0;
+        if (place == 0) sizes = sizes * 10 + run->size;
+        const int32_t slot = run->first + place * run->step;
+        expect(slot < chunk.num_tiles && run->row < chunk.num_tiles, "output uses loaded tiles");
+        const int32_t row_tile = chunk.tile[run->row], col_tile = chunk.tile[slot];
+        const int32_t row = (row_tile >> 2) + ((row_tile & 3) == kGradS ? row_tiles : 0);
+        const int32_t col = (col_tile >> 2) + ((col_tile & 3) == kGradT ? col_tiles : 0);
+        expect((row_tile & 3) <= kGradS && (col_tile & 3) >= kGradX, "a row times a column");
+        if (o + 1 == chunk.num_outputs[w]) expect(sizes == chunk.sizes[w], "runs have the sizes");
         const int32_t output = chunk.output[w][o], index = output & kGradIndexMask;
-        const int32_t row = chunk.row[w], col = chunk.tile[chunk.output_tile[w][o]];
-        expect(chunk.output_tile[w][o] < chunk.num_tiles, "output uses a loaded tile");
         expect(outputs.insert(output).second, "a gradient tile twice");
         if (output >= kGradDv) {
           expect(row == row_tiles + index % ranks && col == index / ranks, "dv = s' x");

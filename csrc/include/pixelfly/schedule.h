@@ -18,7 +18,7 @@
 namespace pixelfly {
 
 constexpr int32_t kPlanMagic = 0x70666c79;  // "pfly"
-constexpr int32_t kPlanVersion = 5;
+constexpr int32_t kPlanVersion = 6;
 constexpr int kPlanHeaderSize = 64;
 
 // Schedule of the row-group product (kernels/product_sm90.cuh). Everything is in units of 64x64
@@ -87,22 +87,38 @@ struct GroupSection {
 };
 
 // Weight-gradient work of one thread block (kernels/weight_grad_sm90.cuh), in 64x64 tiles whatever
-// the block size (32, 64 or 128): per warpgroup, one column tile of [dz | s] against up to
-// kGradOutputs of the chunk's column tiles of [x | t].
-constexpr int kGradTiles = 9;
+// the block size (32, 64 or 128): products of the tiles of [dz | s] and [x | t] that it loads, up
+// to kGradOutputs in each of two warpgroups.
+constexpr int kGradTiles = 12;
 constexpr int kGradOutputs = 6;
+constexpr int kGradBias = 6;  // tiles of dz that a thread block sums for dbias
+
+enum GradSource : int32_t { kGradDz, kGradS, kGradX, kGradT };
+
+// Products of one tile of [dz | s] with `size` tiles of [x | t], `step` apart: one wgmma.
+struct GradRun {
+  int32_t row;    // index into GradChunk::tile
+  int32_t first;  // likewise
+  int32_t step;
+  int32_t size;  // 1..3
+};
+
 struct GradChunk {
-  int32_t num_rows;  // distinct tiles of [dz | s]: 1 or 2
-  int32_t row[2];    // column tile of dz; from row_tiles on: of s
-  int32_t bias[2];   // 1: this warpgroup also sums row's tokens for dbias
   int32_t num_tiles;
-  int32_t tile[kGradTiles];  // column tile of x; from col_tiles on: of t
+  int32_t num_bias;
+  int32_t tile[kGradTiles];  // column tile << 2 | GradSource
+  int32_t bias[kGradBias];   // indices into tile
   int32_t num_outputs[2];
-  int32_t output_tile[2][kGradOutputs];  // index into tile
-  int32_t output[2][kGradOutputs];       // destination, see GradOutput
-  int32_t unused[3];
+  int32_t sizes[2];                 // the runs' sizes as decimal digits, falling: see kGradSizes
+  GradRun run[2][kGradOutputs];     // cover the outputs in order
+  int32_t output[2][kGradOutputs];  // destination, see GradOutput
 };
 static_assert(sizeof(GradChunk) % 16 == 0, "chunks are read as int4");
+
+// What a warpgroup's runs can be. The last of each number of outputs serves whatever the others do
+// not.
+constexpr int32_t kGradSizes[] = {0,    1,  2,   11,    3,  21,  111, 31,   22,
+                                  1111, 32, 221, 11111, 33, 321, 222, 2211, 111111};
 
 // Where an output tile goes: kind in the top bits, index below.
 enum GradOutput : int32_t {

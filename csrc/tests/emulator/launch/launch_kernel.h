@@ -16,4 +16,10 @@ Status launch_kernel(void (*kernel)(Parameters...), dim3 grid, dim3 threads, int
   return Status::success();
 }
 
+template <typename... Parameters, typename... Arguments>
+Status launch_dependent_kernel(void (*kernel)(Parameters...), dim3 grid, dim3 threads,
+                               Stream stream, const Arguments&... arguments) {
+  return launch_kernel(kernel, grid, threads, 0, stream, arguments...);
+}
+
 }  // namespace pixelfly

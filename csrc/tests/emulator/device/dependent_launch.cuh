@@ -1,0 +1,9 @@
+// Kernels of the emulator run one after another.
+#pragma once
+
+namespace pixelfly::device {
+
+inline void allow_dependent_launch() {}
+inline void wait_for_previous_kernel() {}
+
+}  // namespace pixelfly::device
