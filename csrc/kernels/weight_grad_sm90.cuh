@@ -113,6 +113,22 @@ __device__ __forceinline__ void write_bias(const GradKernelArgs& args, const Gra
   }
 }
 
+// The ring, once everything in it has been read.
+constexpr int kRingFree = 1;            // named barrier
+constexpr int kRingReaders = 256 + 96;  // threads
+
+// Where a warpgroup's sums go, in fragment order: the workspace or, with one span, shared memory.
+__device__ __forceinline__ float4* fragments(const GradKernelArgs& args, int warpgroup, int span,
+                                             int chunk_index) {
+  float* to = args.partial;
+  int64_t slot = (static_cast<int64_t>(span) * args.num_chunks + chunk_index) * 2 + warpgroup;
+  if (args.spans == 1) {
+    to = reinterpret_cast<float*>(device::dynamic_shared());
+    slot = warpgroup;
+  }
+  return reinterpret_cast<float4*>(to + slot * kGradOutputs * kGradPartial);
+}
+
 // Accumulators of kRuns runs of kSize outputs, and where their operands are: the part of wgmma's
 // descriptors that differs.
 template <int kRuns, int kSize>
@@ -140,15 +156,14 @@ struct Runs {
       device::wgmma<T, true, true>(acc[i], kCommon | (a[i] + offset), kCommon | (b[i] + offset), 1);
     }
   }
-  // Calls visit(output, j, value) for the eight fragments of every output, counted from `first`.
-  template <typename Visit>
-  __device__ __forceinline__ void each(int first, Visit&& visit) const {
+  // Writes the eight fragments of every output, 128 threads apart.
+  __device__ __forceinline__ void store(float4* to) const {
 #pragma unroll
-    for (int i = 0; i < kRuns * kSize; ++i) {
+    for (int i = 0; i < kRuns; ++i) {
 #pragma unroll
-      for (int j = 0; j < 8; ++j) {
-        const float* v = acc[i / kSize] + (i % kSize * 8 + j) * 4;
-        visit(first + i, j, make_float4(v[0], v[1], v[2], v[3]));
+      for (int j = 0; j < 8 * kSize; ++j) {
+        const float* v = acc[i] + j * 4;
+        to[(i * kSize * 8 + j) * 128] = make_float4(v[0], v[1], v[2], v[3]);
       }
     }
   }
@@ -191,21 +206,24 @@ __device__ void consume(const GradChunk& chunk, const GradKernelArgs& args, int 
   }
   device::wgmma_wait<0>();
 
-  auto each = [&](auto&& visit) {
-    threes.each(0, visit);
-    twos.each(3 * kThrees, visit);
-    ones.each(3 * kThrees + 2 * kTwos, visit);
-  };
-  if (args.spans == 1) {
-    each([&](int output, int j, float4 v) {
-      write_fragment<T>(args, chunk.output[warpgroup][output], thread, j, v);
-    });
-    return;
+  // Without other spans the sums take the place of the ring, which nobody reads any more.
+  if (args.spans == 1) device::named_barrier_sync(kRingFree, kRingReaders);
+  float4* to = fragments(args, warpgroup, span, chunk_index) + thread;
+  threes.store(to);
+  twos.store(to + kThrees * 3 * kGradPartial / 4);
+  ones.store(to + (kThrees * 3 + kTwos * 2) * kGradPartial / 4);
+}
+
+// Writes a warpgroup's gradients from its sums in shared memory: a loop, as unrolled with the
+// accumulators in registers it takes most of the kernel's code.
+template <typename T>
+__device__ void write_outputs(const GradChunk& chunk, const GradKernelArgs& args, int warpgroup) {
+  const int thread = threadIdx.x % 128;
+  const float4* from = fragments(args, warpgroup, 0, 0) + thread;
+#pragma unroll 1
+  for (int i = 0; i < chunk.num_outputs[warpgroup] * 8; ++i) {
+    write_fragment<T>(args, chunk.output[warpgroup][i / 8], thread, i % 8, from[i * 128]);
   }
-  const int64_t slot = (static_cast<int64_t>(span) * args.num_chunks + chunk_index) * 2 + warpgroup;
-  float4* partial =
-      reinterpret_cast<float4*>(args.partial + slot * kGradOutputs * kGradPartial) + thread;
-  each([&](int output, int j, float4 v) { partial[(output * 8 + j) * 128] = v; });
 }
 
 // Sums the chunk's tiles of dz over tokens, tiles warp, warp + 3, ..: a lane has two features.
@@ -241,6 +259,7 @@ __device__ void sum_tokens(const GradChunk& chunk, const GradKernelArgs& args, i
       phase ^= 1;
     }
   }
+  if (args.spans == 1) device::named_barrier_arrive(kRingFree, kRingReaders);
 #pragma unroll
   for (int n = 0; n < kTiles; ++n) {
     const int tile = warp + 3 * n;
@@ -318,7 +337,7 @@ __global__ void __launch_bounds__(kGradThreads, 1)
   const int steps = min(args.span_steps, args.total_steps - first);
   const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);
   if (warpgroup == 2) {
-    device::release_registers<32>();
+    device::release_registers<40>();
     const int warp = __shfl_sync(0xffffffffu, threadIdx.x % 128 / 32, 0);
     if (warp == 3) {
       grad::produce(maps, chunk, args, ring, bars, stages, first, steps);
@@ -327,7 +346,7 @@ __global__ void __launch_bounds__(kGradThreads, 1)
     }
     return;
   }
-  device::claim_registers<240>();
+  device::claim_registers<232>();
 #define PIXELFLY_CONSUME(sizes, threes, twos, ones)                                               \
   case sizes:                                                                                     \
     grad::consume<T, threes, twos, ones>(chunk, args, warpgroup, ring, bars, stages, steps, span, \
@@ -354,6 +373,7 @@ __global__ void __launch_bounds__(kGradThreads, 1)
     PIXELFLY_CONSUME(111111, 0, 0, 6)
   }
 #undef PIXELFLY_CONSUME
+  if (args.spans == 1) grad::write_outputs<T>(chunk, args, warpgroup);
 #endif
 }
 

@@ -10,6 +10,7 @@ namespace pixelfly::device {
 
 constexpr uint64_t kSwizzle128 = uint64_t{1} << 62;
 constexpr uint64_t kSwizzle64 = uint64_t{2} << 62;
+constexpr uint64_t kGroupStride = uint64_t{64} << 32;
 
 inline uint64_t make_descriptor(uint32_t address, uint32_t leading, uint32_t stride,
                                 uint64_t mode) {
