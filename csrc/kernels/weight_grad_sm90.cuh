@@ -29,11 +29,11 @@
 #include "device/shared_memory.cuh"
 #include "device/tma.cuh"
 #include "device/wgmma.cuh"
+#include "pixelfly/grad_spans.h"
 #include "pixelfly/params.h"
 
 namespace pixelfly {
 
-constexpr int kGradTokens = 32;                          // tokens a stage
 constexpr int kGradTileBytes = kGradTokens * 64 * 2;     // 4 KB
 constexpr int kGradRingBytes = 5 * 11 * kGradTileBytes;  // 220 KB
 constexpr int kGradMaxStages = 12;
@@ -226,7 +226,8 @@ __device__ void write_outputs(const GradChunk& chunk, const GradKernelArgs& args
   }
 }
 
-// Sums the chunk's tiles of dz over tokens, tiles warp, warp + 3, ..: a lane has two features.
+// Sums the chunk's tiles of dz over tokens, tiles warp, warp + 3, ..: a lane has eight features of
+// every fourth token.
 template <typename T>
 __device__ void sum_tokens(const GradChunk& chunk, const GradKernelArgs& args, int warp,
                            uint32_t ring, uint32_t bars, int stages, int steps, int span,
@@ -234,7 +235,9 @@ __device__ void sum_tokens(const GradChunk& chunk, const GradKernelArgs& args, i
   constexpr int kTiles = kGradBias / 3;
   const int lane = threadIdx.x % 32;
   const uint32_t stage_bytes = chunk.num_tiles * kGradTileBytes;
-  float sums[kTiles][2] = {};
+  // Token lane / 8 of eight; four tokens on, the swizzle differs in one bit.
+  const uint32_t at = lane / 8 * 128 + ((lane % 8 ^ lane / 8) << 4);
+  float sums[kTiles][8] = {};
   int stage = 0;
   uint32_t phase = 0;
   for (int i = 0; i < steps; ++i) {
@@ -243,13 +246,17 @@ __device__ void sum_tokens(const GradChunk& chunk, const GradKernelArgs& args, i
     for (int n = 0; n < kTiles; ++n) {
       if (warp + 3 * n >= chunk.num_bias) continue;
       const uint32_t tile =
-          ring + stage * stage_bytes + chunk.bias[warp + 3 * n] * kGradTileBytes + lane * 4;
+          ring + stage * stage_bytes + chunk.bias[warp + 3 * n] * kGradTileBytes + at;
 #pragma unroll
-      for (int token = 0; token < kGradTokens; ++token) {
-        const float2 v =
-            device::unpack2<T>(device::load_shared((tile + token * 128) ^ ((token % 8) << 4)));
-        sums[n][0] += v.x;
-        sums[n][1] += v.y;
+      for (int token = 0; token < kGradTokens; token += 4) {
+        const uint4 v = device::load_shared_vector((tile + token * 128) ^ (token % 8 << 4));
+        const uint32_t pairs[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+        for (int p = 0; p < 4; ++p) {
+          const float2 pair = device::unpack2<T>(pairs[p]);
+          sums[n][2 * p] += pair.x;
+          sums[n][2 * p + 1] += pair.y;
+        }
       }
     }
     __syncwarp();
@@ -264,14 +271,20 @@ __device__ void sum_tokens(const GradChunk& chunk, const GradKernelArgs& args, i
   for (int n = 0; n < kTiles; ++n) {
     const int tile = warp + 3 * n;
     if (tile >= chunk.num_bias) continue;
-    if (args.spans == 1) {
-      write_bias<T>(args, chunk, tile, lane * 2, sums[n][0]);
-      write_bias<T>(args, chunk, tile, lane * 2 + 1, sums[n][1]);
-    } else {
-      const int64_t slot =
-          (static_cast<int64_t>(span) * args.num_chunks + chunk_index) * kGradBias + tile;
-      *reinterpret_cast<float2*>(args.bias_partial + slot * 64 + lane * 2) =
-          make_float2(sums[n][0], sums[n][1]);
+    const int64_t slot =
+        (static_cast<int64_t>(span) * args.num_chunks + chunk_index) * kGradBias + tile;
+#pragma unroll
+    for (int f = 0; f < 8; ++f) {
+      float sum = sums[n][f];
+      sum += __shfl_xor_sync(0xffffffffu, sum, 8);
+      sum += __shfl_xor_sync(0xffffffffu, sum, 16);
+      const int feature = lane % 8 * 8 + f;
+      if (lane >= 8) continue;
+      if (args.spans == 1) {
+        write_bias<T>(args, chunk, tile, feature, sum);
+      } else {
+        args.bias_partial[slot * 64 + feature] = sum;
+      }
     }
   }
 }

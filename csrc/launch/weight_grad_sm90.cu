@@ -1,34 +1,12 @@
-#include <algorithm>
-
 #include "kernels/weight_grad_sm90.cuh"
 #include "launch/alignment.h"
 #include "launch/launch_kernel.h"
 #include "launch/tensor_map.h"
 #include "launch/weight_grad_sm90.h"
+#include "pixelfly/grad_spans.h"
 
 namespace pixelfly {
 namespace {
-
-// Token spans per chunk. Chunks x spans thread blocks run in waves of one per SM; each costs its
-// share of the tokens plus a fixed part (fill, drain, partial sums) worth about this many stages.
-int choose_spans(int chunks, int total_steps, int num_sms) {
-  constexpr double kFixedSteps = 10;
-  constexpr int kMinSteps = 8, kMaxSpans = 64;
-  int best = 1;
-  double best_cost = 1e30;
-  for (int spans = 1; spans <= kMaxSpans && total_steps / spans >= (spans > 1 ? kMinSteps : 0);
-       ++spans) {
-    const int waves = (chunks * spans + num_sms - 1) / num_sms;
-    const int steps = (total_steps + spans - 1) / spans;
-    // Every span beyond the first adds partial sums that the reduction reads back.
-    const double cost = waves * (steps + kFixedSteps) + (spans > 1 ? 4 + 0.5 * spans : 0);
-    if (cost < best_cost) {
-      best = spans;
-      best_cost = cost;
-    }
-  }
-  return best;
-}
 
 GradKernelArgs make_args(const WeightGradParams& p, const DeviceInfo& device) {
   const PlanHeader& h = *p.header;
@@ -36,7 +14,10 @@ GradKernelArgs make_args(const WeightGradParams& p, const DeviceInfo& device) {
   args.chunks = reinterpret_cast<const GradChunk*>(p.plan + h.grad.chunks_offset);
   args.num_chunks = h.grad.num_chunks;
   args.total_steps = static_cast<int32_t>((p.tokens + kGradTokens - 1) / kGradTokens);
-  const int spans = choose_spans(args.num_chunks, args.total_steps, device.num_sms);
+  const GradLoad load{h.grad.num_chunks, h.grad.num_outputs,
+                      h.grad.row_tiles + h.grad.col_tiles + 2 * ((h.rank + 63) / 64),
+                      h.grad.step_ps * 1e-3};
+  const int spans = choose_grad_spans(load, args.total_steps, device.num_sms);
   args.span_steps = (args.total_steps + spans - 1) / spans;
   args.spans = (args.total_steps + args.span_steps - 1) / args.span_steps;
   args.block_parts = h.block_size / 64;

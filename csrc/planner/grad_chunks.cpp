@@ -9,12 +9,14 @@
 #include <utility>
 #include <vector>
 
+#include "pixelfly/grad_spans.h"
 #include "planner/plan.h"
 
 namespace pixelfly {
 namespace {
 
 constexpr int32_t kTile = 64;
+constexpr int kGradPlannedSteps = 512;  // 16384 tokens
 constexpr int32_t kMaxOutputs = 2 * kGradOutputs;
 
 struct Edge {
@@ -223,49 +225,37 @@ class Grower {
   std::vector<int32_t> left_;  // edges of a row not yet taken
 };
 
-// Cycles of an SM for a chunk and 32 tokens: loads (L2 feeds an SM about 30 bytes a cycle), or
-// products; what does not overlap is put at a quarter.
-double cycles_of(const Graph& graph, const Chunk& chunk) {
+double step_ns(const Graph& graph, const Chunk& chunk) {
   std::set<int32_t> rows, cols;
   for (const int32_t e : chunk) {
     rows.insert(graph.edges[static_cast<size_t>(e)].row);
     cols.insert(graph.edges[static_cast<size_t>(e)].col);
   }
-  const double loads = 136. * static_cast<double>(rows.size() + cols.size());
-  const double products = 80. * static_cast<double>(chunk.size());
-  return std::max(loads, products) + std::min(loads, products) / 4;
+  return grad_step_ns(static_cast<double>(rows.size() + cols.size()),
+                      static_cast<double>(chunk.size()));
 }
 
-// Time of a pass over kTokens tokens, in cycles. All chunks go through the same span of tokens at
-// the same time, so that L2 serves what several load; spans fill the SMs.
-double cost_of(const Graph& graph, const std::vector<Chunk>& chunks) {
-  constexpr double kTokens = 16384, kPartialCycles = 600;  // to write and add 16 KB of sums
-  double slowest = 0;
-  for (const Chunk& chunk : chunks) slowest = std::max(slowest, cycles_of(graph, chunk));
-  const size_t count = chunks.size();
-  double best = 0;
-  for (size_t spans = 1; spans <= 64; ++spans) {
-    const size_t waves = (count * spans + kGroupThreadBlocks - 1) / kGroupThreadBlocks;
-    const double sums = static_cast<double>(spans * graph.edges.size()) / kGroupThreadBlocks;
-    const double cost =
-        static_cast<double>(waves) * slowest * kTokens / 32 / static_cast<double>(spans) +
-        (spans > 1 ? sums * kPartialCycles : 0);
-    if (best == 0 || cost < best) best = cost;
-  }
-  return best;
+GradLoad load_of(const Graph& graph, const std::vector<Chunk>& chunks) {
+  GradLoad load{static_cast<int32_t>(chunks.size()), static_cast<int32_t>(graph.edges.size()),
+                graph.vertices(), 0};
+  for (const Chunk& chunk : chunks) load.step_ns = std::max(load.step_ns, step_ns(graph, chunk));
+  return load;
 }
 
 std::vector<Chunk> best_chunks(const Graph& graph) {
   std::vector<Chunk> best;
-  double best_cost = 0;
+  double best_time = 0;
   const bool large = graph.edges.size() > 8192;  // the search is then not worth its time
-  for (int32_t max_edges = kMaxOutputs; max_edges >= (large ? kMaxOutputs : 5); --max_edges) {
-    for (int32_t max_tiles = kGradTiles; max_tiles >= (large ? kGradTiles : 6); --max_tiles) {
+  for (int32_t max_edges = kMaxOutputs; max_edges >= (large ? kMaxOutputs : 2); --max_edges) {
+    for (int32_t max_tiles = std::min(kGradTiles, max_edges + 3);
+         max_tiles >= (large ? kGradTiles : 3); --max_tiles) {
       std::vector<Chunk> chunks = Grower(graph, max_edges, max_tiles).grow();
-      const double cost = cost_of(graph, chunks);
-      if (best.empty() || cost < best_cost) {
+      const GradLoad load = load_of(graph, chunks);
+      const int spans = choose_grad_spans(load, kGradPlannedSteps, kGroupThreadBlocks);
+      const double time = grad_time_ns(load, kGradPlannedSteps, spans, kGroupThreadBlocks);
+      if (best.empty() || time < best_time) {
         best = std::move(chunks);
-        best_cost = cost;
+        best_time = time;
       }
     }
   }
@@ -431,9 +421,13 @@ GradSection append_grad_chunks(PlanBuilder& builder, const LayoutView& layout) {
   if (layout.block_size < 32) return {};
   const Graph graph = make_graph(layout);
   std::vector<GradChunk> chunks;
-  for (const Chunk& members : best_chunks(graph)) chunks.push_back(make_chunk(graph, members));
+  const std::vector<Chunk> cut = best_chunks(graph);
+  for (const Chunk& members : cut) chunks.push_back(make_chunk(graph, members));
   assign_bias(graph, &chunks);
+  const GradLoad load = load_of(graph, cut);
   GradSection section{};
+  section.num_outputs = load.outputs;
+  section.step_ps = static_cast<int32_t>(load.step_ns * 1000);
   section.row_tiles = graph.dz_tiles;
   section.col_tiles = graph.x_tiles;
   section.num_chunks = static_cast<int32_t>(chunks.size());

@@ -133,6 +133,8 @@ struct GradSection {
   int32_t chunks_offset;  // GradChunk[num_chunks]
   int32_t row_tiles;      // tiles of dz; those of s follow
   int32_t col_tiles;      // tiles of x; those of t follow
+  int32_t num_outputs;    // of all chunks
+  int32_t step_ps;        // the slowest chunk's stage, grad_step_ns() in picoseconds
 };
 
 struct PlanHeader {
@@ -163,7 +165,7 @@ struct PlanHeader {
   GroupSection transposed;  // output rows = block columns, contraction over block rows (dx)
   GradSection grad;
 
-  int32_t reserved[kPlanHeaderSize - 19 - 2 * 8 - 4];
+  int32_t reserved[kPlanHeaderSize - 19 - 2 * 8 - 6];
 };
 static_assert(sizeof(PlanHeader) == kPlanHeaderSize * sizeof(int32_t), "header layout");
 

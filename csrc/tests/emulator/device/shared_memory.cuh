@@ -18,10 +18,10 @@ void store_shared_value(uint32_t address, T value) {
 }
 inline void store_shared(uint32_t address, uint32_t value) { store_shared_value(address, value); }
 inline void store_shared(uint32_t address, uint4 value) { store_shared_value(address, value); }
-inline uint32_t load_shared(uint32_t address) {
-  uint32_t x;
-  std::memcpy(&x, emulator::shared_bytes(address, 4), 4);
-  return x;
+inline uint4 load_shared_vector(uint32_t address) {
+  uint4 v;
+  std::memcpy(&v, emulator::shared_bytes(address, 16), 16);
+  return v;
 }
 inline float load_shared_float(uint32_t address) {
   float x;
