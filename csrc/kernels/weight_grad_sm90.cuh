@@ -9,11 +9,11 @@
 // by TMA and read by wgmma, is as scarce here as L2's bandwidth.
 //
 //   stage: the chunk's tiles, each 32 tokens x 64 features, 4 KB, 128-byte swizzle
-//   full[s]: producer -> consumers     empty[s]: the 8 consumer warps and 3 summing warps ->
-//   producer
+//   ones:  a constant K-major tile; dz times it is the sum over tokens, dbias
+//   full[s]: producer -> consumers     empty[s]: the 8 consumer warps -> producer
 //
 // Producer: one TMA box a lane, its coordinates in registers (one thread reading a table was the
-// bottleneck of the prototype). The three other warps of its warpgroup sum tiles of dz for dbias.
+// bottleneck of the prototype).
 // Partial sums go to the workspace in fragment order, fully coalesced; a second kernel adds the
 // spans in order, so results are deterministic, and rounds once. With one span the results are
 // written directly.
@@ -34,10 +34,10 @@
 
 namespace pixelfly {
 
-constexpr int kGradTileBytes = kGradTokens * 64 * 2;     // 4 KB
 constexpr int kGradRingBytes = 5 * 11 * kGradTileBytes;  // 220 KB
 constexpr int kGradMaxStages = 12;
-constexpr int kGradSharedBytes = kGradRingBytes + 1024;
+constexpr int kGradOnesBytes = 1024;
+constexpr int kGradSharedBytes = kGradRingBytes + kGradOnesBytes + 1024;
 constexpr int kGradThreads = 384;
 constexpr int kGradPartial = 64 * 64;  // fp32 values of an output tile
 
@@ -59,7 +59,7 @@ struct GradKernelArgs {
   void* dv;
   void* dbias;
   float* partial;       // [span][chunk][warpgroup][output][64 * 64]
-  float* bias_partial;  // [span][chunk][kGradBias][64]
+  float* bias_partial;  // [span][chunk][warpgroup][kGradBias][64]
 };
 
 namespace grad {
@@ -106,16 +106,16 @@ __device__ __forceinline__ void write_fragment(const GradKernelArgs& args, int o
 
 template <typename T>
 __device__ __forceinline__ void write_bias(const GradKernelArgs& args, const GradChunk& chunk,
-                                           int i, int feature, float sum) {
-  const int n = (chunk.tile[chunk.bias[i]] >> 2) * 64 + feature;
+                                           int warpgroup, int i, int feature, float sum) {
+  const int n = (chunk.tile[chunk.bias[warpgroup][i]] >> 2) * 64 + feature;
   if (args.dbias != nullptr && n < args.out_features) {
     static_cast<T*>(args.dbias)[n] = device::from_float<T>(sum);
   }
 }
 
 // The ring, once everything in it has been read.
-constexpr int kRingFree = 1;            // named barrier
-constexpr int kRingReaders = 256 + 96;  // threads
+constexpr int kRingFree = 1;       // named barrier
+constexpr int kRingReaders = 256;  // threads
 
 // Where a warpgroup's sums go, in fragment order: the workspace or, with one span, shared memory.
 __device__ __forceinline__ float4* fragments(const GradKernelArgs& args, int warpgroup, int span,
@@ -129,8 +129,19 @@ __device__ __forceinline__ float4* fragments(const GradKernelArgs& args, int war
   return reinterpret_cast<float4*>(to + slot * kGradOutputs * kGradPartial);
 }
 
-// Accumulators of kRuns runs of kSize outputs, and where their operands are: the part of wgmma's
-// descriptors that differs.
+struct GradRing {
+  uint32_t tiles, ones, bars;  // shared addresses
+  uint32_t stage_bytes;
+  int stages;
+};
+
+// The part of a tile's descriptor that differs, and the rest.
+constexpr uint64_t kDescriptorHigh = device::kSwizzle128 | device::kGroupStride;
+__device__ __forceinline__ uint32_t descriptor_low(uint32_t address, uint32_t step_bytes) {
+  return static_cast<uint32_t>(device::descriptor_mn_major(address, step_bytes));
+}
+
+// Accumulators of kRuns runs of kSize outputs, and where their operands are.
 template <int kRuns, int kSize>
 struct Runs {
   float acc[kRuns > 0 ? kRuns : 1][32 * kSize];
@@ -139,10 +150,8 @@ struct Runs {
   __device__ __forceinline__ void init(const GradRun* run, uint32_t ring) {
 #pragma unroll
     for (int i = 0; i < kRuns; ++i) {
-      a[i] =
-          static_cast<uint32_t>(device::descriptor_mn_major(ring + run[i].row * kGradTileBytes, 0));
-      b[i] = static_cast<uint32_t>(device::descriptor_mn_major(ring + run[i].first * kGradTileBytes,
-                                                               run[i].step * kGradTileBytes));
+      a[i] = descriptor_low(ring + run[i].row * kGradTileBytes, 0);
+      b[i] = descriptor_low(ring + run[i].first * kGradTileBytes, run[i].step * kGradTileBytes);
 #pragma unroll
       for (int j = 0; j < 32 * kSize; ++j) acc[i][j] = 0.f;
     }
@@ -150,10 +159,10 @@ struct Runs {
   // `offset` of a stage and token step, in the descriptors' 16 bytes.
   template <typename T>
   __device__ __forceinline__ void multiply(uint32_t offset) {
-    constexpr uint64_t kCommon = device::kSwizzle128 | device::kGroupStride;
 #pragma unroll
     for (int i = 0; i < kRuns; ++i) {
-      device::wgmma<T, true, true>(acc[i], kCommon | (a[i] + offset), kCommon | (b[i] + offset), 1);
+      device::wgmma<T, true, true>(acc[i], kDescriptorHigh | (a[i] + offset),
+                                   kDescriptorHigh | (b[i] + offset), 1);
     }
   }
   // Writes the eight fragments of every output, 128 threads apart.
@@ -169,46 +178,100 @@ struct Runs {
   }
 };
 
-// One consumer warpgroup with runs of three outputs, of two and of one.
-template <typename T, int kThrees, int kTwos, int kOnes>
-__device__ void consume(const GradChunk& chunk, const GradKernelArgs& args, int warpgroup,
-                        uint32_t ring, uint32_t bars, int stages, int steps, int span,
-                        int chunk_index) {
+// The sums over tokens of kTiles tiles of dz, for dbias: products with a tile of ones.
+template <int kTiles>
+struct TokenSums {
+  float acc[kTiles > 0 ? kTiles : 1][4] = {};
+  uint32_t a[kTiles > 0 ? kTiles : 1];
+
+  __device__ __forceinline__ void init(const int32_t* tiles, uint32_t ring) {
+#pragma unroll
+    for (int i = 0; i < kTiles; ++i) a[i] = descriptor_low(ring + tiles[i] * kGradTileBytes, 0);
+  }
+  template <typename T>
+  __device__ __forceinline__ void multiply(uint32_t offset, uint64_t ones) {
+#pragma unroll
+    for (int i = 0; i < kTiles; ++i) {
+      device::wgmma<T, true, false>(acc[i], kDescriptorHigh | (a[i] + offset), ones, 1);
+    }
+  }
+};
+
+// The loop over stages of a consumer warpgroup with kBias tiles to sum.
+template <typename T, int kBias, typename Threes, typename Twos, typename Ones>
+__device__ __forceinline__ void multiply_stages(Threes& threes, Twos& twos, Ones& ones,
+                                                const GradChunk& chunk, const GradKernelArgs& args,
+                                                int warpgroup, const GradRing& ring, int steps,
+                                                int span, int chunk_index) {
   constexpr int kStepK = 128;  // descriptor units (16 bytes) of 16 token rows
   const int thread = threadIdx.x % 128;
-  const uint32_t stage_bytes = chunk.num_tiles * kGradTileBytes;
-  Runs<kThrees, 3> threes;
-  Runs<kTwos, 2> twos;
-  Runs<kOnes, 1> ones;
-  threes.init(chunk.run[warpgroup], ring);
-  twos.init(chunk.run[warpgroup] + kThrees, ring);
-  ones.init(chunk.run[warpgroup] + kThrees + kTwos, ring);
+  const uint64_t one = device::descriptor_k_major(ring.ones);
+  TokenSums<kBias> sums;
+  sums.init(chunk.bias[warpgroup], ring.tiles);
   int stage = 0, previous = -1;
   uint32_t phase = 0;
   for (int i = 0; i < steps; ++i) {
-    device::mbarrier_wait(bars + stage * 16, phase);
-    const uint32_t offset = stage * stage_bytes >> 4;
+    device::mbarrier_wait(ring.bars + stage * 16, phase);
+    const uint32_t offset = stage * ring.stage_bytes >> 4;
     device::wgmma_fence();
 #pragma unroll
     for (int k = 0; k < kGradTokens / 16; ++k) {
       threes.template multiply<T>(offset + k * kStepK);
       twos.template multiply<T>(offset + k * kStepK);
       ones.template multiply<T>(offset + k * kStepK);
+      sums.template multiply<T>(offset + k * kStepK, one);
     }
     device::wgmma_commit();
     device::wgmma_wait<1>();
-    if (previous >= 0 && thread % 32 == 0) device::mbarrier_arrive(bars + previous * 16 + 8);
+    if (previous >= 0 && thread % 32 == 0) device::mbarrier_arrive(ring.bars + previous * 16 + 8);
     previous = stage;
-    if (++stage == stages) {
+    if (++stage == ring.stages) {
       stage = 0;
       phase ^= 1;
     }
   }
   device::wgmma_wait<0>();
+  if (kBias == 0 || thread % 4 != 0) return;
+  const int row = thread / 32 * 16 + thread % 32 / 4;
+#pragma unroll
+  for (int i = 0; i < kBias; ++i) {
+    if (args.spans == 1) {
+      write_bias<T>(args, chunk, warpgroup, i, row, sums.acc[i][0]);
+      write_bias<T>(args, chunk, warpgroup, i, row + 8, sums.acc[i][2]);
+    } else {
+      const int64_t slot =
+          ((static_cast<int64_t>(span) * args.num_chunks + chunk_index) * 2 + warpgroup) *
+              kGradBias +
+          i;
+      args.bias_partial[slot * 64 + row] = sums.acc[i][0];
+      args.bias_partial[slot * 64 + row + 8] = sums.acc[i][2];
+    }
+  }
+}
+
+// One consumer warpgroup with runs of three outputs, of two and of one.
+template <typename T, int kThrees, int kTwos, int kOnes>
+__device__ void consume(const GradChunk& chunk, const GradKernelArgs& args, int warpgroup,
+                        const GradRing& ring, int steps, int span, int chunk_index) {
+  Runs<kThrees, 3> threes;
+  Runs<kTwos, 2> twos;
+  Runs<kOnes, 1> ones;
+  threes.init(chunk.run[warpgroup], ring.tiles);
+  twos.init(chunk.run[warpgroup] + kThrees, ring.tiles);
+  ones.init(chunk.run[warpgroup] + kThrees + kTwos, ring.tiles);
+  auto multiply = [&](auto bias) {
+    multiply_stages<T, decltype(bias)::value>(threes, twos, ones, chunk, args, warpgroup, ring,
+                                              steps, span, chunk_index);
+  };
+  switch (chunk.num_bias[warpgroup]) {
+    case 0: multiply(std::integral_constant<int, 0>{}); break;
+    case 1: multiply(std::integral_constant<int, 1>{}); break;
+    default: multiply(std::integral_constant<int, 2>{}); break;
+  }
 
   // Without other spans the sums take the place of the ring, which nobody reads any more.
   if (args.spans == 1) device::named_barrier_sync(kRingFree, kRingReaders);
-  float4* to = fragments(args, warpgroup, span, chunk_index) + thread;
+  float4* to = fragments(args, warpgroup, span, chunk_index) + threadIdx.x % 128;
   threes.store(to);
   twos.store(to + kThrees * 3 * kGradPartial / 4);
   ones.store(to + (kThrees * 3 + kTwos * 2) * kGradPartial / 4);
@@ -226,74 +289,9 @@ __device__ void write_outputs(const GradChunk& chunk, const GradKernelArgs& args
   }
 }
 
-// Sums the chunk's tiles of dz over tokens, tiles warp, warp + 3, ..: a lane has eight features of
-// every fourth token.
-template <typename T>
-__device__ void sum_tokens(const GradChunk& chunk, const GradKernelArgs& args, int warp,
-                           uint32_t ring, uint32_t bars, int stages, int steps, int span,
-                           int chunk_index) {
-  constexpr int kTiles = kGradBias / 3;
-  const int lane = threadIdx.x % 32;
-  const uint32_t stage_bytes = chunk.num_tiles * kGradTileBytes;
-  // Token lane / 8 of eight; four tokens on, the swizzle differs in one bit.
-  const uint32_t at = lane / 8 * 128 + ((lane % 8 ^ lane / 8) << 4);
-  float sums[kTiles][8] = {};
-  int stage = 0;
-  uint32_t phase = 0;
-  for (int i = 0; i < steps; ++i) {
-    device::mbarrier_wait(bars + stage * 16, phase);
-#pragma unroll
-    for (int n = 0; n < kTiles; ++n) {
-      if (warp + 3 * n >= chunk.num_bias) continue;
-      const uint32_t tile =
-          ring + stage * stage_bytes + chunk.bias[warp + 3 * n] * kGradTileBytes + at;
-#pragma unroll
-      for (int token = 0; token < kGradTokens; token += 4) {
-        const uint4 v = device::load_shared_vector((tile + token * 128) ^ (token % 8 << 4));
-        const uint32_t pairs[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-        for (int p = 0; p < 4; ++p) {
-          const float2 pair = device::unpack2<T>(pairs[p]);
-          sums[n][2 * p] += pair.x;
-          sums[n][2 * p + 1] += pair.y;
-        }
-      }
-    }
-    __syncwarp();
-    if (lane == 0) device::mbarrier_arrive(bars + stage * 16 + 8);
-    if (++stage == stages) {
-      stage = 0;
-      phase ^= 1;
-    }
-  }
-  if (args.spans == 1) device::named_barrier_arrive(kRingFree, kRingReaders);
-#pragma unroll
-  for (int n = 0; n < kTiles; ++n) {
-    const int tile = warp + 3 * n;
-    if (tile >= chunk.num_bias) continue;
-    const int64_t slot =
-        (static_cast<int64_t>(span) * args.num_chunks + chunk_index) * kGradBias + tile;
-#pragma unroll
-    for (int f = 0; f < 8; ++f) {
-      float sum = sums[n][f];
-      sum += __shfl_xor_sync(0xffffffffu, sum, 8);
-      sum += __shfl_xor_sync(0xffffffffu, sum, 16);
-      const int feature = lane % 8 * 8 + f;
-      if (lane >= 8) continue;
-      if (args.spans == 1) {
-        write_bias<T>(args, chunk, tile, feature, sum);
-      } else {
-        args.bias_partial[slot * 64 + feature] = sum;
-      }
-    }
-  }
-}
-
-__device__ inline void produce(const GradMaps& maps, const GradChunk& chunk,
-                               const GradKernelArgs& args, uint32_t ring, uint32_t bars, int stages,
+__device__ inline void produce(const GradMaps& maps, const GradChunk& chunk, const GradRing& ring,
                                int first_step, int steps) {
   const int lane = threadIdx.x % 32;
-  const uint32_t stage_bytes = chunk.num_tiles * kGradTileBytes;
   const CUtensorMap* map = nullptr;
   int col = 0;
   if (lane < chunk.num_tiles) {
@@ -304,16 +302,16 @@ __device__ inline void produce(const GradMaps& maps, const GradChunk& chunk,
   int stage = 0;
   uint32_t phase = 1;
   for (int i = 0; i < steps; ++i) {
-    const uint32_t full = bars + stage * 16;
+    const uint32_t full = ring.bars + stage * 16;
     device::mbarrier_wait(full + 8, phase);
-    if (lane == 0) device::mbarrier_expect_tx(full, stage_bytes);
+    if (lane == 0) device::mbarrier_expect_tx(full, ring.stage_bytes);
     __syncwarp();
     if (map != nullptr) {
-      device::tma_load_2d(ring + stage * stage_bytes + lane * kGradTileBytes, map, full, col,
-                          (first_step + i) * kGradTokens);
+      device::tma_load_2d(ring.tiles + stage * ring.stage_bytes + lane * kGradTileBytes, map, full,
+                          col, (first_step + i) * kGradTokens);
     }
     __syncwarp();
-    if (++stage == stages) {
+    if (++stage == ring.stages) {
       stage = 0;
       phase ^= 1;
     }
@@ -329,41 +327,42 @@ __global__ void __launch_bounds__(kGradThreads, 1)
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   __shared__ GradChunk chunk;
   __shared__ uint64_t barriers[2 * kGradMaxStages];
-  const uint32_t ring = (device::smem_address(device::dynamic_shared()) + 1023) & ~1023u;
-  const uint32_t bars = device::smem_address(barriers);
+  grad::GradRing ring;
+  ring.tiles = (device::smem_address(device::dynamic_shared()) + 1023) & ~1023u;
+  ring.ones = ring.tiles + kGradRingBytes;
+  ring.bars = device::smem_address(barriers);
   const int chunk_index = blockIdx.x % args.num_chunks, span = blockIdx.x / args.num_chunks;
   for (int i = threadIdx.x; i < static_cast<int>(sizeof(GradChunk) / 4); i += kGradThreads) {
     reinterpret_cast<int*>(&chunk)[i] = reinterpret_cast<const int*>(args.chunks + chunk_index)[i];
   }
+  for (int i = threadIdx.x; i < kGradOnesBytes / 4; i += kGradThreads) {
+    device::store_shared(ring.ones + i * 4, device::pack2<T>(1.f, 1.f));
+  }
   if (threadIdx.x == 0) {
     for (int s = 0; s < kGradMaxStages; ++s) {
-      device::mbarrier_init(bars + s * 16, 1);
-      device::mbarrier_init(bars + s * 16 + 8, 11);
+      device::mbarrier_init(ring.bars + s * 16, 1);
+      device::mbarrier_init(ring.bars + s * 16 + 8, 8);
     }
     device::mbarrier_init_fence();
   }
+  device::fence_proxy_async();
   __syncthreads();
 
   device::allow_dependent_launch();
-  const int stages = min(kGradMaxStages, kGradRingBytes / (chunk.num_tiles * kGradTileBytes));
+  ring.stage_bytes = chunk.num_tiles * kGradTileBytes;
+  ring.stages = min(kGradMaxStages, kGradRingBytes / static_cast<int>(ring.stage_bytes));
   const int first = span * args.span_steps;
   const int steps = min(args.span_steps, args.total_steps - first);
   const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);
   if (warpgroup == 2) {
-    device::release_registers<40>();
-    const int warp = __shfl_sync(0xffffffffu, threadIdx.x % 128 / 32, 0);
-    if (warp == 3) {
-      grad::produce(maps, chunk, args, ring, bars, stages, first, steps);
-    } else {
-      grad::sum_tokens<T>(chunk, args, warp, ring, bars, stages, steps, span, chunk_index);
-    }
+    device::release_registers<24>();
+    if (threadIdx.x < 288) grad::produce(maps, chunk, ring, first, steps);
     return;
   }
-  device::claim_registers<232>();
+  device::claim_registers<240>();
 #define PIXELFLY_CONSUME(sizes, threes, twos, ones)                                               \
   case sizes:                                                                                     \
-    grad::consume<T, threes, twos, ones>(chunk, args, warpgroup, ring, bars, stages, steps, span, \
-                                         chunk_index);                                            \
+    grad::consume<T, threes, twos, ones>(chunk, args, warpgroup, ring, steps, span, chunk_index); \
     break;
   switch (chunk.sizes[warpgroup]) {  // kGradSizes
     PIXELFLY_CONSUME(0, 0, 0, 0)
@@ -391,30 +390,29 @@ __global__ void __launch_bounds__(kGradThreads, 1)
 }
 
 // Adds the spans of every output in order. Grid: chunks x 2 warpgroups x outputs x 8 slices of an
-// output, so that enough loads are in flight to cover their latency; then chunks x kGradBias / 2
-// for dbias.
+// output, so that enough loads are in flight to cover their latency; then chunks x 2 warpgroups for
+// dbias.
 template <typename T>
 __global__ void __launch_bounds__(128)
     reduce_weight_grad_sm90(const __grid_constant__ GradKernelArgs args) {
+  static_assert(kGradBias * 64 == 128, "a thread a sum");
   const int thread = threadIdx.x;
-  const int bias_block = static_cast<int>(blockIdx.x) - args.num_chunks * 2 * kGradOutputs * 8;
-  if (bias_block >= 0) {
-    const int chunk_index = bias_block / (kGradBias / 2);
-    const int tile = bias_block % (kGradBias / 2) * 2 + thread / 64;
-    const GradChunk& chunk = args.chunks[chunk_index];
-    if (tile >= chunk.num_bias) return;
+  const int64_t slots = static_cast<int64_t>(args.num_chunks) * 2;
+  const int64_t bias_slot = blockIdx.x - slots * kGradOutputs * 8;
+  if (bias_slot >= 0) {
+    const GradChunk& chunk = args.chunks[bias_slot / 2];
+    const int warpgroup = bias_slot % 2;
+    if (thread / 64 >= chunk.num_bias[warpgroup]) return;
     device::wait_for_previous_kernel();
-    const float* partial = args.bias_partial + (chunk_index * kGradBias + tile) * 64 + thread % 64;
-    const int64_t step = static_cast<int64_t>(args.num_chunks) * kGradBias * 64;
+    const float* partial = args.bias_partial + bias_slot * 128 + thread;
     float sum = 0.f;
 #pragma unroll 8
-    for (int s = 0; s < args.spans; ++s) sum += partial[s * step];
-    grad::write_bias<T>(args, chunk, tile, thread % 64, sum);
+    for (int s = 0; s < args.spans; ++s) sum += partial[s * slots * 128];
+    grad::write_bias<T>(args, chunk, warpgroup, thread / 64, thread % 64, sum);
     return;
   }
   const int j = blockIdx.x % 8, output = blockIdx.x / 8 % kGradOutputs;
   const int64_t slot = blockIdx.x / (8 * kGradOutputs);
-  const int64_t slots = static_cast<int64_t>(args.num_chunks) * 2;
   const GradChunk& chunk = args.chunks[slot / 2];
   const int warpgroup = slot % 2;
   if (output >= chunk.num_outputs[warpgroup]) return;

@@ -14,9 +14,10 @@ GradKernelArgs make_args(const WeightGradParams& p, const DeviceInfo& device) {
   args.chunks = reinterpret_cast<const GradChunk*>(p.plan + h.grad.chunks_offset);
   args.num_chunks = h.grad.num_chunks;
   args.total_steps = static_cast<int32_t>((p.tokens + kGradTokens - 1) / kGradTokens);
-  const GradLoad load{h.grad.num_chunks, h.grad.num_outputs,
-                      h.grad.row_tiles + h.grad.col_tiles + 2 * ((h.rank + 63) / 64),
-                      h.grad.step_ps * 1e-3};
+  const GradSection& g = h.grad;
+  const int32_t tiles = g.row_tiles + g.col_tiles + 2 * ((h.rank + 63) / 64);
+  const GradLoad load{g.num_chunks, g.num_outputs,    tiles,
+                      g.num_loads,  g.step_ps * 1e-3, g.spread_ppm * 1e-6};
   const int spans = choose_grad_spans(load, args.total_steps, device.num_sms);
   args.span_steps = (args.total_steps + spans - 1) / spans;
   args.spans = (args.total_steps + args.span_steps - 1) / args.span_steps;
@@ -44,8 +45,7 @@ Status launch(const GradMaps& maps, const GradKernelArgs& args, Stream stream) {
   PIXELFLY_RETURN_IF_ERROR(
       launch_kernel(weight_grad_sm90<T>, grid, kGradThreads, kGradSharedBytes, stream, maps, args));
   if (args.spans == 1) return Status::success();
-  const auto slices =
-      static_cast<unsigned>(args.num_chunks * (2 * kGradOutputs * 8 + kGradBias / 2));
+  const auto slices = static_cast<unsigned>(args.num_chunks * 2 * (kGradOutputs * 8 + 1));
   return launch_dependent_kernel(reduce_weight_grad_sm90<T>, slices, 128, stream, args);
 }
 
@@ -63,7 +63,7 @@ size_t weight_grad_workspace_sm90(const WeightGradParams& p, const DeviceInfo& d
   const GradKernelArgs args = make_args(p, device);
   if (args.spans == 1) return 0;
   const int64_t chunks = int64_t{args.num_chunks} * args.spans;
-  return static_cast<size_t>(chunks * (2 * kGradOutputs * kGradPartial + kGradBias * 64)) *
+  return static_cast<size_t>(chunks * 2 * (kGradOutputs * kGradPartial + kGradBias * 64)) *
          sizeof(float);
 }
 

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <map>
 #include <set>
 #include <utility>
 #include <vector>
@@ -17,7 +18,7 @@ namespace {
 
 constexpr int32_t kTile = 64;
 constexpr int kGradPlannedSteps = 512;  // 16384 tokens
-constexpr int32_t kMaxOutputs = 2 * kGradOutputs;
+constexpr size_t kMaxOutputs = 2 * kGradOutputs;
 
 struct Edge {
   int32_t row;  // tile of dz; from dz_tiles on: of s
@@ -32,6 +33,7 @@ struct Graph {
   int32_t vertices() const { return rows() + x_tiles + rank_tiles; }
 };
 
+size_t up(size_t n, size_t d) { return (n + d - 1) / d; }
 int32_t tiles(int32_t features) { return (features + kTile - 1) / kTile; }
 
 Graph make_graph(const LayoutView& layout) {
@@ -225,38 +227,114 @@ class Grower {
   std::vector<int32_t> left_;  // edges of a row not yet taken
 };
 
-double step_ns(const Graph& graph, const Chunk& chunk) {
+// The number of distinct tiles that a chunk's products need.
+int32_t tiles_of(const Graph& graph, const Chunk& chunk) {
   std::set<int32_t> rows, cols;
   for (const int32_t e : chunk) {
     rows.insert(graph.edges[static_cast<size_t>(e)].row);
     cols.insert(graph.edges[static_cast<size_t>(e)].col);
   }
-  return grad_step_ns(static_cast<double>(rows.size() + cols.size()),
-                      static_cast<double>(chunk.size()));
+  return static_cast<int32_t>(rows.size() + cols.size());
 }
 
 GradLoad load_of(const Graph& graph, const std::vector<Chunk>& chunks) {
-  GradLoad load{static_cast<int32_t>(chunks.size()), static_cast<int32_t>(graph.edges.size()),
-                graph.vertices(), 0};
-  for (const Chunk& chunk : chunks) load.step_ns = std::max(load.step_ns, step_ns(graph, chunk));
+  GradLoad load{static_cast<int32_t>(chunks.size()),
+                static_cast<int32_t>(graph.edges.size()),
+                graph.vertices(),
+                0,
+                0,
+                0};
+  double tiles_squared = 0, outputs_squared = 0;
+  for (const Chunk& chunk : chunks) {
+    const int32_t tiles = tiles_of(graph, chunk);
+    const double outputs = static_cast<double>(chunk.size());
+    load.loads += tiles;
+    load.step_ns = std::max(load.step_ns, grad_step_ns(tiles, outputs));
+    tiles_squared += static_cast<double>(tiles) * tiles;
+    outputs_squared += outputs * outputs;
+  }
+  if (chunks.empty()) return load;
+  // Standard deviation over mean.
+  auto variation = [&](double sum, double squared) {
+    const double n = static_cast<double>(chunks.size());
+    return std::sqrt(std::max(0., n * squared / (sum * sum) - 1));
+  };
+  load.spread =
+      grad_spread(variation(load.loads, tiles_squared), variation(load.outputs, outputs_squared));
   return load;
+}
+
+// Cuts strips of `width` tiles of one side, each evenly: a strip's tiles of the other side are
+// dealt over as few chunks as hold them, those with the same partners in turn.
+std::vector<Chunk> strips(const Graph& graph, int32_t width, bool of_rows) {
+  std::vector<std::map<int32_t, Chunk>> members;  // of a strip: edges by tile of the other side
+  for (size_t e = 0; e < graph.edges.size(); ++e) {
+    const Edge& edge = graph.edges[e];
+    const auto strip = static_cast<size_t>((of_rows ? edge.row : edge.col) / width);
+    if (strip >= members.size()) members.resize(strip + 1);
+    members[strip][of_rows ? edge.col : edge.row].push_back(static_cast<int32_t>(e));
+  }
+  std::vector<Chunk> chunks;
+  for (const auto& strip : members) {
+    // Tiles with the same partners, by the partners' places in the strip.
+    std::map<std::vector<int32_t>, std::vector<const Chunk*>> kinds;
+    size_t edges = 0;
+    for (const auto& [tile, own] : strip) {
+      std::vector<int32_t> partners;
+      for (const int32_t e : own) {
+        const Edge& edge = graph.edges[static_cast<size_t>(e)];
+        partners.push_back((of_rows ? edge.row : edge.col) % width);
+      }
+      kinds[partners].push_back(&own);
+      edges += own.size();
+    }
+    const size_t tiles = strip.size();
+    for (size_t count = std::max(up(edges, kMaxOutputs), up(tiles, kGradTiles - width)); edges > 0;
+         ++count) {
+      std::vector<Chunk> cut(count);
+      std::vector<size_t> held(count, 0);
+      size_t next = 0;
+      for (const auto& [partners, own] : kinds) {
+        for (const Chunk* edges_of_tile : own) {
+          Chunk& chunk = cut[next % count];
+          chunk.insert(chunk.end(), edges_of_tile->begin(), edges_of_tile->end());
+          ++held[next++ % count];
+        }
+      }
+      bool fits = true;
+      for (size_t c = 0; c < count; ++c) {
+        fits &= cut[c].size() <= kMaxOutputs && held[c] + static_cast<size_t>(width) <= kGradTiles;
+      }
+      if (!fits) continue;
+      chunks.insert(chunks.end(), cut.begin(), cut.end());
+      break;
+    }
+  }
+  return chunks;
 }
 
 std::vector<Chunk> best_chunks(const Graph& graph) {
   std::vector<Chunk> best;
   double best_time = 0;
+  auto offer = [&](std::vector<Chunk> chunks) {
+    const GradLoad load = load_of(graph, chunks);
+    const int spans = choose_grad_spans(load, kGradPlannedSteps, kGroupThreadBlocks);
+    const double time = grad_time_ns(load, kGradPlannedSteps, spans, kGroupThreadBlocks);
+    if (best.empty() || time < best_time) {
+      best = std::move(chunks);
+      best_time = time;
+    }
+  };
+  for (int32_t width = 1; width <= 5; ++width) {
+    offer(strips(graph, width, true));
+    offer(strips(graph, width, false));
+  }
   const bool large = graph.edges.size() > 8192;  // the search is then not worth its time
-  for (int32_t max_edges = kMaxOutputs; max_edges >= (large ? kMaxOutputs : 2); --max_edges) {
+  constexpr int32_t kMost = kMaxOutputs;
+  for (int32_t max_edges = kMost; max_edges >= (large ? kMost : 2); --max_edges) {
     for (int32_t max_tiles = std::min(kGradTiles, max_edges + 3);
          max_tiles >= (large ? kGradTiles : 3); --max_tiles) {
-      std::vector<Chunk> chunks = Grower(graph, max_edges, max_tiles).grow();
-      const GradLoad load = load_of(graph, chunks);
-      const int spans = choose_grad_spans(load, kGradPlannedSteps, kGroupThreadBlocks);
-      const double time = grad_time_ns(load, kGradPlannedSteps, spans, kGroupThreadBlocks);
-      if (best.empty() || time < best_time) {
-        best = std::move(chunks);
-        best_time = time;
-      }
+      offer(Grower(graph, max_edges, max_tiles).grow());
     }
   }
   return best;
@@ -383,7 +461,8 @@ GradChunk make_chunk(const Graph& graph, const Chunk& members) {
   return chunk;
 }
 
-// Every tile of dz is summed for dbias in one chunk that loads it: the one with fewest such tiles.
+// Every tile of dz is summed for dbias in one warpgroup of a chunk that loads it: the one with
+// fewest such tiles, of several the one with fewest outputs.
 void assign_bias(const Graph& graph, std::vector<GradChunk>* chunks) {
   std::vector<std::vector<std::pair<size_t, int32_t>>> loads(static_cast<size_t>(graph.dz_tiles));
   for (size_t c = 0; c < chunks->size(); ++c) {
@@ -395,23 +474,28 @@ void assign_bias(const Graph& graph, std::vector<GradChunk>* chunks) {
   for (int32_t row = 0; row < graph.dz_tiles; ++row) {
     GradChunk* best = nullptr;
     int32_t index = 0;
-    for (const auto& [c, i] : loads[static_cast<size_t>(row)]) {
-      GradChunk* chunk = &(*chunks)[c];
-      if (chunk->num_bias < kGradBias && (best == nullptr || chunk->num_bias < best->num_bias)) {
-        best = chunk;
-        index = i;
+    int best_w = 0;
+    auto offer = [&](GradChunk* chunk, int32_t i) {
+      for (int w = 0; w < 2; ++w) {
+        if (chunk->num_bias[w] == kGradBias) continue;
+        if (best == nullptr || std::pair(chunk->num_bias[w], chunk->num_outputs[w]) <
+                                   std::pair(best->num_bias[best_w], best->num_outputs[best_w])) {
+          best = chunk;
+          best_w = w;
+          index = i;
+        }
       }
+    };
+    for (const auto& [c, i] : loads[static_cast<size_t>(row)]) offer(&(*chunks)[c], i);
+    if (best == nullptr) {  // in none, or none has room: a chunk for such tiles
+      const bool open = !chunks->empty() && chunks->back().num_outputs[0] == 0 &&
+                        chunks->back().num_tiles < 2 * kGradBias;
+      if (!open) chunks->push_back({});
+      GradChunk* last = &chunks->back();
+      last->tile[last->num_tiles++] = row << 2 | kGradDz;
+      offer(last, last->num_tiles - 1);
     }
-    if (best == nullptr) {  // in none, or none has room
-      if (chunks->empty() || chunks->back().num_outputs[0] > 0 ||
-          chunks->back().num_bias == kGradBias) {
-        chunks->push_back({});
-      }
-      best = &chunks->back();
-      index = best->num_tiles++;
-      best->tile[index] = row << 2 | kGradDz;
-    }
-    best->bias[best->num_bias++] = index;
+    best->bias[best_w][best->num_bias[best_w]++] = index;
   }
 }
 
@@ -427,6 +511,8 @@ GradSection append_grad_chunks(PlanBuilder& builder, const LayoutView& layout) {
   const GradLoad load = load_of(graph, cut);
   GradSection section{};
   section.num_outputs = load.outputs;
+  section.num_loads = load.loads;
+  section.spread_ppm = static_cast<int32_t>(load.spread * 1e6);
   section.step_ps = static_cast<int32_t>(load.step_ns * 1000);
   section.row_tiles = graph.dz_tiles;
   section.col_tiles = graph.x_tiles;

@@ -215,11 +215,14 @@ void check_grad(const LayoutView& layout, const Plan& plan) {
   std::vector<int32_t> bias(static_cast<size_t>(row_tiles), 0);
   for (int32_t c = 0; c < s.num_chunks; ++c) {
     const GradChunk& chunk = chunks[c];
-    expect(chunk.num_tiles <= kGradTiles && chunk.num_bias <= kGradBias, "tiles fit");
-    for (int32_t i = 0; i < chunk.num_bias; ++i) {
-      const int32_t tile = chunk.tile[chunk.bias[i]];
-      expect((tile & 3) == kGradDz, "dbias is a sum of dz");
-      ++bias[static_cast<size_t>(tile >> 2)];
+    expect(chunk.num_tiles <= kGradTiles, "tiles fit");
+    for (int w = 0; w < 2; ++w) {
+      expect(chunk.num_bias[w] <= kGradBias, "sums fit");
+      for (int32_t i = 0; i < chunk.num_bias[w]; ++i) {
+        const int32_t tile = chunk.tile[chunk.bias[w][i]];
+        expect((tile & 3) == kGradDz, "dbias is a sum of dz");
+        ++bias[static_cast<size_t>(tile >> 2)];
+      }
     }
     for (int w = 0; w < 2; ++w) {
       expect(chunk.num_outputs[w] <= kGradOutputs, "outputs fit");

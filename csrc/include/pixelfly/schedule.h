@@ -91,7 +91,7 @@ struct GroupSection {
 // to kGradOutputs in each of two warpgroups.
 constexpr int kGradTiles = 12;
 constexpr int kGradOutputs = 6;
-constexpr int kGradBias = 6;  // tiles of dz that a thread block sums for dbias
+constexpr int kGradBias = 2;  // tiles of dz that a warpgroup sums for dbias
 
 enum GradSource : int32_t { kGradDz, kGradS, kGradX, kGradT };
 
@@ -105,9 +105,10 @@ struct GradRun {
 
 struct GradChunk {
   int32_t num_tiles;
-  int32_t num_bias;
   int32_t tile[kGradTiles];  // column tile << 2 | GradSource
-  int32_t bias[kGradBias];   // indices into tile
+  int32_t num_bias[2];
+  int32_t bias[2][kGradBias];  // indices into tile
+  int32_t unused;
   int32_t num_outputs[2];
   int32_t sizes[2];                 // the runs' sizes as decimal digits, falling: see kGradSizes
   GradRun run[2][kGradOutputs];     // cover the outputs in order
@@ -134,7 +135,9 @@ struct GradSection {
   int32_t row_tiles;      // tiles of dz; those of s follow
   int32_t col_tiles;      // tiles of x; those of t follow
   int32_t num_outputs;    // of all chunks
+  int32_t num_loads;      // of all chunks
   int32_t step_ps;        // the slowest chunk's stage, grad_step_ns() in picoseconds
+  int32_t spread_ppm;     // grad_spread() in millionths
 };
 
 struct PlanHeader {
@@ -165,7 +168,7 @@ struct PlanHeader {
   GroupSection transposed;  // output rows = block columns, contraction over block rows (dx)
   GradSection grad;
 
-  int32_t reserved[kPlanHeaderSize - 19 - 2 * 8 - 6];
+  int32_t reserved[kPlanHeaderSize - 19 - 2 * 8 - 8];
 };
 static_assert(sizeof(PlanHeader) == kPlanHeaderSize * sizeof(int32_t), "header layout");
 
