@@ -1,8 +1,8 @@
 // How many spans of tokens the Hopper weight-gradient kernel cuts its work into, by a model of its
 // time. The planner asks the model too, to compare work lists.
 //
-// The constants are fitted to 654 timings of 15 layouts, cut into chunks and spans in 231 ways, on
-// one H100 (csrc/README.md): the list the model prefers was on average 0.4 % slower than the best.
+// The constants are fitted to 1,573 timings of 19 layouts, each cut in many ways, on one H100
+// (csrc/README.md): the cut that the model prefers was on average 1.3 % slower than the best.
 #pragma once
 
 #include <algorithm>
@@ -26,28 +26,28 @@ struct GradLoad {
 // A stage of a chunk that loads `tiles` tiles and holds `outputs` products: loads, or shared memory
 // (written by loads, read by wgmma) with the products.
 inline double grad_step_ns(double tiles, double outputs) {
-  const double loads = 23 * tiles, products = 11 * tiles + 24 * outputs;
-  return std::max(loads, products) + 0.37 * std::min(loads, products);
+  const double loads = 36 * tiles, products = 3.5 * tiles + 26 * outputs;
+  return std::max(loads, products) + 0.1 * std::min(loads, products);
 }
 
 // From the standard deviations, relative to the means, of the chunks' tiles and outputs.
-inline double grad_spread(double tiles, double outputs) { return 0.038 * tiles + 0.11 * outputs; }
+inline double grad_spread(double tiles, double outputs) { return 0.056 * tiles + 0.074 * outputs; }
 
 inline double grad_time_ns(const GradLoad& load, int steps, int spans, int num_sms) {
-  constexpr double kMemoryBytesPerNs = 3150, kL2Bytes = 25e6;
-  constexpr double kWaveNs = 400, kReduceNs = 8400, kPartialNs = 11;
+  constexpr double kMemoryBytesPerNs = 3000, kL2Bytes = 25e6;
+  constexpr double kWaveNs = 2050, kReduceNs = 2100, kPartialNs = 10.6;
   const int waves = (load.chunks * spans + num_sms - 1) / num_sms;
   const double loop = waves * ((steps + spans - 1) / spans) * load.step_ns;
   // All chunks pass through a span together, and L2 serves what several load, as long as they stay
   // together: chunks that differ drift apart, the further the more data there is.
   const double bytes = static_cast<double>(load.tiles) * kGradTileBytes * steps;
   const double missed =
-      std::min(1., 0.0235 + (load.spread + 0.0015 * (waves - 1)) * bytes / kL2Bytes);
+      std::min(1., 0.017 + (load.spread + 0.0009 * (waves - 1)) * bytes / kL2Bytes);
   const double again = static_cast<double>(load.loads - load.tiles) * kGradTileBytes * steps;
   const double memory = (bytes + missed * again) / kMemoryBytesPerNs;
   // Sums of several spans are written, and added by a second kernel.
   const double partial = spans > 1 ? kReduceNs + kPartialNs * spans * load.outputs : 0;
-  return std::max(loop, memory) + 0.12 * std::min(loop, memory) + waves * kWaveNs + partial;
+  return std::max(loop, memory) + 0.32 * std::min(loop, memory) + waves * kWaveNs + partial;
 }
 
 inline int choose_grad_spans(const GradLoad& load, int steps, int num_sms) {
