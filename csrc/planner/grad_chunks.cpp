@@ -17,7 +17,7 @@ namespace pixelfly {
 namespace {
 
 constexpr int32_t kTile = 64;
-constexpr int kGradPlannedSteps = 512;  // 16384 tokens
+constexpr int kPlannedSteps[] = {256, 512, 1024};  // 8192, 16384 and 32768 tokens
 constexpr size_t kMaxOutputs = 2 * kGradOutputs;
 
 struct Edge {
@@ -318,8 +318,11 @@ std::vector<Chunk> best_chunks(const Graph& graph) {
   double best_time = 0;
   auto offer = [&](std::vector<Chunk> chunks) {
     const GradLoad load = load_of(graph, chunks);
-    const int spans = choose_grad_spans(load, kGradPlannedSteps, kGroupThreadBlocks);
-    const double time = grad_time_ns(load, kGradPlannedSteps, spans, kGroupThreadBlocks);
+    double time = 0;
+    for (const int steps : kPlannedSteps) {
+      const int spans = choose_grad_spans(load, steps, kGroupThreadBlocks);
+      time += grad_time_ns(load, steps, spans, kGroupThreadBlocks) / steps;
+    }
     if (best.empty() || time < best_time) {
       best = std::move(chunks);
       best_time = time;
