@@ -1,0 +1,303 @@
+// Cuts of the weight gradients' outputs into chunks. A thread block loads every tile that its
+// outputs touch, so a chunk should have many edges between few tiles. Chunks differ little from
+// each other, or else they drift apart and L2 no longer serves what they share.
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <map>
+#include <set>
+#include <utility>
+#include <vector>
+
+#include "pixelfly/grad_spans.h"
+#include "pixelfly/schedule.h"
+#include "planner/grad_graph.h"
+
+namespace pixelfly::grad {
+namespace {
+
+constexpr int kPlannedSteps[] = {256, 512, 1024};  // 8192, 16384 and 32768 tokens
+constexpr int32_t kGrownTiles = 96;
+constexpr size_t kMaxOutputs = 2 * kGradOutputs;
+
+size_t up(size_t n, size_t d) { return (n + d - 1) / d; }
+
+// Cuts the edges into chunks of at most `max_edges` edges between at most `max_tiles` tiles.
+class Grower {
+ public:
+  Grower(const Graph& graph, int32_t max_edges, int32_t max_tiles)
+      : graph_(graph),
+        max_edges_(static_cast<size_t>(max_edges)),
+        max_tiles_(static_cast<size_t>(max_tiles)),
+        incident_(static_cast<size_t>(graph.vertices())),
+        taken_(graph.edges.size(), false),
+        gain_(static_cast<size_t>(graph.vertices()), 0),
+        inside_(static_cast<size_t>(graph.vertices()), false),
+        left_(static_cast<size_t>(graph.rows()), 0) {
+    for (size_t e = 0; e < graph.edges.size(); ++e) {
+      ++left_[row_of(e)];
+      incident_[row_of(e)].push_back(e);
+      incident_[col_of(e)].push_back(e);
+    }
+  }
+
+  std::vector<Chunk> grow() {
+    std::vector<Chunk> pieces;
+    for (size_t seed = next_seed(); seed != kNone; seed = next_seed()) {
+      pieces.push_back(grow_from(seed));
+    }
+    return pack(pieces);
+  }
+
+ private:
+  size_t row_of(size_t e) const { return static_cast<size_t>(graph_.edges[e].row); }
+  size_t col_of(size_t e) const { return static_cast<size_t>(graph_.rows() + graph_.edges[e].col); }
+  // Of the row that has most edges left, the edge nearest to the diagonal: pieces of the same kind
+  // come one after another, and a piece does not break up those of its neighbours.
+  size_t next_seed() const {
+    const auto row =
+        static_cast<size_t>(std::max_element(left_.begin(), left_.end()) - left_.begin());
+    if (left_.empty() || left_[row] == 0) return kNone;
+    size_t best = kNone;
+    for (const size_t e : incident_[row]) {
+      if (!taken_[e] && (best == kNone || distance(col_of(e), row) < distance(col_of(best), row))) {
+        best = e;
+      }
+    }
+    return best;
+  }
+  // Between two tiles, as parts of their sides.
+  double distance(size_t a, size_t b) const {
+    auto place = [&](size_t v) {
+      const auto rows = static_cast<size_t>(graph_.rows());
+      return v < rows
+                 ? (static_cast<double>(v) + .5) / static_cast<double>(rows)
+                 : (static_cast<double>(v - rows) + .5) / static_cast<double>(gain_.size() - rows);
+    };
+    return std::abs(place(a) - place(b));
+  }
+
+  // A connected piece around an edge.
+  Chunk grow_from(size_t seed) {
+    Chunk chunk;
+    std::vector<size_t> members;
+    reached_.clear();
+    auto add = [&](size_t v) {
+      inside_[v] = true;
+      members.push_back(v);
+      for (const size_t e : incident_[v]) {
+        if (taken_[e]) continue;
+        const size_t other = row_of(e) == v ? col_of(e) : row_of(e);
+        if (!inside_[other]) {
+          if (gain_[other]++ == 0) reached_.push_back(other);
+        } else if (chunk.size() < max_edges_) {
+          taken_[e] = true;
+          --left_[row_of(e)];
+          chunk.push_back(static_cast<int32_t>(e));
+        }
+      }
+    };
+    add(row_of(seed));
+    add(col_of(seed));
+    while (chunk.size() < max_edges_ && members.size() < max_tiles_) {
+      const size_t best = best_of(max_edges_ - chunk.size(), row_of(seed), col_of(seed));
+      if (best == kNone) break;
+      add(best);
+    }
+    for (const size_t v : members) inside_[v] = false;
+    for (const size_t v : reached_) gain_[v] = 0;
+    return chunk;
+  }
+
+  // The tile that adds most edges, at most `room`; of several the nearest to `row` or `col`.
+  size_t best_of(size_t room, size_t row, size_t col) const {
+    size_t best = kNone;
+    double best_distance = 0;
+    for (const size_t v : reached_) {
+      if (inside_[v] || gain_[v] > room) continue;
+      const double away = distance(v, v < static_cast<size_t>(graph_.rows()) ? row : col);
+      if (best == kNone || gain_[v] > gain_[best] ||
+          (gain_[v] == gain_[best] && std::pair(away, best) < std::pair(best_distance, v))) {
+        best = v;
+        best_distance = away;
+      }
+    }
+    return best;
+  }
+
+  // Joins connected pieces to chunks: each to the open one it shares most tiles with.
+  std::vector<Chunk> pack(const std::vector<Chunk>& pieces) const {
+    std::vector<Chunk> chunks;
+    std::vector<std::set<size_t>> members;  // of each chunk: its tiles
+    std::vector<size_t> open;
+    for (const Chunk& piece : pieces) {
+      std::set<size_t> tiles;
+      for (const int32_t e : piece) {
+        tiles.insert(row_of(static_cast<size_t>(e)));
+        tiles.insert(col_of(static_cast<size_t>(e)));
+      }
+      size_t best = kNone, best_shared = 0;
+      for (const size_t c : open) {
+        size_t shared = 0;
+        for (const size_t v : tiles) shared += members[c].count(v);
+        const bool fits = chunks[c].size() + piece.size() <= max_edges_ &&
+                          members[c].size() + tiles.size() - shared <= max_tiles_;
+        if (fits && (best == kNone || shared > best_shared)) {
+          best = c;
+          best_shared = shared;
+        }
+      }
+      if (best == kNone) {
+        best = chunks.size();
+        chunks.emplace_back();
+        members.emplace_back();
+        open.push_back(best);
+      }
+      chunks[best].insert(chunks[best].end(), piece.begin(), piece.end());
+      members[best].insert(tiles.begin(), tiles.end());
+      if (chunks[best].size() == max_edges_ || members[best].size() + 1 >= max_tiles_) {
+        open.erase(std::find(open.begin(), open.end(), best));
+      }
+    }
+    return chunks;
+  }
+
+  static constexpr size_t kNone = ~size_t{0};
+  const Graph& graph_;
+  const size_t max_edges_, max_tiles_;
+  std::vector<std::vector<size_t>> incident_;  // edges of a vertex: rows, then columns
+  std::vector<bool> taken_;
+  std::vector<size_t> gain_;  // edges a vertex would add to the chunk
+  std::vector<bool> inside_;
+  std::vector<size_t> reached_;
+  std::vector<int32_t> left_;  // edges of a row not yet taken
+};
+
+// The distinct tiles that a chunk's products need, as vertices: rows, then columns.
+std::set<int32_t> tiles_of(const Graph& graph, const Chunk& chunk) {
+  std::set<int32_t> tiles;
+  for (const int32_t e : chunk) {
+    tiles.insert(graph.edges[static_cast<size_t>(e)].row);
+    tiles.insert(graph.rows() + graph.edges[static_cast<size_t>(e)].col);
+  }
+  return tiles;
+}
+
+}  // namespace
+
+GradLoad load_of(const Graph& graph, const std::vector<Chunk>& chunks) {
+  GradLoad load{static_cast<int32_t>(chunks.size()),
+                static_cast<int32_t>(graph.edges.size()),
+                graph.vertices(),
+                0,
+                0,
+                0};
+  double tiles_squared = 0, outputs_squared = 0;
+  std::vector<int32_t> times(static_cast<size_t>(graph.vertices()), 0);  // a tile is loaded
+  for (const Chunk& chunk : chunks) {
+    const std::set<int32_t> distinct = tiles_of(graph, chunk);
+    for (const int32_t v : distinct) ++times[static_cast<size_t>(v)];
+    const auto tiles = static_cast<int32_t>(distinct.size());
+    const double outputs = static_cast<double>(chunk.size());
+    load.loads += tiles;
+    load.step_ns = std::max(load.step_ns, grad_step_ns(tiles, outputs));
+    tiles_squared += static_cast<double>(tiles) * tiles;
+    outputs_squared += outputs * outputs;
+  }
+  if (chunks.empty()) return load;
+  // Standard deviation over mean.
+  auto variation = [&](double sum, double squared) {
+    const double n = static_cast<double>(chunks.size());
+    return std::sqrt(std::max(0., n * squared / (sum * sum) - 1));
+  };
+  const auto own = static_cast<double>(std::count(times.begin(), times.end(), 1));
+  load.spread =
+      grad_spread(variation(load.loads, tiles_squared), variation(load.outputs, outputs_squared),
+                  own / static_cast<double>(chunks.size()));
+  return load;
+}
+
+namespace {
+
+// Cuts strips of `width` tiles of one side, each evenly: a strip's tiles of the other side are
+// dealt over as few chunks as hold them, those with the same partners in turn.
+std::vector<Chunk> strips(const Graph& graph, int32_t width, bool of_rows) {
+  std::vector<std::map<int32_t, Chunk>> members;  // of a strip: edges by tile of the other side
+  for (size_t e = 0; e < graph.edges.size(); ++e) {
+    const Edge& edge = graph.edges[e];
+    const auto strip = static_cast<size_t>((of_rows ? edge.row : edge.col) / width);
+    if (strip >= members.size()) members.resize(strip + 1);
+    members[strip][of_rows ? edge.col : edge.row].push_back(static_cast<int32_t>(e));
+  }
+  std::vector<Chunk> chunks;
+  for (const auto& strip : members) {
+    // Tiles with the same partners, by the partners' places in the strip.
+    std::map<std::vector<int32_t>, std::vector<const Chunk*>> kinds;
+    size_t edges = 0;
+    for (const auto& [tile, own] : strip) {
+      std::vector<int32_t> partners;
+      for (const int32_t e : own) {
+        const Edge& edge = graph.edges[static_cast<size_t>(e)];
+        partners.push_back((of_rows ? edge.row : edge.col) % width);
+      }
+      kinds[partners].push_back(&own);
+      edges += own.size();
+    }
+    const size_t tiles = strip.size();
+    for (size_t count = std::max(up(edges, kMaxOutputs), up(tiles, kGradTiles - width)); edges > 0;
+         ++count) {
+      std::vector<Chunk> cut(count);
+      std::vector<size_t> held(count, 0);
+      size_t next = 0;
+      for (const auto& [partners, own] : kinds) {
+        for (const Chunk* edges_of_tile : own) {
+          Chunk& chunk = cut[next % count];
+          chunk.insert(chunk.end(), edges_of_tile->begin(), edges_of_tile->end());
+          ++held[next++ % count];
+        }
+      }
+      bool fits = true;
+      for (size_t c = 0; c < count; ++c) {
+        fits &= cut[c].size() <= kMaxOutputs && held[c] + static_cast<size_t>(width) <= kGradTiles;
+      }
+      if (!fits) continue;
+      chunks.insert(chunks.end(), cut.begin(), cut.end());
+      break;
+    }
+  }
+  return chunks;
+}
+
+}  // namespace
+
+std::vector<Chunk> best_chunks(const Graph& graph) {
+  std::vector<Chunk> best;
+  double best_time = 0;
+  auto offer = [&](std::vector<Chunk> chunks) {
+    const GradLoad load = load_of(graph, chunks);
+    double time = 0;
+    for (const int steps : kPlannedSteps) {
+      const int spans = choose_grad_spans(load, steps, kGroupThreadBlocks);
+      time += grad_time_ns(load, steps, spans, kGroupThreadBlocks) / steps;
+    }
+    if (best.empty() || time < best_time) {
+      best = std::move(chunks);
+      best_time = time;
+    }
+  };
+  for (int32_t width = 1; width <= 5; ++width) {
+    offer(strips(graph, width, true));
+    offer(strips(graph, width, false));
+  }
+  // Grown chunks share tiles on both sides, and on large layouts drift too far apart: they took up
+  // to 1.9 times as long as strips there.
+  if (graph.vertices() > kGrownTiles) return best;
+  for (int32_t max_edges = kMaxOutputs; max_edges >= 2; --max_edges) {
+    for (int32_t max_tiles = std::min(kGradTiles, max_edges + 3); max_tiles >= 3; --max_tiles) {
+      offer(Grower(graph, max_edges, max_tiles).grow());
+    }
+  }
+  return best;
+}
+
+}  // namespace pixelfly::grad

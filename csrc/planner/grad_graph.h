@@ -1,0 +1,32 @@
+// What the weight-gradient kernel computes, as a graph: see grad_chunks.cpp.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "pixelfly/grad_spans.h"
+
+namespace pixelfly::grad {
+
+struct Edge {
+  int32_t row;  // tile of dz; from dz_tiles on: of s
+  int32_t col;  // tile of x; from x_tiles on: of t
+  int32_t output;
+};
+
+struct Graph {
+  int32_t dz_tiles, x_tiles, rank_tiles;
+  std::vector<Edge> edges;  // row by row
+  int32_t rows() const { return dz_tiles + rank_tiles; }
+  int32_t vertices() const { return rows() + x_tiles + rank_tiles; }
+};
+
+using Chunk = std::vector<int32_t>;  // indices of edges
+
+// What the model of the kernel's time takes of a cut.
+GradLoad load_of(const Graph& graph, const std::vector<Chunk>& chunks);
+
+// Cuts the edges into the chunks that the model (pixelfly/grad_spans.h) expects to be fastest.
+std::vector<Chunk> best_chunks(const Graph& graph);
+
+}  // namespace pixelfly::grad
