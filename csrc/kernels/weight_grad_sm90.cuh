@@ -113,10 +113,6 @@ __device__ __forceinline__ void write_bias(const GradKernelArgs& args, const Gra
   }
 }
 
-// The ring, once everything in it has been read.
-constexpr int kRingFree = 1;       // named barrier
-constexpr int kRingReaders = 256;  // threads
-
 // Where a warpgroup's sums go, in fragment order: the workspace or, with one span, shared memory.
 __device__ __forceinline__ float4* fragments(const GradKernelArgs& args, int warpgroup, int span,
                                              int chunk_index) {
@@ -130,7 +126,7 @@ __device__ __forceinline__ float4* fragments(const GradKernelArgs& args, int war
 }
 
 struct GradRing {
-  uint32_t tiles, ones, bars;  // shared addresses
+  uint32_t tiles, ones, bars, free;  // shared addresses; free: a barrier, all has been read
   uint32_t stage_bytes;
   int stages;
 };
@@ -270,7 +266,11 @@ __device__ void consume(const GradChunk& chunk, const GradKernelArgs& args, int 
   }
 
   // Without other spans the sums take the place of the ring, which nobody reads any more.
-  if (args.spans == 1) device::named_barrier_sync(kRingFree, kRingReaders);
+  if (args.spans == 1) {
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) device::mbarrier_arrive(ring.free);
+    device::mbarrier_wait(ring.free, 0);
+  }
   float4* to = fragments(args, warpgroup, span, chunk_index) + threadIdx.x % 128;
   threes.store(to);
   twos.store(to + kThrees * 3 * kGradPartial / 4);
@@ -326,11 +326,12 @@ __global__ void __launch_bounds__(kGradThreads, 1)
                      const __grid_constant__ GradKernelArgs args) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   __shared__ GradChunk chunk;
-  __shared__ uint64_t barriers[2 * kGradMaxStages];
+  __shared__ uint64_t barriers[2 * kGradMaxStages + 1];
   grad::GradRing ring;
   ring.tiles = (device::smem_address(device::dynamic_shared()) + 1023) & ~1023u;
   ring.ones = ring.tiles + kGradRingBytes;
   ring.bars = device::smem_address(barriers);
+  ring.free = ring.bars + 2 * kGradMaxStages * 8;
   const int chunk_index = blockIdx.x % args.num_chunks, span = blockIdx.x / args.num_chunks;
   for (int i = threadIdx.x; i < static_cast<int>(sizeof(GradChunk) / 4); i += kGradThreads) {
     reinterpret_cast<int*>(&chunk)[i] = reinterpret_cast<const int*>(args.chunks + chunk_index)[i];
@@ -343,6 +344,7 @@ __global__ void __launch_bounds__(kGradThreads, 1)
       device::mbarrier_init(ring.bars + s * 16, 1);
       device::mbarrier_init(ring.bars + s * 16 + 8, 8);
     }
+    device::mbarrier_init(ring.free, 8);
     device::mbarrier_init_fence();
   }
   device::fence_proxy_async();
