@@ -14,6 +14,7 @@
 //
 // Producer: one TMA box a lane, its coordinates in registers (one thread reading a table was the
 // bottleneck of the prototype).
+//
 // Partial sums go to the workspace in fragment order, fully coalesced; a second kernel adds the
 // spans in order, so results are deterministic, and rounds once. With one span the results are
 // written directly.

@@ -6,10 +6,12 @@
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <functional>
 #include <random>
 #include <vector>
 
+#include "pixelfly/launch.h"
 #include "planner/plan.h"
 #include "tests/naive_product.cuh"
 
@@ -72,6 +74,31 @@ struct Arena {
     for (void* p : all) cudaFree(p);
   }
 };
+
+// A layout's plan, on the host and on the device, and what launches need to know of the device.
+struct DevicePlan {
+  explicit DevicePlan(const LayoutView& layout) : host(build_plan(layout)) {
+    std::memcpy(&header, host.data(), sizeof header);
+    CHECK_CUDA(cudaMalloc(&data, host.size() * 4));
+    CHECK_CUDA(cudaMemcpy(data, host.data(), host.size() * 4, cudaMemcpyHostToDevice));
+    cudaDeviceProp prop;
+    CHECK_CUDA(cudaGetDeviceProperties(&prop, 0));
+    device = {0, prop.major * 10 + prop.minor, prop.multiProcessorCount,
+              static_cast<int32_t>(prop.sharedMemPerBlockOptin)};
+  }
+  DevicePlan(const DevicePlan&) = delete;
+  ~DevicePlan() { cudaFree(data); }
+
+  std::vector<int32_t> host;
+  PlanHeader header;
+  int32_t* data = nullptr;
+  DeviceInfo device;
+};
+
+// Sets of tensors to rotate over so that none is found in L2.
+inline int rotating_sets(bool timing, int64_t tokens, int64_t features) {
+  return timing ? std::clamp(static_cast<int>(300e6 / (2.0 * tokens * features)), 2, 6) : 1;
+}
 
 // Median ms per launch of a graph of `launches`, after 0.3 s of load.
 inline float time_graph(const std::function<void(int, cudaStream_t)>& launch, int launches) {

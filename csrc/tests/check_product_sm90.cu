@@ -34,22 +34,12 @@ struct Case {
 template <typename T>
 int run(const Case& c, bool timing) {
   const LayoutView layout = make_layout(c.K, c.N, c.b, c.rank, c.kind);
-  const std::vector<int32_t> plan = build_plan(layout);
-  PlanHeader h;
-  std::memcpy(&h, plan.data(), sizeof h);
-  cudaDeviceProp prop;
-  CHECK_CUDA(cudaGetDeviceProperties(&prop, 0));
-  const DeviceInfo device{0, prop.major * 10 + prop.minor, prop.multiProcessorCount,
-                          static_cast<int32_t>(prop.sharedMemPerBlockOptin)};
-
+  const DevicePlan plan(layout);
+  const PlanHeader& h = plan.header;
+  const DeviceInfo& device = plan.device;
   Arena<T> arena;
   const int in = c.transposed ? c.N : c.K, out = c.transposed ? c.K : c.N;
-  int32_t* device_plan;
-  CHECK_CUDA(cudaMalloc(&device_plan, plan.size() * 4));
-  arena.all.push_back(device_plan);
-  CHECK_CUDA(cudaMemcpy(device_plan, plan.data(), plan.size() * 4, cudaMemcpyHostToDevice));
-  const int sets =
-      !timing ? 1 : std::clamp(static_cast<int>(300e6 / (2.0 * c.T * (in + out))), 2, 6);
+  const int sets = rotating_sets(timing, c.T, in + out);
   ProductParams base{};
   base.dtype = std::is_same_v<T, __half> ? DType::kFloat16 : DType::kBFloat16;
   base.transposed = c.transposed;
@@ -65,7 +55,7 @@ int run(const Case& c, bool timing) {
   base.residual_stride = base.slope_stride = base.y_stride = base.slope_out_stride = out;
   base.activation = c.activation;
   base.header = &h;
-  base.plan = device_plan;
+  base.plan = plan.data;
   const T* factor_in =
       c.form_t ? arena.data(size_t(in) * c.rank, 53, 1.f / std::sqrt(in)) : nullptr;
   std::vector<ProductParams> params(sets, base);
@@ -117,9 +107,9 @@ int run(const Case& c, bool timing) {
                   p.bias,
                   p.residual,
                   p.slope,
-                  device_plan + (c.transposed ? h.col_ptr_offset : h.row_ptr_offset),
-                  device_plan + (c.transposed ? h.t_row_offset : h.col_idx_offset),
-                  c.transposed ? device_plan + h.t_block_offset : nullptr,
+                  plan.data + (c.transposed ? h.col_ptr_offset : h.row_ptr_offset),
+                  plan.data + (c.transposed ? h.t_row_offset : h.col_idx_offset),
+                  c.transposed ? plan.data + h.t_block_offset : nullptr,
                   in,
                   out,
                   c.b,

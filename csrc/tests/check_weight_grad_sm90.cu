@@ -57,21 +57,11 @@ __global__ void reference_sum(Sum s, int64_t tokens, float* out, size_t n) {
 template <typename T>
 int run(const Case& c, bool timing) {
   const LayoutView layout = make_layout(c.K, c.N, c.b, c.rank, c.kind);
-  const std::vector<int32_t> plan = build_plan(layout);
-  PlanHeader h;
-  std::memcpy(&h, plan.data(), sizeof h);
-  cudaDeviceProp prop;
-  CHECK_CUDA(cudaGetDeviceProperties(&prop, 0));
-  const DeviceInfo device{0, prop.major * 10 + prop.minor, prop.multiProcessorCount,
-                          static_cast<int32_t>(prop.sharedMemPerBlockOptin)};
+  const DevicePlan plan(layout);
+  const PlanHeader& h = plan.header;
+  const DeviceInfo& device = plan.device;
   Arena<T> arena;
-  int32_t* device_plan;
-  CHECK_CUDA(cudaMalloc(&device_plan, plan.size() * 4));
-  arena.all.push_back(device_plan);
-  CHECK_CUDA(cudaMemcpy(device_plan, plan.data(), plan.size() * 4, cudaMemcpyHostToDevice));
-
-  const int sets =
-      !timing ? 1 : std::clamp(static_cast<int>(300e6 / (2.0 * c.T * (c.K + c.N))), 2, 6);
+  const int sets = rotating_sets(timing, c.T, c.K + c.N);
   const size_t blocks = size_t(h.nnz) * c.b * c.b;
   WeightGradParams base{};
   base.dtype = std::is_same_v<T, __half> ? DType::kFloat16 : DType::kBFloat16;
@@ -88,7 +78,7 @@ int run(const Case& c, bool timing) {
   }
   if (c.bias) base.dbias = arena.data(c.N, 0);
   base.header = &h;
-  base.plan = device_plan;
+  base.plan = plan.data;
   std::vector<WeightGradParams> params(sets, base);
   for (int i = 0; i < sets; ++i) {
     WeightGradParams& p = params[i];
@@ -137,9 +127,9 @@ int run(const Case& c, bool timing) {
     wrong += sums[2] + (sums[0] <= 1e-5 * sums[1] ? 0 : 1);
     error += sums[0], norm += sums[1];
   };
-  compare_with({p.dz, p.x, c.N, c.K, device_plan + h.row_idx_offset, device_plan + h.col_idx_offset,
-                c.b, c.b},
-               p.dblocks, blocks);
+  compare_with(
+      {p.dz, p.x, c.N, c.K, plan.data + h.row_idx_offset, plan.data + h.col_idx_offset, c.b, c.b},
+      p.dblocks, blocks);
   compare_with({p.dz, p.t, c.N, c.rank, nullptr, nullptr, c.N, c.rank}, p.du, size_t(c.N) * c.rank);
   compare_with({p.s, p.x, c.rank, c.K, nullptr, nullptr, c.rank, c.K}, p.dv, size_t(c.K) * c.rank);
   compare_with({p.dz, nullptr, c.N, 1, nullptr, nullptr, c.N, 1}, p.dbias, c.N);

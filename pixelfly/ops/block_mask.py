@@ -7,24 +7,15 @@ trace the making of a mask, and a program that made its own would do so at every
 
 from __future__ import annotations
 
-import threading
-import types
-
 import torch
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ..masks.attention import AttentionLayout
-from .plan import traced_constant
+from .plan import named_constants
 
 if not pytree.is_constant_class(AttentionLayout):
     pytree.register_constant(AttentionLayout)
-
-# Kept for good, as uploaded plans and for the same reason: CUDA graphs hold their addresses. The
-# mask of n blocks by n takes 16 n² bytes.
-_made = types.SimpleNamespace()
-_names: dict[tuple[AttentionLayout, torch.device, bool, bool], str] = {}
-_lock = threading.Lock()
 
 
 def block_mask_of(
@@ -59,17 +50,8 @@ def block_mask_of(
     )
 
 
-@traced_constant
-def _mask_name(key: tuple[AttentionLayout, torch.device, bool, bool]) -> str:
-    name = _names.get(key)
-    if name is None:
-        with _lock:
-            if key not in _names:
-                name = f"mask_{len(_names)}"
-                setattr(_made, name, make_block_mask(*key))
-                _names[key] = name
-            name = _names[key]
-    return name
+# By layout, device, is_causal and padded. The mask of n blocks by n takes 16 n² bytes.
+_made, _mask_name = named_constants("mask", lambda key: make_block_mask(*key))
 
 
 def make_block_mask(

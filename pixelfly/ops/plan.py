@@ -40,6 +40,35 @@ def traced_constant(fn: Callable[..., Any]) -> Callable[..., Any]:
     return fn
 
 
+def named_constants(
+    prefix: str, make: Callable[[Any], Any]
+) -> tuple[types.SimpleNamespace, Callable[[Any], str]]:
+    """Returns a namespace of what `make(key)` made, once a key, and a function from key to name.
+
+    For values that a traced program takes as inputs: `getattr(values, name_of(key))`. Attributes,
+    not a dict: dynamo copies a dict's keys when it first meets it and would miss what is made while
+    it traces; an attribute it looks up when asked. None is ever dropped: a captured CUDA graph
+    holds the addresses, so values must outlive every module and layout that used them.
+    """
+    values = types.SimpleNamespace()
+    names: dict[Any, str] = {}
+    lock = threading.Lock()
+
+    @traced_constant
+    def name_of(key):
+        name = names.get(key)
+        if name is None:
+            with lock:
+                if key not in names:
+                    name = f"{prefix}_{len(names)}"
+                    setattr(values, name, make(key))
+                    names[key] = name
+                name = names[key]
+        return name
+
+    return values, name_of
+
+
 class Header(NamedTuple):
     """The scalar fields that open a plan (PlanHeader in csrc/include/pixelfly/schedule.h)."""
 
@@ -96,14 +125,6 @@ def host_plan(layout: BlockLayout, rank: int) -> np.ndarray:
     )
 
 
-# Uploaded plans, one attribute each. Attributes, not a dict: dynamo copies a dict's keys when it
-# first meets it and would miss plans uploaded while it traces; an attribute it looks up when asked,
-# and the plan becomes an input of the graph. None is ever dropped: a captured CUDA graph holds the
-# address of its plan, so a plan must outlive every module and layout that used it. One takes tens
-# of KB.
-_uploaded = types.SimpleNamespace()
-_names: dict[tuple[BlockLayout, int, torch.device], str] = {}
-_lock = threading.Lock()
 _headers: dict[tuple[BlockLayout, int], str] = {}
 
 
@@ -125,17 +146,8 @@ def _upload(layout: BlockLayout, rank: int, device: torch.device) -> torch.Tenso
     return plan
 
 
-@traced_constant
-def _plan_name(key: tuple[BlockLayout, int, torch.device]) -> str:
-    name = _names.get(key)
-    if name is None:
-        with _lock:
-            if key not in _names:
-                name = f"plan_{len(_names)}"
-                setattr(_uploaded, name, _upload(*key))
-                _names[key] = name
-            name = _names[key]
-    return name
+# One plan takes tens of KB.
+_uploaded, _plan_name = named_constants("plan", lambda key: _upload(*key))
 
 
 def device_plan(layout: BlockLayout, rank: int, device: torch.device) -> torch.Tensor:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import types
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,6 +12,7 @@ from pixelfly.masks import AttentionLayout, butterfly_attention_layout
 from pixelfly.nn import AttentionConfig, PixelflySelfAttention
 from pixelfly.ops import attention, block_mask, butterfly_attention, butterfly_attention_reference
 from pixelfly.ops.block_mask import make_block_mask
+from pixelfly.ops.plan import named_constants
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
@@ -136,9 +135,9 @@ def flex_on_the_cpu(monkeypatch):
         made.append(args)
         return make_block_mask(*args)
 
-    monkeypatch.setattr(block_mask, "make_block_mask", make)
-    monkeypatch.setattr(block_mask, "_names", {})
-    monkeypatch.setattr(block_mask, "_made", types.SimpleNamespace())
+    values, name_of = named_constants("mask", lambda key: make(*key))
+    monkeypatch.setattr(block_mask, "_made", values)
+    monkeypatch.setattr(block_mask, "_mask_name", name_of)
     monkeypatch.setattr(attention, "_gathered", attention._flex)
     monkeypatch.setattr(flex_attention, "_validate_device", lambda *_: None)
     torch.compiler.reset()

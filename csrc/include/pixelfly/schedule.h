@@ -132,8 +132,8 @@ enum GradOutput : int32_t {
 struct GradSection {
   int32_t num_chunks;     // 0: no work list (block size not served)
   int32_t chunks_offset;  // GradChunk[num_chunks]
-  int32_t row_tiles;      // tiles of dz; those of s follow
-  int32_t col_tiles;      // tiles of x; those of t follow
+  int32_t row_tiles;      // tiles of dz
+  int32_t col_tiles;      // tiles of x
   int32_t num_outputs;    // of all chunks
   int32_t num_loads;      // of all chunks
   int32_t step_ps;        // the slowest chunk's stage, grad_step_ns() in picoseconds
