@@ -10,6 +10,7 @@
 //                  staging [2 warpgroups][staging tiles] of [64 tokens][64]
 //                  weights: all of the group's, which stay for the whole unit if they fit; else a
 //                  ring of each step's (16 KB a stage). All tiles in the 128-byte swizzle.
+//                  ones: 128 bytes, for the bias
 //
 //   roles: warpgroups 0 and 1 consume, both rows of 128 tokens each: 2 x m64n128, 128 accumulators
 //          a thread. One thread of warpgroup 2 loads.
@@ -21,6 +22,11 @@
 //   turn w:    named barrier (ping-pong); the other warpgroup has issued all its products, so w may
 //              wait on the ring. Nobody waits on a stage outside its turn: parities would alias.
 //   weights_free: consumers -> producer, the unit is done and its weights may be replaced
+//
+// The sums start as the bias: one product of its values, in registers, with a tile of ones.
+// (Setting 128 registers a thread, or adding the bias at the end, takes longer: straight-line code
+// runs at about six cycles an instruction here, the time to fetch it.) For the same reason the
+// calls that only round and store (kPlain) have kernels of their own.
 //
 // With a residual or slope, its tiles follow the steps of a token tile through the same ring, and
 // the outputs replace them there. Other outputs go through the staging tiles; cooperative
@@ -71,7 +77,7 @@ __device__ __forceinline__ void combine(float* acc, uint32_t tile, F f) {
 }
 
 // One consumer warpgroup.
-template <typename T, bool kTransposed, bool kQuads, bool kCooperative>
+template <typename T, bool kTransposed, bool kQuads, bool kCooperative, bool kPlain>
 struct Consumer {
   const GroupMaps& maps;
   const GroupArgs& args;
@@ -80,6 +86,7 @@ struct Consumer {
   int next_staging = 0;
   int held = -1;  // the stage that cooperative warpgroups use for outputs
 
+  __device__ bool has_aux() const { return !kPlain && args.has_aux(); }
   __device__ bool leader() const { return threadIdx.x % 128 == 0; }
   __device__ void release(int stage) const {
     if (threadIdx.x % 32 == 0) device::mbarrier_arrive(layout.empty(stage));
@@ -134,6 +141,25 @@ struct Consumer {
     }
   }
 
+  // Sends 128 tokens of an output tile through both staging tiles at once.
+  __device__ __forceinline__ void store_tile(const float (&acc)[64], int feature, int token) const {
+    const uint32_t tile = layout.staging + warpgroup * 2 * kGroupTileBytes;
+    uint32_t pairs[2][4][4];
+    pack(pairs[0], acc);
+    pack(pairs[1], acc + 32);
+    if (leader()) device::tma_store_wait_read<0>();
+    synchronize();
+    fill(pairs[0], tile);
+    fill(pairs[1], tile + kGroupTileBytes);
+    device::fence_proxy_async();
+    synchronize();
+    if (leader()) {
+      device::tma_store_2d(&maps.y, tile, feature, token);
+      device::tma_store_2d(&maps.y, tile + kGroupTileBytes, feature, token + 64);
+      device::tma_store_commit();
+    }
+  }
+
   // Sends slopes and outputs through both staging tiles, with one wait and one barrier.
   __device__ __forceinline__ void store_both(const uint32_t (&slopes)[4][4],
                                              const uint32_t (&outputs)[4][4], int feature,
@@ -155,13 +181,18 @@ struct Consumer {
   // 128 tokens of one output tile. `aux`: its residual or slope tile, which it replaces.
   __device__ __forceinline__ void epilogue(float (&acc)[64], int row, int token, uint32_t aux) {
     const int feature = row * kGroupTile;
+    if (kPlain && !kCooperative && args.staging_tiles == 2) {
+      store_tile(acc, feature, token);
+      return;
+    }
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       float* chunk = acc + half * 32;
       const int first = token + half * 64;
       const uint32_t aux_half = aux + half * kGroupTileBytes;
       uint32_t pairs[4][4];
-      if constexpr (kTransposed) {
+      if constexpr (kPlain) {
+      } else if constexpr (kTransposed) {
         if (args.has_slope) combine<T>(chunk, aux_half, [](float a, float b) { return a * b; });
       } else if (args.has_slope_out) {
         device::dispatch_activation(args.activation, [&](auto tag) {
@@ -175,7 +206,7 @@ struct Consumer {
             pairs[i / 4][i % 4] = device::pack2<T>(a.slope, b.slope);
           }
         });
-        if (!kCooperative && args.staging_tiles == 2 && !args.has_aux()) {
+        if (!kCooperative && args.staging_tiles == 2 && !has_aux()) {
           uint32_t outputs[4][4];
           pack(outputs, chunk);
           store_both(pairs, outputs, feature, first);
@@ -190,11 +221,11 @@ struct Consumer {
           }
         });
       }
-      if (args.has_residual) {
+      if (!kPlain && args.has_residual) {
         combine<T>(chunk, aux_half, [](float a, float b) { return a + b; });
       }
       pack(pairs, chunk);
-      store(pairs, args.has_aux() ? aux_half : free_staging(), &maps.y, feature, first);
+      store(pairs, has_aux() ? aux_half : free_staging(), &maps.y, feature, first);
     }
   }
 
@@ -212,14 +243,16 @@ struct Consumer {
     }
   }
 
-  __device__ void load_bias(float (&bias)[4], const Unit& unit) const {
+  // The bias of a tile as wgmma's A: in the first of 16 columns, whose others are zero.
+  __device__ void load_bias(uint32_t (&bias)[4], int row) const {
     const T* values = static_cast<const T*>(args.bias);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const int feature = unit.rows[i / 2] * kGroupTile + threadIdx.x % 128 / 32 * 16 +
-                          threadIdx.x % 32 / 4 + i % 2 * 8;
-      const bool used = values != nullptr && unit.rows[i / 2] >= 0 && feature < args.out_features;
-      bias[i] = used ? device::to_float(values[feature]) : 0.f;
+      const int feature =
+          row * kGroupTile + threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4 + i * 8;
+      const bool used = i < 2 && threadIdx.x % 4 == 0 && values != nullptr && row >= 0 &&
+                        feature < args.out_features;
+      bias[i] = used ? device::pack2<T>(device::to_float(values[feature]), 0.f) : 0;
     }
   }
 
@@ -241,14 +274,16 @@ struct Consumer {
     Ring ring{args.stages};
     int turn = 0;
     float acc0[64], acc1[64];
+    const uint64_t ones = device::descriptor_repeated(layout.ones);
     if (warpgroup == 1 && !kCooperative) device::named_barrier_arrive(2, 256);
     for (int index = blockIdx.x; index < args.section.num_units; index += gridDim.x) {
       const Unit unit(args, index);
       if (unit.first >= unit.end) continue;
-      const int aux_stages = args.has_aux() ? unit.outputs() : 0;
+      const int aux_stages = has_aux() ? unit.outputs() : 0;
       const StepUses first_uses(unit, 0);
-      float bias[4];
-      load_bias(bias, unit);
+      uint32_t bias0[4], bias1[4];
+      load_bias(bias0, unit.rows[0]);
+      load_bias(bias1, unit.rows[1]);
       for (int begin = unit.first; begin < unit.end;
            begin += kCooperative ? 2 * unit.lanes : unit.lanes, turn ^= 1) {
         const int tile = begin + (kCooperative ? warpgroup * unit.lanes : 0);
@@ -256,15 +291,14 @@ struct Consumer {
           pass(ring, unit.num_steps + aux_stages);
           continue;
         }
-#pragma unroll
-        for (int i = 0; i < 64; ++i) {
-          acc0[i] = bias[i / 2 % 2];
-          acc1[i] = bias[2 + i / 2 % 2];
-        }
         StepUses uses = first_uses;
         uint32_t slot = layout.weights;
         int previous = -1;
         if (!kCooperative) device::named_barrier_sync(2 + warpgroup, 256);
+        device::wgmma_fence();
+        device::wgmma_registers<T>(acc0, bias0, ones);
+        device::wgmma_registers<T>(acc1, bias1, ones);
+        device::wgmma_commit();
         for (int s = 0; s < unit.num_steps; ++s) {
           if (s > 0 && s % 32 == 0) uses = StepUses(unit, s);
           const bool use0 = uses.row0 >> s % 32 & 1, use1 = uses.row1 >> s % 32 & 1;
@@ -301,7 +335,7 @@ struct Consumer {
         }
         if (!kCooperative) device::named_barrier_arrive(2 + other, 256);
         device::wgmma_wait<0>();
-        held = kCooperative && !args.has_aux() ? previous : -1;
+        held = kCooperative && !has_aux() ? previous : -1;
         if (previous >= 0 && held < 0) release(previous);
 
         const int token = tile * kGroupTokens;
@@ -327,7 +361,7 @@ struct Consumer {
 
 }  // namespace groups
 
-template <typename T, bool kTransposed, bool kQuads, bool kCooperative>
+template <typename T, bool kTransposed, bool kQuads, bool kCooperative, bool kPlain>
 __global__ void __launch_bounds__(kGroupThreads, 1)
     product_sm90(const __grid_constant__ GroupMaps maps, const __grid_constant__ GroupArgs args) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
@@ -343,6 +377,10 @@ __global__ void __launch_bounds__(kGroupThreads, 1)
     device::mbarrier_init(layout.weights_free(), 1);
     device::mbarrier_init_fence();
   }
+  if (threadIdx.x < kGroupOnesBytes / 4) {
+    device::store_shared(layout.ones + threadIdx.x * 4, device::pack2<T>(1.f, 1.f));
+    device::fence_proxy_async();
+  }
   __syncthreads();
 
   const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);
@@ -351,7 +389,8 @@ __global__ void __launch_bounds__(kGroupThreads, 1)
     if (threadIdx.x == 256) groups::produce<kTransposed, kQuads, kCooperative>(maps, args, layout);
   } else {
     device::claim_registers<232>();
-    groups::Consumer<T, kTransposed, kQuads, kCooperative>{maps, args, layout, warpgroup}.run();
+    groups::Consumer<T, kTransposed, kQuads, kCooperative, kPlain>{maps, args, layout, warpgroup}
+        .run();
   }
 #endif
 }

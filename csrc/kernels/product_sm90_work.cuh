@@ -29,6 +29,7 @@ struct GroupArgs {
   int32_t weight_shift;  // log2(b / 64)
   int32_t stages;
   int32_t staging_tiles;   // per warpgroup, 1 or 2; 0: outputs replace the residual or slope
+  int32_t ones_offset;     // of kGroupOnesBytes behind the ring, staging and weights
   int32_t resident_tiles;  // groups of up to so many weight tiles keep them; 0: none does
   bool has_residual;
   bool has_slope;      // transposed only
@@ -42,6 +43,7 @@ constexpr int kGroupTokens = 128;
 constexpr int kGroupThreads = 384;
 constexpr int kGroupXBytes = kGroupTokens * kGroupTile * 2;
 constexpr int kGroupTileBytes = kGroupTile * kGroupTile * 2;
+constexpr int kGroupOnesBytes = 128;  // ones in the operands' type
 constexpr int kMaxGroupStages = 12;
 
 struct GroupShared {
@@ -54,13 +56,14 @@ namespace groups {
 
 // Shared-memory layout.
 struct Layout {
-  uint32_t base, stage_bytes, staging, weights, barriers;
+  uint32_t base, stage_bytes, staging, weights, ones, barriers;
 
   __device__ Layout(uint32_t aligned, const GroupArgs& args, uint32_t shared, bool cooperative)
       : base(device::opaque(aligned)),
         stage_bytes(cooperative ? 2 * kGroupXBytes : kGroupXBytes),
         staging(base + args.stages * stage_bytes),
         weights(staging + 2 * args.staging_tiles * kGroupTileBytes),
+        ones(base + args.ones_offset),
         barriers(device::opaque(shared)) {}
   __device__ uint32_t stage(int s) const { return base + s * stage_bytes; }
   // Where a step's weight tiles lie: at their slot, or in the ring beside the step's x tile.

@@ -17,6 +17,8 @@ struct Tile {
   int staging_tiles;
   int resident_tiles;
   bool cooperative;
+  bool plain;
+  int ones_offset;
   int shared_bytes;
 };
 
@@ -29,9 +31,13 @@ const GroupSection& section_of(const ProductParams& p) {
 // so it must then hold two tiles a stage.
 Tile choose_tile(const ProductParams& p, const DeviceInfo& device) {
   constexpr int kMinStages = 4;  // fewer cannot hide L2: stream the weights instead
+  constexpr int kMinPlainStages = 5;
   const GroupSection& section = section_of(p);
-  const int budget = device.max_shared_bytes - 1024 - static_cast<int>(sizeof(GroupShared));
+  const int budget =
+      device.max_shared_bytes - 1024 - kGroupOnesBytes - static_cast<int>(sizeof(GroupShared));
   const bool staged = p.slope_out != nullptr || (p.residual == nullptr && p.slope == nullptr);
+  const bool active = p.slope_out != nullptr || p.activation != Activation::kNone;
+  const bool plain = staged && !active;
   auto fit = [&](int staging, int resident, bool cooperative) {
     staging = staged ? staging : 0;
     auto bytes = [&](int stages) {
@@ -42,15 +48,14 @@ Tile choose_tile(const ProductParams& p, const DeviceInfo& device) {
     };
     int stages = kMaxGroupStages;
     while (stages > 0 && bytes(stages) > budget) --stages;
-    return Tile{stages, staging, resident, cooperative, 1024 + bytes(stages)};
+    const int end = bytes(stages);
+    return Tile{stages, staging, resident, cooperative, plain, end, 1024 + end + kGroupOnesBytes};
   };
   const int resident = section.resident_weights;
   if (resident > 0 || section.max_weights == 0) {
-    // A second staging tile pays only where the epilogue is long.
-    if (p.slope_out != nullptr || p.activation != Activation::kNone) {
-      const Tile tile = fit(2, resident, false);
-      if (tile.stages > kMinStages) return tile;
-    }
+    // A second staging tile pays where the epilogue is long, or where it leaves enough stages.
+    const Tile wide = fit(2, resident, false);
+    if (wide.stages > (active ? kMinStages : kMinPlainStages)) return wide;
     const Tile tile = fit(1, resident, false);
     if (tile.stages >= kMinStages) return tile;
   }
@@ -66,8 +71,11 @@ Tile choose_tile(const ProductParams& p, const DeviceInfo& device) {
 template <typename T, bool kTransposed, bool kQuads>
 Status launch_one(const GroupMaps& maps, const GroupArgs& args, const Tile& tile, int grid,
                   Stream stream) {
-  const auto kernel = tile.cooperative ? product_sm90<T, kTransposed, kQuads, true>
-                                       : product_sm90<T, kTransposed, kQuads, false>;
+  const auto kernel = tile.plain
+                          ? (tile.cooperative ? product_sm90<T, kTransposed, kQuads, true, true>
+                                              : product_sm90<T, kTransposed, kQuads, false, true>)
+                          : (tile.cooperative ? product_sm90<T, kTransposed, kQuads, true, false>
+                                              : product_sm90<T, kTransposed, kQuads, false, false>);
   return launch_kernel(kernel, grid, kGroupThreads, tile.shared_bytes, stream, maps, args);
 }
 
@@ -140,6 +148,7 @@ Status launch_product_sm90(const ProductParams& p, const DeviceInfo& device, Str
   args.weight_shift = b == 128 ? 1 : 0;
   args.stages = tile.stages;
   args.staging_tiles = tile.staging_tiles;
+  args.ones_offset = tile.ones_offset;
   args.resident_tiles = tile.resident_tiles;
   args.has_residual = p.residual != nullptr;
   args.has_slope = p.slope != nullptr;

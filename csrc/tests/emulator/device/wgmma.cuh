@@ -4,6 +4,8 @@
 
 #include <cuda_runtime.h>
 
+#include <array>
+
 #include "device/convert.cuh"
 
 namespace pixelfly::device {
@@ -24,6 +26,7 @@ inline uint64_t descriptor_k_major(uint32_t address) {
 inline uint64_t descriptor_mn_major(uint32_t address, uint32_t chunk_bytes) {
   return make_descriptor(address, chunk_bytes, 1024, kSwizzle128);
 }
+inline uint64_t descriptor_repeated(uint32_t address) { return make_descriptor(address, 0, 0, 0); }
 constexpr int kQuadBytes = 2048;
 inline uint64_t descriptor_quads(uint32_t address, bool mn_major) {
   return make_descriptor(address, mn_major ? kQuadBytes : 16, 512, kSwizzle64);
@@ -38,6 +41,13 @@ float operand(uint64_t descriptor, int mn, int k) {
   const auto start = static_cast<uint32_t>(descriptor & 0x3FFF) << 4;
   const auto leading = static_cast<uint32_t>(descriptor >> 16 & 0x3FFF) << 4;
   const auto stride = static_cast<uint32_t>(descriptor >> 32 & 0x3FFF) << 4;
+  if (descriptor >> 62 == 0) {  // parts of 8 rows of 16 bytes, not swizzled
+    const uint32_t at = start + static_cast<uint32_t>(mn / 8) * stride +
+                        static_cast<uint32_t>(k / 8) * leading +
+                        static_cast<uint32_t>(mn % 8 * 16 + k % 8 * 2);
+    emulator::check_fenced(at, 2, "wgmma");
+    return to_float(*reinterpret_cast<const T*>(emulator::shared_bytes(at, 2)));
+  }
   const int span = descriptor >> 62 == 1 ? 128 : 64;  // bytes of a swizzled row
   const int wide = kMnMajor ? mn : k, deep = kMnMajor ? k : mn;
   const int per_row = span / 2;
@@ -61,15 +71,16 @@ void wgmma_wait() {
   emulator::warp_exchange({});
 }
 
-template <typename T, bool kTransA, bool kTransB, int kRegisters>
-void wgmma(float (&d)[kRegisters], uint64_t a, uint64_t b, int accumulate) {
+// Issues d (+)= left · b; `left(row, k)` is read when the product completes.
+template <typename T, bool kTransB, int kRegisters, typename Left>
+void issue_product(float (&d)[kRegisters], Left left, uint64_t b, int accumulate) {
   float* out = d;
   const int thread = emulator::thread_number() % 128;
   emulator::products().issue([=] {
     const int row = thread / 32 * 16 + thread % 32 / 4;
-    float left[2][16];
+    float rows[2][16];
     for (int h = 0; h < 2; ++h) {
-      for (int k = 0; k < 16; ++k) left[h][k] = operand<T, kTransA>(a, row + h * 8, k);
+      for (int k = 0; k < 16; ++k) rows[h][k] = left(row + h * 8, k);
     }
     for (int j = 0; j < kRegisters / 4; ++j) {
       for (int e = 0; e < 2; ++e) {
@@ -77,8 +88,8 @@ void wgmma(float (&d)[kRegisters], uint64_t a, uint64_t b, int accumulate) {
         float sums[2] = {};
         for (int k = 0; k < 16; ++k) {
           const float right = operand<T, kTransB>(b, col, k);
-          sums[0] += left[0][k] * right;
-          sums[1] += left[1][k] * right;
+          sums[0] += rows[0][k] * right;
+          sums[1] += rows[1][k] * right;
         }
         for (int h = 0; h < 2; ++h) {
           float& value = out[j * 4 + h * 2 + e];
@@ -87,6 +98,31 @@ void wgmma(float (&d)[kRegisters], uint64_t a, uint64_t b, int accumulate) {
       }
     }
   });
+}
+
+template <typename T, bool kTransA, bool kTransB, int kRegisters>
+void wgmma(float (&d)[kRegisters], uint64_t a, uint64_t b, int accumulate) {
+  issue_product<T, kTransB>(
+      d, [=](int row, int k) { return operand<T, kTransA>(a, row, k); }, b, accumulate);
+}
+
+template <typename T>
+void wgmma_registers(float (&d)[64], const uint32_t (&a)[4], uint64_t b) {
+  // The warp's 16x16 part of a: lane 4 (row % 8) + column / 2 % 4 holds two columns in a register.
+  const auto& lanes = emulator::warp_exchange({a[0], a[1], a[2], a[3]});
+  std::array<std::array<float, 16>, 16> part;
+  for (size_t r = 0; r < 4; ++r) {
+    for (size_t lane = 0; lane < 32; ++lane) {
+      const float2 pair = unpack2<T>(lanes[lane][r]);
+      auto& row = part[lane / 4 + r % 2 * 8];
+      row[lane % 4 * 2 + r / 2 * 8] = pair.x;
+      row[lane % 4 * 2 + r / 2 * 8 + 1] = pair.y;
+    }
+  }
+  issue_product<T, false>(
+      d,
+      [=](int row, int k) { return part[static_cast<size_t>(row % 16)][static_cast<size_t>(k)]; },
+      b, 0);
 }
 
 }  // namespace pixelfly::device
