@@ -22,9 +22,6 @@ constexpr int kMatrixRows = 12288, kMatrixCols = 1024;  // 25 MB: stays in L2
 constexpr int kTiles = kMatrixRows / kRows * (kMatrixCols / kCols);
 constexpr int kSharedBytes = 1024 + kStages * kBytes;
 
-// Which thread blocks form a group: neighbours by block or by multiprocessor, or those far apart.
-enum class Grouping { kNeighbourBlocks, kNeighbourSms, kDistantBlocks };
-
 __device__ uint32_t scrambled(uint32_t x) {
   x = (x ^ x >> 16) * 0x7feb352d;
   x = (x ^ x >> 15) * 0x846ca68b;
@@ -32,7 +29,7 @@ __device__ uint32_t scrambled(uint32_t x) {
 }
 
 __global__ void __launch_bounds__(64, 1)
-    load(const __grid_constant__ CUtensorMap map, Grouping grouping, int size) {
+    load(const __grid_constant__ CUtensorMap map, bool neighbours, int size) {
   __shared__ uint64_t full[kStages], empty[kStages];
   const uint32_t ring = (device::smem_address(device::dynamic_shared()) + 1023) & ~1023u;
   const uint32_t full0 = device::smem_address(full), empty0 = device::smem_address(empty);
@@ -44,11 +41,7 @@ __global__ void __launch_bounds__(64, 1)
     device::mbarrier_init_fence();
   }
   __syncthreads();
-  uint32_t sm;
-  asm("mov.u32 %0, %%smid;" : "=r"(sm));
-  const uint32_t group = grouping == Grouping::kNeighbourBlocks ? blockIdx.x / size
-                         : grouping == Grouping::kNeighbourSms  ? sm / size
-                                                                : blockIdx.x % (kBlocks / size);
+  const uint32_t group = neighbours ? blockIdx.x / size : blockIdx.x % (kBlocks / size);
   for (int i = 0; i < kSteps; ++i) {
     const int s = i % kStages;
     const uint32_t phase = i / kStages & 1;
@@ -78,16 +71,15 @@ int main() {
     return 1;
   }
   CHECK_CUDA(cudaFuncSetAttribute(load, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes));
-  const char* const names[] = {"neighbouring blocks", "neighbouring multiprocessors",
-                               "distant blocks"};
-  for (int grouping = 0; grouping < 3; ++grouping) {
+  for (const bool neighbours : {true, false}) {
     for (const int size : {1, 2, 4, 6, 12, 22, 66, 132}) {
       const float ms = time_graph(
           [&](int, cudaStream_t stream) {
-            load<<<kBlocks, 64, kSharedBytes, stream>>>(map, static_cast<Grouping>(grouping), size);
+            load<<<kBlocks, 64, kSharedBytes, stream>>>(map, neighbours, size);
           },
           4);
-      std::printf("groups of %3d %s: %.2f TB/s\n", size, names[grouping],
+      std::printf("groups of %3d %s blocks: %.2f TB/s\n", size,
+                  neighbours ? "neighbouring" : "distant",
                   double(kBlocks) * kSteps * kBytes / ms * 1e-9);
     }
   }
