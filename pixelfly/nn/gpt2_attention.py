@@ -36,6 +36,7 @@ class PixelflyGPT2Attention(PixelflySelfAttention):
         encoder_hidden_states: torch.Tensor | None = None,
         encoder_attention_mask: torch.Tensor | None = None,
         output_attentions: bool | None = False,
+        cache: Any = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, None]:
         """Applies the attention.
@@ -45,6 +46,7 @@ class PixelflyGPT2Attention(PixelflySelfAttention):
             past_key_values: a transformers cache that grows by the keys it is given, or None.
             attention_mask: `[B, keys]`, not zero where a key takes part; or what transformers makes
                 of it, `[B, 1, N, keys]`, which must be causal masking and padding and nothing else.
+            cache: what transformers calls past_key_values from 5.24 on.
 
         Returns:
             (`[B, N, C]`, None): no attention weights.
@@ -60,6 +62,7 @@ class PixelflyGPT2Attention(PixelflySelfAttention):
         batch, length, _ = hidden_states.shape
         q, k, v = self._project(hidden_states)
         past = 0
+        past_key_values = past_key_values if cache is None else cache
         if past_key_values is not None:
             past = int(past_key_values.get_seq_length(self.layer_idx))
             k, v = past_key_values.update(k, v, self.layer_idx)
