@@ -24,9 +24,9 @@
 //   weights_free: consumers -> producer, the unit is done and its weights may be replaced
 //
 // The sums start as the bias: one product of its values, in registers, with a tile of ones.
-// (Setting 128 registers a thread, or adding the bias at the end, takes longer: straight-line code
-// runs at about six cycles an instruction here, the time to fetch it.) For the same reason the
-// calls that only round and store (kPlain) have kernels of their own.
+// (Setting 128 registers a thread takes longer: straight-line code was seen to run at about six
+// cycles an instruction here.) For the same reason the calls that only round and store (kPlain)
+// have kernels of their own.
 //
 // With a residual or slope, its tiles follow the steps of a token tile through the same ring, and
 // the outputs replace them there. Other outputs go through the staging tiles; cooperative
@@ -141,39 +141,21 @@ struct Consumer {
     }
   }
 
-  // Sends 128 tokens of an output tile through both staging tiles at once.
-  __device__ __forceinline__ void store_tile(const float (&acc)[64], int feature, int token) const {
-    const uint32_t tile = layout.staging + warpgroup * 2 * kGroupTileBytes;
-    uint32_t pairs[2][4][4];
-    pack(pairs[0], acc);
-    pack(pairs[1], acc + 32);
-    if (leader()) device::tma_store_wait_read<0>();
-    synchronize();
-    fill(pairs[0], tile);
-    fill(pairs[1], tile + kGroupTileBytes);
-    device::fence_proxy_async();
-    synchronize();
-    if (leader()) {
-      device::tma_store_2d(&maps.y, tile, feature, token);
-      device::tma_store_2d(&maps.y, tile + kGroupTileBytes, feature, token + 64);
-      device::tma_store_commit();
-    }
-  }
-
-  // Sends slopes and outputs through both staging tiles, with one wait and one barrier.
-  __device__ __forceinline__ void store_both(const uint32_t (&slopes)[4][4],
-                                             const uint32_t (&outputs)[4][4], int feature,
-                                             int token) const {
+  // Sends two of them through both staging tiles, with one wait and one barrier.
+  __device__ __forceinline__ void store_both(const uint32_t (&first)[4][4],
+                                             const CUtensorMap* first_map, int first_token,
+                                             const uint32_t (&second)[4][4], int second_token,
+                                             int feature) const {
     const uint32_t tile = layout.staging + warpgroup * 2 * kGroupTileBytes;
     if (leader()) device::tma_store_wait_read<0>();
     synchronize();
-    fill(slopes, tile);
-    fill(outputs, tile + kGroupTileBytes);
+    fill(first, tile);
+    fill(second, tile + kGroupTileBytes);
     device::fence_proxy_async();
     synchronize();
     if (leader()) {
-      device::tma_store_2d(&maps.slope_out, tile, feature, token);
-      device::tma_store_2d(&maps.y, tile + kGroupTileBytes, feature, token);
+      device::tma_store_2d(first_map, tile, feature, first_token);
+      device::tma_store_2d(&maps.y, tile + kGroupTileBytes, feature, second_token);
       device::tma_store_commit();
     }
   }
@@ -182,7 +164,10 @@ struct Consumer {
   __device__ __forceinline__ void epilogue(float (&acc)[64], int row, int token, uint32_t aux) {
     const int feature = row * kGroupTile;
     if (kPlain && !kCooperative && args.staging_tiles == 2) {
-      store_tile(acc, feature, token);
+      uint32_t low[4][4], high[4][4];
+      pack(low, acc);
+      pack(high, acc + 32);
+      store_both(low, &maps.y, token, high, token + 64, feature);
       return;
     }
 #pragma unroll
@@ -192,6 +177,7 @@ struct Consumer {
       const uint32_t aux_half = aux + half * kGroupTileBytes;
       uint32_t pairs[4][4];
       if constexpr (kPlain) {
+        // Only to round and store.
       } else if constexpr (kTransposed) {
         if (args.has_slope) combine<T>(chunk, aux_half, [](float a, float b) { return a * b; });
       } else if (args.has_slope_out) {
@@ -209,7 +195,7 @@ struct Consumer {
         if (!kCooperative && args.staging_tiles == 2 && !has_aux()) {
           uint32_t outputs[4][4];
           pack(outputs, chunk);
-          store_both(pairs, outputs, feature, first);
+          store_both(pairs, &maps.slope_out, first, outputs, first, feature);
           continue;
         }
         store(pairs, free_staging(), &maps.slope_out, feature, first);

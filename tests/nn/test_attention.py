@@ -91,6 +91,16 @@ def test_gpt2(padded, implementation):
     torch.testing.assert_close(a[mask > 0], b[mask > 0])
 
 
+@pytest.mark.parametrize("name", ["past_key_values", "cache"])  # before and from transformers 5.24
+def test_gpt2_takes_the_cache_under_either_name(name):
+    layer = convert(gpt2(), FINE).transformer.h[0].attn
+    cache = pytest.importorskip("transformers").DynamicCache()
+    x = torch.randn(2, 50, 64, dtype=torch.float64)
+    halves = x[:, :37].contiguous(), x[:, 37:].contiguous()
+    parts = [layer(half, **{name: cache})[0] for half in halves]
+    torch.testing.assert_close(torch.cat(parts, 1), layer(x)[0])
+
+
 def test_gpt2_decodes_what_a_whole_pass_sees():
     model = convert(gpt2(), FINE)
     ids = torch.randint(0, 32, (2, 50))
