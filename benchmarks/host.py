@@ -55,7 +55,7 @@ def operators(device: str, width: int, tokens: int) -> dict[str, Callable[[], ob
         ),
         "operator backward": lambda: torch.ops.pixelfly.backward(
             x, x, blocks, None, None, None, None, plan, header, False, False, False,
-            True, True, False, False, True, None,
+            True, True, False, False, True, None, False,
         ),
     }  # fmt: skip
 

@@ -160,6 +160,16 @@ __global__ void __launch_bounds__(128) weight_grad_sm80(const __grid_constant__ 
   }
 }
 
+template <typename T>
+__device__ __forceinline__ void store_gradient(const WeightGradParams& p, void* base, int64_t at,
+                                               float value) {
+  if (p.grad_dtype == DType::kFloat32) {
+    static_cast<float*>(base)[at] = value;
+  } else {
+    static_cast<T*>(base)[at] = device::from_float<T>(value);
+  }
+}
+
 // Adds the spans of every output element in order and writes the gradient it belongs to.
 template <typename T, int kBlock>
 __global__ void reduce_weight_grad_sm80(const __grid_constant__ GradArgs args) {
@@ -173,19 +183,18 @@ __global__ void reduce_weight_grad_sm80(const __grid_constant__ GradArgs args) {
   int tile = static_cast<int>(i / (kBlock * kBlock));
   const int row = static_cast<int>(i % (kBlock * kBlock)) / kBlock,
             col = static_cast<int>(i % kBlock);
-  const T value = device::from_float<T>(sum);
   if (tile < args.num_blocks) {
-    static_cast<T*>(p.dblocks)[i] = value;
+    store_gradient<T>(p, p.dblocks, i, sum);
   } else if ((tile -= args.num_blocks) < args.du_tiles) {
     const int n = tile / args.rank_tiles * kBlock + row, r = tile % args.rank_tiles * kBlock + col;
     if (n < p.out_features && r < args.rank) {
-      static_cast<T*>(p.du)[static_cast<int64_t>(n) * args.rank + r] = value;
+      store_gradient<T>(p, p.du, static_cast<int64_t>(n) * args.rank + r, sum);
     }
   } else {
     tile -= args.du_tiles;
     const int r = tile / args.num_cols * kBlock + row, k = tile % args.num_cols * kBlock + col;
     if (r < args.rank && k < p.in_features) {
-      static_cast<T*>(p.dv)[static_cast<int64_t>(r) * p.in_features + k] = value;
+      store_gradient<T>(p, p.dv, static_cast<int64_t>(r) * p.in_features + k, sum);
     }
   }
 }
@@ -215,12 +224,13 @@ __global__ void bias_grad_partial(const T* dz, int64_t stride, int64_t tokens, i
 }
 
 template <typename T>
-__global__ void bias_grad_reduce(const float* partial, int spans, int features, T* dbias) {
+__global__ void bias_grad_reduce(const __grid_constant__ WeightGradParams p, const float* partial,
+                                 int spans) {
   const int n = blockIdx.x * blockDim.x + threadIdx.x;
-  if (n >= features) return;
+  if (n >= p.out_features) return;
   float sum = 0.f;
-  for (int s = 0; s < spans; ++s) sum += partial[static_cast<int64_t>(s) * features + n];
-  dbias[n] = device::from_float<T>(sum);
+  for (int s = 0; s < spans; ++s) sum += partial[static_cast<int64_t>(s) * p.out_features + n];
+  store_gradient<T>(p, p.dbias, n, sum);
 }
 
 }  // namespace pixelfly::sm80

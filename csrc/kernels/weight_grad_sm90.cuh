@@ -59,41 +59,50 @@ struct GradKernelArgs {
   void* du;
   void* dv;
   void* dbias;
+  bool float_out;       // gradients are fp32 instead of T
   float* partial;       // [span][chunk][warpgroup][output][64 * 64]
   float* bias_partial;  // [span][chunk][warpgroup][kGradBias][64]
 };
 
 namespace grad {
 
-// Writes two neighbouring elements (row, col), (row, col + 1) of an output tile to its gradient.
+// Writes two neighbouring elements of a gradient that begins at `base`.
+template <typename T>
+__device__ __forceinline__ void store_pair(const GradKernelArgs& args, void* base, int64_t at,
+                                           float a, float b) {
+  if (args.float_out) {
+    *reinterpret_cast<float2*>(static_cast<float*>(base) + at) = make_float2(a, b);
+  } else {
+    *reinterpret_cast<uint32_t*>(static_cast<T*>(base) + at) = device::pack2<T>(a, b);
+  }
+}
+
+// Writes (row, col) and (row, col + 1) of an output tile to its gradient.
 template <typename T>
 __device__ __forceinline__ void write_pair(const GradKernelArgs& args, int output, int row, int col,
                                            float a, float b) {
   const int index = output & kGradIndexMask;
-  T* to;
   if (output < kGradDu) {
     if (args.dblocks == nullptr) return;
     if (args.quads != nullptr) {
       const int64_t block = args.quads[index].block[col / 32 * 2 + row / 32];
       if (block < 0) return;
-      to = static_cast<T*>(args.dblocks) + (block * 32 + row % 32) * 32 + col % 32;
-      *reinterpret_cast<uint32_t*>(to) = device::pack2<T>(a, b);
+      store_pair<T>(args, args.dblocks, (block * 32 + row % 32) * 32 + col % 32, a, b);
       return;
     }
     const int parts = args.block_parts, size = 64 * parts;
     const int64_t block = index / (parts * parts);
     const int r = index / parts % parts * 64 + row, c = index % parts * 64 + col;
-    to = static_cast<T*>(args.dblocks) + (block * size + r) * size + c;
+    store_pair<T>(args, args.dblocks, (block * size + r) * size + c, a, b);
   } else if (output < kGradDv) {
     const int n = index / args.rank_tiles * 64 + row, r = index % args.rank_tiles * 64 + col;
     if (args.du == nullptr || n >= args.out_features || r >= args.rank) return;
-    to = static_cast<T*>(args.du) + static_cast<int64_t>(n) * args.rank + r;
+    store_pair<T>(args, args.du, static_cast<int64_t>(n) * args.rank + r, a, b);
   } else {
     const int k = index / args.rank_tiles * 64 + col, r = index % args.rank_tiles * 64 + row;
     if (args.dv == nullptr || r >= args.rank || k >= args.in_features) return;
-    to = static_cast<T*>(args.dv) + static_cast<int64_t>(r) * args.in_features + k;
+    store_pair<T>(args, args.dv, static_cast<int64_t>(r) * args.in_features + k, a, b);
   }
-  *reinterpret_cast<uint32_t*>(to) = device::pack2<T>(a, b);
 }
 
 // Writes accumulator fragment j (four values) of a warpgroup thread.
@@ -109,7 +118,10 @@ template <typename T>
 __device__ __forceinline__ void write_bias(const GradKernelArgs& args, const GradChunk& chunk,
                                            int warpgroup, int i, int feature, float sum) {
   const int n = (chunk.tile[chunk.bias[warpgroup][i]] >> 2) * 64 + feature;
-  if (args.dbias != nullptr && n < args.out_features) {
+  if (args.dbias == nullptr || n >= args.out_features) return;
+  if (args.float_out) {
+    static_cast<float*>(args.dbias)[n] = sum;
+  } else {
     static_cast<T*>(args.dbias)[n] = device::from_float<T>(sum);
   }
 }

@@ -13,7 +13,7 @@ Status zero_gradients(const WeightGradParams& p, Stream stream) {
   const PlanHeader& h = *p.header;
   const auto clear = [&](void* data, int64_t count) {
     if (data == nullptr || count == 0) return cudaSuccess;
-    return cudaMemsetAsync(data, 0, static_cast<size_t>(count * size_of(p.dtype)), stream);
+    return cudaMemsetAsync(data, 0, static_cast<size_t>(count * size_of(p.grad_dtype)), stream);
   };
   PIXELFLY_CUDA(clear(p.dblocks, int64_t{h.nnz} * h.block_size * h.block_size));
   PIXELFLY_CUDA(clear(p.du, int64_t{p.out_features} * h.rank));

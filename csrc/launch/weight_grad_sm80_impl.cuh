@@ -31,8 +31,7 @@ Status launch_bias_grad(const GradArgs& args, Stream stream) {
                                          static_cast<const T*>(p.dz), p.dz_stride, p.tokens,
                                          p.out_features, partial));
   return launch_kernel(bias_grad_reduce<T>, static_cast<unsigned>((p.out_features + 127) / 128),
-                       128, 0, stream, partial, static_cast<int>(spans), p.out_features,
-                       static_cast<T*>(p.dbias));
+                       128, 0, stream, p, partial, static_cast<int>(spans));
 }
 
 template <typename T>

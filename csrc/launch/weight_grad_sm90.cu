@@ -33,6 +33,7 @@ GradKernelArgs make_args(const WeightGradParams& p, const DeviceInfo& device) {
   args.du = p.du;
   args.dv = p.dv;
   args.dbias = p.dbias;
+  args.float_out = p.grad_dtype == DType::kFloat32;
   args.partial = static_cast<float*>(p.workspace);
   args.bias_partial =
       args.partial + int64_t{2} * args.num_chunks * args.spans * kGradOutputs * kGradPartial;

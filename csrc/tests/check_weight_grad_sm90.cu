@@ -64,7 +64,7 @@ int run(const Case& c, bool timing) {
   const int sets = rotating_sets(timing, c.T, c.K + c.N);
   const size_t blocks = size_t(h.nnz) * c.b * c.b;
   WeightGradParams base{};
-  base.dtype = std::is_same_v<T, __half> ? DType::kFloat16 : DType::kBFloat16;
+  base.dtype = base.grad_dtype = std::is_same_v<T, __half> ? DType::kFloat16 : DType::kBFloat16;
   base.tokens = c.T;
   base.in_features = c.K;
   base.out_features = c.N;

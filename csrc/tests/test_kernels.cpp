@@ -148,7 +148,7 @@ struct Run {
   }
 
   void backward() {
-    const int n = c.n(), k = c.k(), r = c.rank, tokens = c.tokens, b = c.block;
+    const int n = c.n(), k = c.k(), r = c.rank, tokens = c.tokens;
     Tensor<T> dz = dy;
     if (c.activation != Activation::kNone) {
       dz = Tensor<T>(tokens, n);
@@ -189,10 +189,19 @@ struct Run {
     }
     compare(c, "dx", dx, want, tolerance);
 
-    Tensor<T> dblocks(int64_t{layout.nnz()} * b, b), du(n, r), dv(r, k), dbias(1, n);
+    weight_gradients<T>(dz, s);
+    if (!std::is_same_v<T, float>) weight_gradients<float>(dz, s);
+  }
+
+  // Gradients in type U, as under autocast they are fp32 beside 16-bit operands.
+  template <typename U>
+  void weight_gradients(Tensor<T>& dz, Tensor<T>& s) {
+    const int n = c.n(), k = c.k(), r = c.rank, tokens = c.tokens, b = c.block;
+    Tensor<U> dblocks(int64_t{layout.nnz()} * b, b), du(n, r), dv(r, k), dbias(1, n);
     Tensor<T> t = r > 0 ? Tensor<T>::random(tokens, r, 1, rng) : Tensor<T>(tokens, 0);
     WeightGradParams g{};
     g.dtype = dtype();
+    g.grad_dtype = std::is_same_v<U, T> ? dtype() : DType::kFloat32;
     g.tokens = tokens;
     g.in_features = k;
     g.out_features = n;

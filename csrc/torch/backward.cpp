@@ -13,7 +13,7 @@ std::tuple<OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor, Optio
     Tensor dy, OptionalTensor x, Tensor blocks, OptionalTensor u, OptionalTensor v,
     OptionalTensor t, OptionalTensor slope, const Tensor& plan, const std::string& header_text,
     bool relu, bool allow_tf32, bool deterministic, bool need_dx, bool need_dblocks, bool need_du,
-    bool need_dv, bool need_dbias, OptionalTensor x_slope) {
+    bool need_dv, bool need_dbias, OptionalTensor x_slope, bool float32_grads) {
   const PlanHeader h = parse_header(header_text, plan, kOp);
   const DType dtype = dtype_of(dy, kOp);
   STD_TORCH_CHECK(dy.dim() == 2, kOp, ": dy must be [T, out_features], got ", shape_string(dy));
@@ -44,14 +44,16 @@ std::tuple<OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor, Optio
   u = aligned(u);
   v = aligned(v);
   x_slope = aligned(x_slope);
-  auto output = [&](bool needed, std::initializer_list<int64_t> shape) {
-    return needed ? OptionalTensor(empty(dy, shape)) : OptionalTensor();
+  OptionalTensor dx;
+  if (need_dx) dx = empty(dy, {tokens, k});
+  const int32_t grad_dtype = float32_grads ? aoti_torch_dtype_float32() : dtype_number(dy);
+  auto gradient = [&](bool needed, std::initializer_list<int64_t> shape) {
+    return needed ? OptionalTensor(empty(dy, shape, grad_dtype)) : OptionalTensor();
   };
-  const OptionalTensor dx = output(need_dx, {tokens, k});
-  const OptionalTensor dblocks = output(need_dblocks, {h.nnz, b, b});
-  const OptionalTensor du = output(need_du, {n, h.rank});
-  const OptionalTensor dv = output(need_dv, {h.rank, k});
-  const OptionalTensor dbias = output(need_dbias, {n});
+  const OptionalTensor dblocks = gradient(need_dblocks, {h.nnz, b, b});
+  const OptionalTensor du = gradient(need_du, {n, h.rank});
+  const OptionalTensor dv = gradient(need_dv, {h.rank, k});
+  const OptionalTensor dbias = gradient(need_dbias, {n});
 
   Tensor dz = dy;
   if (slope && tokens > 0) {
@@ -123,6 +125,7 @@ std::tuple<OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor, Optio
     const Matrix t_rows = matrix(t);
     WeightGradParams p{};
     p.dtype = dtype;
+    p.grad_dtype = float32_grads ? DType::kFloat32 : dtype;
     p.allow_tf32 = allow_tf32;
     p.deterministic = deterministic;
     p.tokens = tokens;

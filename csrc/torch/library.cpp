@@ -6,6 +6,9 @@
 // the other two. An autograd kernel of forward itself would be Python on the way of every call of
 // compiled code.
 //
+// linear takes float32 weights beside a 16-bit x, as autocast leaves them: it rounds them for the
+// products, and their gradients come in float32 (float32_grads), never rounded.
+//
 // t: x vᵀ, None without low rank. The backward wants x and t only where gradients of weights are
 // wanted; gradients that are not come as None.
 //
@@ -24,7 +27,7 @@ STABLE_TORCH_LIBRARY(pixelfly, m) {
       "backward(Tensor dy, Tensor? x, Tensor blocks, Tensor? u, Tensor? v, Tensor? t, "
       "Tensor? slope, Tensor plan, str header, bool relu, bool allow_tf32, "
       "bool deterministic, bool need_dx, bool need_dblocks, bool need_du, bool need_dv, "
-      "bool need_dbias, Tensor? x_slope) "
+      "bool need_dbias, Tensor? x_slope, bool float32_grads) "
       "-> (Tensor? dx, Tensor? dblocks, Tensor? du, Tensor? dv, Tensor? dbias)");
   m.def(
       "linear(Tensor x, Tensor blocks, Tensor? u, Tensor? v, Tensor? bias, Tensor? residual, "

@@ -6,6 +6,7 @@ Schemas are defined in csrc/torch/library.cpp, CUDA kernels beside them, CPU ker
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -20,9 +21,32 @@ def _round_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
 
 
+def _tell_inductor() -> None:
+    """Lets inductor make our operands in the shape they are computed in, as it does for matmuls.
+
+    Left alone it makes them in the shape we are given, that of a view: for ViT's stack of dq, dk
+    and dv two thirds more time. Called while tracing, when inductor has been imported if it will be
+    used; importing it here would double the time `import pixelfly` takes.
+    """
+    lowering = sys.modules.get("torch._inductor.lowering")
+    operators = (torch.ops.pixelfly.forward.default, torch.ops.pixelfly.backward.default)
+    if lowering is None or operators[0] in lowering.lowerings:
+        return
+
+    def realize(node: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        for arg in args:
+            if isinstance(arg, lowering.TensorBox):
+                arg.realize()
+        return lowering.constrain_to_fx_strides(node, *args, **kwargs)
+
+    for operator in operators:
+        lowering.make_fallback(operator, realize, warn=False)
+
+
 def _forward_fake(
     x, blocks, u, v, bias, residual, plan, header, activation, save_slope, allow_tf32
 ):
+    _tell_inductor()
     n, t = Header.parse(header).out_features, None
     if u is not None:
         # Rows of t are padded to 16 bytes so that kernels can read them as vectors.
@@ -33,20 +57,27 @@ def _forward_fake(
 
 def _backward_fake(
     dy, x, blocks, u, v, t, slope, plan, header, relu, allow_tf32, deterministic,
-    need_dx, need_dblocks, need_du, need_dv, need_dbias, x_slope,
+    need_dx, need_dblocks, need_du, need_dv, need_dbias, x_slope, float32_grads,
 ):  # fmt: skip
+    _tell_inductor()
     h = Header.parse(header)
+    dtype = torch.float32 if float32_grads else dy.dtype
     return (
         dy.new_empty(dy.shape[0], h.in_features) if need_dx else None,
-        dy.new_empty(blocks.shape) if need_dblocks else None,
-        dy.new_empty(u.shape) if need_du else None,
-        dy.new_empty(v.shape) if need_dv else None,
-        dy.new_empty(h.out_features) if need_dbias else None,
+        dy.new_empty(blocks.shape, dtype=dtype) if need_dblocks else None,
+        dy.new_empty(u.shape, dtype=dtype) if need_du else None,
+        dy.new_empty(v.shape, dtype=dtype) if need_dv else None,
+        dy.new_empty(h.out_features, dtype=dtype) if need_dbias else None,
     )
 
 
 # Of linear's arguments, what forward takes: x_slope and dy_is_dz say where gradients go.
 FORWARD_ARGUMENTS = 11
+
+
+def _rounded(x: torch.Tensor, *weights: torch.Tensor | None) -> list[torch.Tensor | None]:
+    """The weights in x's dtype."""
+    return [None if w is None else w.to(x.dtype) for w in weights]
 
 
 class _Linear(torch.autograd.Function):
@@ -57,6 +88,8 @@ class _Linear(torch.autograd.Function):
         ctx, x, blocks, u, v, bias, residual, plan, header, activation, save_slope, allow_tf32,
         x_slope, dy_is_dz,
     ):  # fmt: skip
+        float32_grads = x.dtype != torch.float32 == blocks.dtype
+        blocks, u, v, bias = _rounded(x, blocks, u, v, bias)
         y, t, slope = torch.ops.pixelfly.forward(
             x, blocks, u, v, bias, residual, plan, header, activation, save_slope, allow_tf32
         )
@@ -80,6 +113,7 @@ class _Linear(torch.autograd.Function):
             x = t = None  # frozen weights: dx needs neither
         ctx.save_for_backward(x, blocks, u, v, t, slope, plan, x_slope)
         ctx.header, ctx.relu, ctx.allow_tf32 = header, activation == RELU, allow_tf32
+        ctx.float32_grads = float32_grads
         return y, given
 
     @staticmethod
@@ -105,7 +139,7 @@ class _Linear(torch.autograd.Function):
             backward = _Backward.apply if torch.is_grad_enabled() else torch.ops.pixelfly.backward
             grads[:5] = backward(
                 rows, x, blocks, u, v, t, slope, plan, ctx.header, ctx.relu, ctx.allow_tf32,
-                torch.are_deterministic_algorithms_enabled(), *needs, x_slope,
+                torch.are_deterministic_algorithms_enabled(), *needs, x_slope, ctx.float32_grads,
             )  # fmt: skip
         if ctx.needs_input_grad[5]:
             grads[5] = dy
@@ -137,7 +171,9 @@ def call_linear(*args: Any, needs_grad: bool) -> tuple[torch.Tensor, torch.Tenso
 
 def _run_linear(*args: Any, needs_grad: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
     if not needs_grad:
-        return torch.ops.pixelfly.forward(*args[:FORWARD_ARGUMENTS])[0], None
+        x, *weights = args[:5]
+        rest = args[5:FORWARD_ARGUMENTS]
+        return torch.ops.pixelfly.forward(x, *_rounded(x, *weights), *rest)[0], None
     if torch._C._are_functorch_transforms_active():
         raise RuntimeError(
             "butterfly_lowrank_mm: derivatives by torch.func are not implemented; use "

@@ -187,7 +187,7 @@ def _input_grad(dz, blocks, s, v, plan, h: Header) -> torch.Tensor:
     return dx
 
 
-def _block_grad(dz, x, blocks, plan, h: Header) -> torch.Tensor:
+def _block_grad(dz, x, blocks, plan, h: Header, out_dtype: torch.dtype) -> torch.Tensor:
     """Returns `dB[k] = dzᵀ_i x_j` for every kept block `k = (i, j)`."""
     b, dtype, factor = h.block_size, _compute_dtype(x.dtype), _product_dtype(x.dtype)
     schedule = forward_schedule(plan, h)
@@ -212,7 +212,7 @@ def _block_grad(dz, x, blocks, plan, h: Header) -> torch.Tensor:
                     total[first:last].baddbmm_(a, c)
                 else:
                     total[first:last] += torch.bmm(a, c)
-    grad = torch.empty_like(blocks, memory_format=torch.contiguous_format)
+    grad = blocks.new_empty(blocks.shape, dtype=out_dtype)
     for batch, total in zip(schedule.batches, sums, strict=True):
         total = total.view(batch.classes, batch.rows, b, batch.cols, b)
         total = total.permute(0, 1, 3, 4, 2) if swap else total.transpose(2, 3)
@@ -225,12 +225,13 @@ def _block_grad(dz, x, blocks, plan, h: Header) -> torch.Tensor:
 
 def backward(
     dy, x, blocks, u, v, t, slope, plan, header, relu, allow_tf32, deterministic,
-    need_dx, need_dblocks, need_du, need_dv, need_dbias, x_slope,
+    need_dx, need_dblocks, need_du, need_dv, need_dbias, x_slope, float32_grads,
 ):  # fmt: skip
     """Computes `pixelfly::backward`: dx, dblocks, du, dv, dbias, None where not needed."""
     with _without_autocast():
         h = Header.parse(header)
         dtype = _compute_dtype(dy.dtype)
+        grad_dtype = torch.float32 if float32_grads else dy.dtype
         dz = dy
         if slope is not None:
             dz = torch.ops.aten.threshold_backward(dy, slope, 0) if relu else dy * slope
@@ -243,13 +244,13 @@ def backward(
             if x_slope is not None:
                 dx *= x_slope
         if need_dblocks:
-            dblocks = _block_grad(dz, x, blocks, plan, h)
+            dblocks = _block_grad(dz, x, blocks, plan, h, grad_dtype)
         if need_du:
-            du = (dz.to(dtype).t() @ t.to(dtype)).to(dy.dtype)
+            du = (dz.to(dtype).t() @ t.to(dtype)).to(grad_dtype)
         if need_dv:
-            dv = (s.t() @ x.to(dtype)).to(dy.dtype)
+            dv = (s.t() @ x.to(dtype)).to(grad_dtype)
         if need_dbias:
-            dbias = dz.sum(0, dtype=dtype).to(dy.dtype)
+            dbias = dz.sum(0, dtype=dtype).to(grad_dtype)
         return dx, dblocks, du, dv, dbias
 
 

@@ -121,9 +121,16 @@ def linear(
     validation.check_types(x, blocks, layout, optional, activation)
     dtype = _autocast_dtype(x)
     if dtype is not None:
-        x, blocks = x.to(dtype), blocks.to(dtype)
-        optional = {k: None if t is None else t.to(dtype) for k, t in optional.items()}
-    validation.check_dtypes_and_devices(x, blocks, optional)
+        x = x.to(dtype)
+        weights = [t for t in (blocks, u, v, bias) if t is not None]
+        # Float32 weights are rounded by the operator, whose gradients of them then are not.
+        keep = all(t.dtype == torch.float32 for t in weights)
+        blocks = blocks if keep else blocks.to(dtype)
+        optional = {
+            k: t if t is None or (keep and k != "residual") else t.to(dtype)
+            for k, t in optional.items()
+        }
+    validation.check_dtypes_and_devices(x, blocks, optional, rounds=dtype is not None)
     sizes = layout_sizes(layout)
     validation.check_shapes(x, blocks, sizes, optional)
     u, v, bias, residual = optional.values()

@@ -39,9 +39,12 @@ def check_types(
 
 
 def check_dtypes_and_devices(
-    x: torch.Tensor, blocks: torch.Tensor, optional: dict[str, torch.Tensor | None]
+    x: torch.Tensor,
+    blocks: torch.Tensor,
+    optional: dict[str, torch.Tensor | None],
+    rounds: bool,
 ) -> None:
-    """Checks that everything shares x's device and (after autocast) x's dtype."""
+    """Checks that everything shares x's device and x's dtype; where it `rounds`, or is float32."""
     if x.dtype not in DTYPES:
         raise TypeError(
             f"{OP}: x.dtype must be bfloat16, float16, float32 or float64, got {x.dtype}"
@@ -54,7 +57,7 @@ def check_dtypes_and_devices(
     for name, tensor in (("blocks", blocks), *optional.items()):
         if tensor is None:
             continue
-        if tensor.dtype != x.dtype:
+        if tensor.dtype != x.dtype and not (rounds and tensor.dtype == torch.float32):
             raise TypeError(
                 f"{OP}: {name}.dtype must be x.dtype={x.dtype} (outside autocast), "
                 f"got {tensor.dtype}"

@@ -34,6 +34,31 @@ def test_autocast_casts_everything_and_gradients_come_back_in_float32(device, dt
         torch.testing.assert_close(t.grad, expected[f"d{name}"].float(), atol=1e-2, rtol=1e-2)
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("device", DEVICES)
+def test_gradients_of_float32_weights_are_not_rounded(device, compiled):
+    """Products of rounded operands, summed in float32 and left there (CPUs round by the chunk)."""
+    call = _call(device, grad=False)
+    inputs = {name: t.requires_grad_() for name, t in call.inputs.items()}
+    operator = torch.compile(butterfly_lowrank_mm, fullgraph=True) if compiled else (
+        butterfly_lowrank_mm
+    )  # fmt: skip
+    with torch.autocast(device, dtype=torch.bfloat16):
+        y = operator(**inputs, layout=call.layout)
+    dy = torch.randn_like(y)
+    y.backward(dy)
+    rounded = call.to(torch.bfloat16).to(torch.float64)
+    rounded.dy = dy.double()
+    expected = rounded.run(butterfly_lowrank_mm_reference)
+    for name in ("blocks", "bias"):  # those of u and v come from rounded t and s
+        got, want = inputs[name].grad, expected[f"d{name}"]
+        assert got.dtype == torch.float32
+        bound = 4e-3 if name == "blocks" and device == "cpu" else 1e-5
+        assert (got.double() - want).norm() < bound * want.norm(), name
+    for name in ("u", "v"):
+        assert (inputs[name].grad.bfloat16() != inputs[name].grad).any(), name
+
+
 @pytest.mark.parametrize("device", DEVICES)
 def test_autocast_accepts_mixed_dtypes(device):
     call = _call(device, grad=False)

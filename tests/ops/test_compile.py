@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import re
 
 import pytest
 import torch
@@ -212,8 +213,27 @@ def test_opcheck(device, rank, activation):
         torch.library.opcheck(
             torch.ops.pixelfly.backward.default,
             (call.dy, x, blocks, u, v, t, slopes[0], plan, header, activation == 1,
-             False, False, True, True, rank > 0, rank > 0, True, slopes[1]),
+             False, False, True, True, rank > 0, rank > 0, True, slopes[1], False),
         )  # fmt: skip
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_inductor_makes_operands_in_their_own_shape(device):
+    """And hands us a view: in the view's shape there would be more indices to take apart."""
+    layout = make_layout(xor_grid(4, 4), 16)
+    call = make_call(layout, device=device, dtype=torch.float32, grad=False)
+
+    def network(x, z, blocks, layout):
+        rows = (x * z).transpose(0, 1).reshape(-1, x.shape[-1])
+        return butterfly_lowrank_mm(rows, blocks, layout)
+
+    x, z = torch.randn(2, 4, 6, 64, device=device)
+    arguments = x, z, call.inputs["blocks"], layout
+    compiled = torch.compile(network, fullgraph=True)
+    with torch._inductor.config.patch(force_disable_caches=True):
+        y, (code, *_) = torch._inductor.utils.run_and_get_code(compiled, *arguments)
+    torch.testing.assert_close(y, network(*arguments))
+    assert re.search(r"pixelfly.forward.default\(reinterpret_tensor\(", code)
 
 
 @pytest.mark.gpu

@@ -66,9 +66,10 @@ struct ProductParams {
 };
 
 // dB[k] = dzᵀ_i x_j for every kept block, du = dzᵀ t, dv = sᵀ x, dbias = Σ_T dz. Null outputs are
-// skipped. Sums are fp32; results are rounded once to `dtype`.
+// skipped. Sums are fp32; results are rounded once to `grad_dtype`, unless that is fp32.
 struct WeightGradParams {
   DType dtype;
+  DType grad_dtype;  // of the outputs: dtype or kFloat32
   bool allow_tf32;
   bool deterministic;
   int64_t tokens;
