@@ -170,7 +170,8 @@ def run(name: str, form: str, mode: str, args: argparse.Namespace) -> dict:
             block_size=args.block_size,
             rank=0 if form == "blocks" else args.rank,
             lowrank="global" if form == "global" else "factored",
-            fuse_mlp=args.fuse_mlp,
+            fuse_mlp=args.fuse_mlp or args.recompute_mlp,
+            recompute_mlp=args.recompute_mlp,
         )
         report = sparsify_(model, config, workload.chosen)
         if not report.layers:
@@ -245,6 +246,7 @@ def main() -> None:
     parser.add_argument("--block-size", type=int, default=64)
     parser.add_argument("--rank", type=int, default=64)
     parser.add_argument("--fuse-mlp", action="store_true", help="PixelflyMLP in place of MLPs")
+    parser.add_argument("--recompute-mlp", action="store_true", help="keep their inputs alone")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--out", type=pathlib.Path, default=None)

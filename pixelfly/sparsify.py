@@ -56,6 +56,8 @@ class PixelflyConfig:
             `pixelfly.nn.fitted_split`); else it has as many blocks as the butterfly.
         fuse_mlp: puts a `PixelflyMLP` in place of timm's `Mlp` and GPT-2's MLP, where both layers
             are converted and dropout is 0.
+        recompute_mlp: fused MLPs keep their input alone for the backward, which runs their forward
+            again: less memory for a little more time.
         attention: a `pixelfly.nn.AttentionConfig` makes timm's `Attention` and GPT-2's compute
             these blocks of the scores only, whichever linear layers are converted; None leaves
             them. Their dropout of attention weights must be 0.
@@ -79,10 +81,13 @@ class PixelflyConfig:
     projection_iterations: int = 50
     pattern: str = "butterfly"
     fuse_mlp: bool = False
+    recompute_mlp: bool = False
     attention: AttentionConfig | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "attention", attention_config(self.attention))
+        if self.recompute_mlp and not self.fuse_mlp:
+            raise ValueError("recompute_mlp=True needs fuse_mlp=True, got fuse_mlp=False")
         # What depends on a layer's size is found when the layer is converted.
         if self.density is not None and not 0 < self.density <= 1:
             raise ValueError(f"density must be in (0, 1] or None, got {self.density}")
@@ -215,7 +220,7 @@ def sparsify_(
                 conversion.convert(module, name, layer_config)
     common = config.like if planned else config
     if common.fuse_mlp:
-        conversion.fuse_mlps()
+        conversion.fuse_mlps(common.recompute_mlp)
     if common.attention is not None:
         convert_attention(model, common.attention, module_places(model), conversion.report)
     return conversion.finish()
@@ -363,7 +368,7 @@ class _Conversion:
             layer.bias.requires_grad_(bias.requires_grad)
         return layer.train(module.training), error
 
-    def fuse_mlps(self) -> None:
+    def fuse_mlps(self, recompute: bool) -> None:
         """Puts a PixelflyMLP in the place of known MLPs whose two layers are converted."""
         places = module_places(self.model)
         for name, module in list(self.model.named_modules()):
@@ -384,7 +389,7 @@ class _Conversion:
                 self.report.notes.append(f"{name}: MLP not fused: {reason}")
                 continue
             layers[0].activation = activation
-            fused = PixelflyMLP.from_layers(*layers, mlp.names).train(module.training)
+            fused = PixelflyMLP.from_layers(*layers, mlp.names, recompute).train(module.training)
             for parent, key in places[id(module)]:
                 parent._modules[key] = fused
             self.report.fused.append(name)

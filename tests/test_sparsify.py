@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -270,6 +271,13 @@ class TestFusedMLP:
         plain.load_state_dict(model.state_dict())
         ids = torch.randint(0, 96, (2, 9))
         torch.testing.assert_close(model(ids).logits, plain(ids).logits, rtol=1e-4, atol=1e-5)
+
+    def test_recompute(self, transformers):
+        model = small_gpt2(transformers)
+        sparsify_(model, dataclasses.replace(self.config, recompute_mlp=True), "gpt2")
+        assert all(block.mlp.recompute for block in model.transformer.h)
+        with pytest.raises(ValueError, match="recompute_mlp=True needs fuse_mlp=True"):
+            PixelflyConfig(recompute_mlp=True)
 
     def test_dropout_is_not_fused(self, transformers):
         model = small_gpt2(transformers, dropout=0.1)

@@ -278,6 +278,10 @@ int time_all(const std::string& filter) {
     for (const bool transposed : {false, true}) {
       Case c{8192, K, N, 64, 0, Kind::kQuarter, transposed};
       go(c, "quarter");
+      c.activation = transposed ? Activation::kNone : Activation::kGelu;
+      c.bias = c.slope_out = !transposed;
+      c.slope = transposed;
+      go(c, transposed ? "quarter slope" : "quarter save");
     }
   }
   return bad;

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
+from torch.utils.checkpoint import checkpoint
 
 from ..ops import butterfly_mlp
 from .linear import PixelflyLinear
@@ -17,7 +18,9 @@ class PixelflyMLP(nn.Module):
 
     Bias and activation happen in fc1's kernel, which keeps the activation's derivative for the
     backward, bias and residual in fc2's. In the backward fc2's kernel applies that derivative
-    (unless a layer has hooks or a forward of its own, is a subclass or has a token gate).
+    (unless a layer has hooks or a forward of its own, is a subclass or has a token gate). Two
+    tensors of hidden width are kept for the backward, fc1's output and the derivative; with
+    `recompute` neither is, and the backward runs the forward again.
 
     Args:
         in_features: K, a multiple of 8.
@@ -25,6 +28,7 @@ class PixelflyMLP(nn.Module):
         out_features: N; None is `in_features`.
         activation: None, "relu", "gelu", "gelu_tanh" or "silu".
         bias: whether the layers have biases.
+        recompute: whether to keep the input alone for the backward (`torch.utils.checkpoint`).
         names: the layers' attribute names, which begin their keys in a state dict: ("fc1", "fc2")
             as in timm, ("c_fc", "c_proj") as in GPT-2.
         options: passed to both `PixelflyLinear`s: density, block_size, rank, device, dtype, ...
@@ -49,6 +53,7 @@ class PixelflyMLP(nn.Module):
         *,
         activation: str | None = "gelu",
         bias: bool = True,
+        recompute: bool = False,
         names: tuple[str, str] = ("fc1", "fc2"),
         **options: Any,
     ) -> None:
@@ -60,7 +65,7 @@ class PixelflyMLP(nn.Module):
                 raise TypeError(f"PixelflyMLP: {name} cannot serve both layers; use from_layers")
         first = PixelflyLinear(in_features, hidden, bias, activation=activation, **options)
         second = PixelflyLinear(hidden, out, bias, **options)
-        self._set_layers(first, second, names)
+        self._set_layers(first, second, names, recompute)
 
     @classmethod
     def from_layers(
@@ -68,6 +73,7 @@ class PixelflyMLP(nn.Module):
         first: PixelflyLinear,
         second: PixelflyLinear,
         names: tuple[str, str] = ("fc1", "fc2"),
+        recompute: bool = False,
     ) -> PixelflyMLP:
         """Returns the MLP of two layers; the first one's activation is the MLP's.
 
@@ -84,15 +90,19 @@ class PixelflyMLP(nn.Module):
             )
         mlp = cls.__new__(cls)
         nn.Module.__init__(mlp)
-        mlp._set_layers(first, second, names)
+        mlp._set_layers(first, second, names, recompute)
         return mlp
 
     def _set_layers(
-        self, first: PixelflyLinear, second: PixelflyLinear, names: tuple[str, str]
+        self,
+        first: PixelflyLinear,
+        second: PixelflyLinear,
+        names: tuple[str, str],
+        recompute: bool,
     ) -> None:
         if len(names) != 2 or names[0] == names[1]:
             raise ValueError(f"PixelflyMLP: names must be two different names, got {names!r}")
-        self.names = tuple(names)
+        self.names, self.recompute = tuple(names), recompute
         self.add_module(names[0], first)
         self.add_module(names[1], second)
 
@@ -106,6 +116,13 @@ class PixelflyMLP(nn.Module):
         Returns:
             `[..., N]`.
         """
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(
+                self._apply_layers, x, residual, use_reentrant=False, preserve_rng_state=False
+            )
+        return self._apply_layers(x, residual)
+
+    def _apply_layers(self, x: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
         first, second = (getattr(self, name) for name in self.names)
         if _plain(first) and _plain(second) and second.activation is None:
             weights = (first._weights(), second._weights())

@@ -182,6 +182,21 @@ def test_shares_the_derivative_on_cuda(dtype, block_size, tokens):
         assert (a - b).float().norm() <= 4 * torch.finfo(dtype).eps * b.float().norm()
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_recompute_keeps_the_input_alone(device, compiled):
+    mlp = PixelflyMLP(64, 256, block_size=16, recompute=True, device=device)
+    plain = PixelflyMLP.from_layers(mlp.fc1, mlp.fc2)
+    x, residual, dy = (torch.randn(33, 64, device=device, requires_grad=True) for _ in range(3))
+    call = torch.compile(mlp, fullgraph=True) if compiled else mlp
+    ours, theirs = (gradients(f, mlp, x, residual, dy) for f in (call, plain))
+    torch.testing.assert_close(ours, theirs)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        call(x, residual)
+    assert not any(t.shape == (33, 256) for t in kept)
+
+
 def test_defaults():
     mlp = PixelflyMLP(64, block_size=16)
     assert (mlp.fc1.out_features, mlp.fc2.out_features) == (256, 64)
