@@ -320,7 +320,8 @@ void check_codes() {
       }
     }
   }
-  good &= device::to_float(device::SlopeCode{26}) == 0 && device::to_float({226}) == 1;
+  good &=
+      device::to_float(device::SlopeCode{26}) == 0 && device::to_float(device::SlopeCode{226}) == 1;
   for (int i = -13000; i <= 113000; ++i) {
     const float slope = static_cast<float>(i) * 1e-5f;
     const uint32_t pair = device::encode_slopes(slope, 1.f);
