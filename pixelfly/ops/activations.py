@@ -46,15 +46,22 @@ def activation_slope(z: torch.Tensor, activation: int) -> torch.Tensor:
 CODE_OF_ZERO, CODE_OF_NAN, CODES_PER_ONE = 26, 255, 200
 
 
+def slope_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Returns what slopes of tensors of `dtype` are kept in."""
+    return torch.uint8 if dtype == torch.bfloat16 else dtype
+
+
 def empty_slope(x: torch.Tensor, features: int) -> torch.Tensor:
-    """Returns `[T, features]` for slopes of `x [T, K]`: uint8 for bfloat16, else x's dtype.
+    """Returns an uninitialised `[T, features]` for the slopes of a layer with input `x [T, K]`.
 
     Rows of codes are padded to 16 bytes so that kernels can read them as vectors.
     """
-    if x.dtype != torch.bfloat16:
+    dtype = slope_dtype(x.dtype)
+    if dtype != torch.uint8:
         return x.new_empty(x.shape[0], features)
     padded = -(-features // 16) * 16
-    return x.new_empty(x.shape[0], padded, dtype=torch.uint8)[:, :features]
+    slope = x.new_empty(x.shape[0], padded, dtype=dtype)
+    return slope if padded == features else slope[:, :features]
 
 
 def encode_slope(slope: torch.Tensor) -> torch.Tensor:

@@ -23,6 +23,7 @@ from .activations import (
     decode_slope,
     empty_slope,
     encode_slope,
+    slope_dtype,
 )
 from .cpu_schedule import Batch, Schedule, forward_schedule, transposed_schedule
 from .plan import Header
@@ -173,6 +174,15 @@ def forward(x, blocks, u, v, bias, residual, plan, header, activation, save_slop
         return y, t, slope
 
 
+def _check_slope(name: str, slope: torch.Tensor | None, dy: torch.Tensor, relu: bool) -> None:
+    if slope is None or slope.dtype == slope_dtype(dy.dtype) or (relu and slope.dtype == dy.dtype):
+        return
+    raise RuntimeError(
+        f"pixelfly::backward: {name} must be {slope_dtype(dy.dtype)}, as pixelfly::forward saves it "
+        f"for {dy.dtype}, got {slope.dtype}"
+    )
+
+
 def _output_grad(dy, slope, relu: bool) -> torch.Tensor:
     """Returns `dz = dy ⊙ slope`; relu: `dy` where the slope, which may be y, is positive."""
     if not relu:
@@ -251,6 +261,8 @@ def backward(
     """Computes `pixelfly::backward`: dx, dblocks, du, dv, dbias, None where not needed."""
     with _without_autocast():
         h = Header.parse(header)
+        _check_slope("slope", slope, dy, relu)
+        _check_slope("x_slope", x_slope, dy, False)
         dtype = _compute_dtype(dy.dtype)
         dz = dy if slope is None else _output_grad(dy, slope, relu)
         s = None
