@@ -4,9 +4,10 @@
 
 Runs forward and backward on the meta device and counts the operators that no compiler can fuse
 away: products (dense and pixelfly), attention, norms, the loss, embeddings. Each reads its operands
-once and writes its results once, in bf16; everything elementwise between them is taken as free. The
-optimizer reads and writes its state once. An operator takes the longer of its bytes and its FLOPs
-at the ceilings of cases.py. The sum is a floor for this set of operators, not a prediction.
+once and writes its results once, in bf16 (and the slopes of activations in a byte, as pixelfly does
+beside bf16); everything elementwise between them is taken as free. The optimizer reads and writes
+its state once. An operator takes the longer of its bytes and its FLOPs at the ceilings of cases.py.
+The sum is a floor for this set of operators, not a prediction.
 """
 
 from __future__ import annotations
@@ -101,6 +102,16 @@ def _attention_flops(args: tuple, backward: bool) -> float:
     return full / 2 if args[-1] else full
 
 
+def _slopes(func, args: tuple, outs: tuple) -> set[int]:
+    """Ids of the slopes among a pixelfly operator's tensors, whatever dtype the model is in."""
+    names = [a.name for a in func._schema.arguments]
+    named = dict(zip([*names, *(r.name for r in func._schema.returns)],
+                     [*args, *[None] * (len(names) - len(args)), *outs], strict=True))  # fmt: skip
+    if named.get("relu"):  # read off the layer's output
+        named["slope"] = None
+    return {id(named[n]) for n in ("slope", "x_slope") if named.get(n) is not None}
+
+
 class Count(TorchDispatchMode):
     """Adds up the costs of the operators in KINDS, by kind."""
 
@@ -126,7 +137,8 @@ class Count(TorchDispatchMode):
             flops = _attention_flops(args, name.endswith("backward"))
         elif func._overloadpacket in flop_registry:
             flops = flop_registry[func._overloadpacket](*args, **(kwargs or {}), out_val=out)
-        unique = {id(t): t.numel() * 2 for t in tensors}
+        slopes = _slopes(func, args, outs) if kind == "pixelfly" else set()
+        unique = {id(t): t.numel() * (1 if id(t) in slopes else 2) for t in tensors}
         self.costs[kind].add(sum(unique.values()), flops)
         return out
 

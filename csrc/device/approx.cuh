@@ -3,6 +3,8 @@
 // that no result here depends on.
 #pragma once
 
+#include <cstdint>
+
 namespace pixelfly::device {
 
 // Absolute error below 2^-10.9, well under a bf16 ulp of the products it enters.
@@ -20,6 +22,13 @@ __device__ __forceinline__ float exp2_approx(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
+}
+
+// a · b + c of two fp16 values in each register. NaN is 0x7fff.
+__device__ __forceinline__ uint32_t fma_half2(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t d;
+  asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  return d;
 }
 
 // The smaller one, or NaN if one of them is.

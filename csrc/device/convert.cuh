@@ -5,6 +5,7 @@
 #include <cuda_fp16.h>
 
 #include <cstdint>
+#include <type_traits>
 
 namespace pixelfly::device {
 
@@ -52,14 +53,18 @@ __device__ __forceinline__ float2 unpack2<__half>(uint32_t r) {
   return __half22float2(reinterpret_cast<const __half2&>(r));
 }
 
-// 16 bytes of storage type as fp32 values, and back.
-template <typename T>
-struct Vec16 {
-  static constexpr int kSize = 16 / sizeof(T);
-  uint4 raw;
+// `kCount` values of a storage type (16 or 8 bytes) as fp32 values, and back.
+template <typename T, int kCount>
+struct Vec {
+  static constexpr int kSize = kCount;
+  static_assert(kCount * sizeof(T) == 16 || kCount * sizeof(T) == 8, "a vector of 8 or 16 bytes");
+  using Raw = std::conditional_t<kCount * sizeof(T) == 16, uint4, uint2>;
+  Raw raw;
 
   __device__ float get(int i) const { return to_float(reinterpret_cast<const T*>(&raw)[i]); }
   __device__ void set(int i, float x) { reinterpret_cast<T*>(&raw)[i] = from_float<T>(x); }
 };
+template <typename T>
+using Vec16 = Vec<T, 16 / static_cast<int>(sizeof(T))>;
 
 }  // namespace pixelfly::device

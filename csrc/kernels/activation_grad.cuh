@@ -1,13 +1,14 @@
 // dz = dy ⊙ act'(z), elementwise over [T, N], 16 bytes a thread and step. The slope act'(z) is
-// given; ReLU's may be any tensor that is positive where z is.
+// given, in the storage type Slope; ReLU's may be any tensor that is positive where z is.
 #pragma once
 
 #include "device/convert.cuh"
+#include "device/slope_code.cuh"
 #include "pixelfly/params.h"
 
 namespace pixelfly {
 
-template <typename T, bool kRelu>
+template <typename T, typename Slope, bool kRelu>
 __global__ void activation_grad(const __grid_constant__ ActivationGradParams p, bool vectors) {
   constexpr int kVec = 16 / sizeof(T);
   auto scaled = [](float dy, float slope) {
@@ -20,12 +21,14 @@ __global__ void activation_grad(const __grid_constant__ ActivationGradParams p, 
     const int64_t row = i / per_row;
     const int col = static_cast<int>(i % per_row) * kVec;
     const T* dy = static_cast<const T*>(p.dy) + row * p.dy_stride + col;
-    const T* slope = static_cast<const T*>(p.slope) + row * p.slope_stride + col;
+    const Slope* slope = static_cast<const Slope*>(p.slope) + row * p.slope_stride + col;
     T* dz = static_cast<T*>(p.dz) + row * p.dz_stride + col;
     if (vectors) {
-      device::Vec16<T> a, b;
+      using Slopes = device::Vec<Slope, kVec>;
+      device::Vec16<T> a;
+      Slopes b;
       a.raw = __ldg(reinterpret_cast<const uint4*>(dy));
-      b.raw = __ldg(reinterpret_cast<const uint4*>(slope));
+      b.raw = __ldg(reinterpret_cast<const typename Slopes::Raw*>(slope));
 #pragma unroll
       for (int e = 0; e < kVec; ++e) a.set(e, scaled(a.get(e), b.get(e)));
       *reinterpret_cast<uint4*>(dz) = a.raw;

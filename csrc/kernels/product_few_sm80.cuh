@@ -14,6 +14,7 @@
 #include "device/epilogue_math.cuh"
 #include "device/mma.cuh"
 #include "device/shared_memory.cuh"
+#include "device/slope_code.cuh"
 #include "pixelfly/params.h"
 
 namespace pixelfly::sm80 {
@@ -143,7 +144,9 @@ __global__ void __launch_bounds__(kFewMaxWarps * 32)
       for (int w = 0; w < warps; ++w) z += sums[(w * kFewFeatures + row) * kRow + token];
       const auto [value, slope] = device::activate_with_slope<kActivation, false>(z);
       if (p.slope_out != nullptr) {
-        static_cast<T*>(p.slope_out)[token * p.slope_out_stride + n] = device::from_float<T>(slope);
+        using Slope = device::SlopeOf<T>;
+        static_cast<Slope*>(p.slope_out)[token * p.slope_out_stride + n] =
+            device::from_float<Slope>(slope);
       }
       float y = value;
       if (p.residual != nullptr) {

@@ -11,6 +11,7 @@
 #pragma once
 
 #include "device/epilogue_math.cuh"
+#include "device/slope_code.cuh"
 #include "kernels/tile_sm80.cuh"
 #include "pixelfly/params.h"
 
@@ -95,14 +96,14 @@ __device__ __forceinline__ void load_step(const ProductArgs& args, int step, int
   }
 }
 
-// One 16-byte vector (or its valid part) of a row, as fp32.
-template <typename T>
-__device__ __forceinline__ void load_row(float (&out)[16 / sizeof(T)], const T* source, int valid,
+// One vector (or its valid part) of a row, as fp32.
+template <typename T, int kVec>
+__device__ __forceinline__ void load_row(float (&out)[kVec], const T* source, int valid,
                                          bool vectors) {
-  constexpr int kVec = 16 / sizeof(T);
   if (vectors) {
-    device::Vec16<T> v;
-    v.raw = *reinterpret_cast<const uint4*>(source);
+    using Vector = device::Vec<T, kVec>;
+    Vector v;
+    v.raw = *reinterpret_cast<const typename Vector::Raw*>(source);
 #pragma unroll
     for (int e = 0; e < kVec; ++e) out[e] = v.get(e);
   } else {
@@ -110,15 +111,15 @@ __device__ __forceinline__ void load_row(float (&out)[16 / sizeof(T)], const T* 
     for (int e = 0; e < kVec; ++e) out[e] = e < valid ? device::to_float(source[e]) : 0.f;
   }
 }
-template <typename T>
-__device__ __forceinline__ void store_row(T* target, const float (&in)[16 / sizeof(T)], int valid,
+template <typename T, int kVec>
+__device__ __forceinline__ void store_row(T* target, const float (&in)[kVec], int valid,
                                           bool vectors) {
-  constexpr int kVec = 16 / sizeof(T);
-  device::Vec16<T> v;
+  using Vector = device::Vec<T, kVec>;
+  Vector v;
 #pragma unroll
   for (int e = 0; e < kVec; ++e) v.set(e, in[e]);
   if (vectors) {
-    *reinterpret_cast<uint4*>(target) = v.raw;
+    *reinterpret_cast<typename Vector::Raw*>(target) = v.raw;
   } else {
     for (int e = 0; e < kVec && e < valid; ++e) target[e] = device::from_float<T>(in[e]);
   }
@@ -128,6 +129,7 @@ template <typename T, int kBlock>
 __device__ void product_epilogue(const ProductArgs& args, const float* staging, int64_t token,
                                  int feature) {
   using S = ProductShape<T, kBlock>;
+  using Slope = device::SlopeOf<T>;
   constexpr int kVec = 16 / sizeof(T);
   constexpr bool kPrecise = sizeof(T) == 4;
   const ProductParams& p = args.p;
@@ -144,7 +146,7 @@ __device__ void product_epilogue(const ProductArgs& args, const float* staging, 
       for (int e = 0; e < kVec; ++e) v[e] = staging[row * S::kStagingCols + col + e];
       if (p.bias != nullptr) {
         float bias[kVec];
-        load_row<T>(bias, static_cast<const T*>(p.bias) + n, valid, false);
+        load_row(bias, static_cast<const T*>(p.bias) + n, valid, false);
 #pragma unroll
         for (int e = 0; e < kVec; ++e) v[e] += bias[e];
       }
@@ -156,27 +158,27 @@ __device__ void product_epilogue(const ProductArgs& args, const float* staging, 
           v[e] = a.value;
           slope[e] = a.slope;
         }
-        store_row<T>(static_cast<T*>(p.slope_out) + t * p.slope_out_stride + n, slope, valid,
-                     args.y_vectors);
+        store_row(static_cast<Slope*>(p.slope_out) + t * p.slope_out_stride + n, slope, valid,
+                  args.y_vectors);
       } else {
 #pragma unroll
         for (int e = 0; e < kVec; ++e) v[e] = device::activate<kActivation, kPrecise>(v[e]);
       }
       if (p.slope != nullptr) {
         float slope[kVec];
-        load_row<T>(slope, static_cast<const T*>(p.slope) + t * p.slope_stride + n, valid,
-                    args.epilogue_vectors);
+        load_row(slope, static_cast<const Slope*>(p.slope) + t * p.slope_stride + n, valid,
+                 args.epilogue_vectors);
 #pragma unroll
         for (int e = 0; e < kVec; ++e) v[e] *= slope[e];
       }
       if (p.residual != nullptr) {
         float r[kVec];
-        load_row<T>(r, static_cast<const T*>(p.residual) + t * p.residual_stride + n, valid,
-                    args.epilogue_vectors);
+        load_row(r, static_cast<const T*>(p.residual) + t * p.residual_stride + n, valid,
+                 args.epilogue_vectors);
 #pragma unroll
         for (int e = 0; e < kVec; ++e) v[e] += r[e];
       }
-      store_row<T>(static_cast<T*>(p.y) + t * p.y_stride + n, v, valid, args.y_vectors);
+      store_row(static_cast<T*>(p.y) + t * p.y_stride + n, v, valid, args.y_vectors);
     }
   });
 }

@@ -29,8 +29,9 @@
 // have kernels of their own.
 //
 // With a residual or slope, its tiles follow the steps of a token tile through the same ring, and
-// the outputs replace them there. Other outputs go through the staging tiles; cooperative
-// warpgroups also use their half of the last step's stage.
+// the outputs replace them there. bf16's slopes are codes of a byte (device/slope_code.cuh): a tile
+// of them takes half a stage, the half where the later outputs will go. Other outputs go through
+// the staging tiles; cooperative warpgroups also use their half of the last step's stage.
 //
 // Thread blocks load the same x tiles at the same step where the planner finds an order for it
 // (row_groups.cpp): L2 serves such loads at about twice the rate of distinct ones.
@@ -45,6 +46,7 @@
 #include "device/tma.cuh"
 #include "device/wgmma.cuh"
 #include "kernels/product_sm90_produce.cuh"
+#include "kernels/product_sm90_slope.cuh"
 #include "kernels/product_sm90_work.cuh"
 
 namespace pixelfly {
@@ -79,6 +81,10 @@ __device__ __forceinline__ void combine(float* acc, uint32_t tile, F f) {
 // One consumer warpgroup.
 template <typename T, bool kTransposed, bool kQuads, bool kCooperative, bool kPlain>
 struct Consumer {
+  static constexpr bool kCodes = device::kSlopeCodes<T>;
+  using Words = uint32_t[4][4];                    // 64 tokens x 64 features, packed in pairs
+  using SlopeWords = uint32_t[kCodes ? 2 : 4][4];  // the same of slopes
+
   const GroupMaps& maps;
   const GroupArgs& args;
   const Layout& layout;
@@ -116,23 +122,28 @@ struct Consumer {
     return at;
   }
 
-  __device__ __forceinline__ static void pack(uint32_t (&pairs)[4][4], const float* chunk) {
+  __device__ __forceinline__ static void pack(Words& pairs, const float* chunk) {
 #pragma unroll
     for (int i = 0; i < 16; ++i) {
       pairs[i / 4][i % 4] = device::pack2<T>(chunk[2 * i], chunk[2 * i + 1]);
     }
   }
 
-  // Writes 64 tokens x 64 features, packed in pairs, into a tile in shared memory.
-  __device__ __forceinline__ void fill(const uint32_t (&pairs)[4][4], uint32_t tile) const {
+  // Writes 64 tokens x 64 features, 16-bit values or codes, into a tile in shared memory.
+  template <int kWords>
+  __device__ __forceinline__ void fill(const uint32_t (&words)[kWords][4], uint32_t tile) const {
 #pragma unroll
-    for (int j = 0; j < 4; ++j) device::stmatrix_x4_trans(fragment_address(tile, j), pairs[j]);
+    for (int j = 0; j < kWords; ++j) {
+      const uint32_t at = kWords == 4 ? fragment_address(tile, j) : code_address(tile, j);
+      device::stmatrix_x4_trans(at, words[j]);
+    }
   }
 
   // Sends them to global memory by way of that tile.
-  __device__ __forceinline__ void store(const uint32_t (&pairs)[4][4], uint32_t tile,
+  template <int kWords>
+  __device__ __forceinline__ void store(const uint32_t (&words)[kWords][4], uint32_t tile,
                                         const CUtensorMap* map, int feature, int token) const {
-    fill(pairs, tile);
+    fill(words, tile);
     device::fence_proxy_async();
     synchronize();
     if (leader()) {
@@ -142,9 +153,10 @@ struct Consumer {
   }
 
   // Sends two of them through both staging tiles, with one wait and one barrier.
-  __device__ __forceinline__ void store_both(const uint32_t (&first)[4][4],
+  template <int kWords>
+  __device__ __forceinline__ void store_both(const uint32_t (&first)[kWords][4],
                                              const CUtensorMap* first_map, int first_token,
-                                             const uint32_t (&second)[4][4], int second_token,
+                                             const Words& second, int second_token,
                                              int feature) const {
     const uint32_t tile = layout.staging + warpgroup * 2 * kGroupTileBytes;
     if (leader()) device::tma_store_wait_read<0>();
@@ -164,41 +176,62 @@ struct Consumer {
   __device__ __forceinline__ void epilogue(float (&acc)[64], int row, int token, uint32_t aux) {
     const int feature = row * kGroupTile;
     if (kPlain && !kCooperative && args.staging_tiles == 2) {
-      uint32_t low[4][4], high[4][4];
+      Words low, high;
       pack(low, acc);
       pack(high, acc + 32);
       store_both(low, &maps.y, token, high, token + 64, feature);
       return;
+    }
+    uint32_t codes[2][2][4];  // of both halves: read before an output replaces them
+    if (kTransposed && kCodes && !kPlain && args.has_slope) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        device::ldmatrix_x4_trans(codes[i / 2][i % 2], code_address(aux + kGroupTileBytes, i));
+      }
     }
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       float* chunk = acc + half * 32;
       const int first = token + half * 64;
       const uint32_t aux_half = aux + half * kGroupTileBytes;
-      uint32_t pairs[4][4];
+      Words pairs;
       if constexpr (kPlain) {
         // Only to round and store.
       } else if constexpr (kTransposed) {
-        if (args.has_slope) combine<T>(chunk, aux_half, [](float a, float b) { return a * b; });
+        if (args.has_slope && kCodes) {
+          combine_codes(chunk, codes[half]);
+        } else if (args.has_slope) {
+          combine<T>(chunk, aux_half, [](float a, float b) { return a * b; });
+        }
       } else if (args.has_slope_out) {
+        SlopeWords slopes;
         device::dispatch_activation(args.activation, [&](auto tag) {
           constexpr Activation kKind = decltype(tag)::value;
 #pragma unroll
-          for (int i = 0; i < 16; ++i) {
-            const auto a = device::activate_with_slope<kKind, false>(chunk[2 * i]);
-            const auto b = device::activate_with_slope<kKind, false>(chunk[2 * i + 1]);
-            chunk[2 * i] = a.value;
-            chunk[2 * i + 1] = b.value;
-            pairs[i / 4][i % 4] = device::pack2<T>(a.slope, b.slope);
+          for (int i = 0; i < 8; ++i) {
+            float slope[4];
+#pragma unroll
+            for (int e = 0; e < 4; ++e) {
+              float& x = chunk[4 * i + e];
+              const auto a = device::activate_with_slope<kKind, false>(x);
+              x = a.value;
+              slope[e] = a.slope;
+            }
+            if constexpr (kCodes) {
+              slopes[i / 4][i % 4] = encode_fragment(slope);
+            } else {
+              slopes[i / 2][i % 2 * 2] = device::pack2<T>(slope[0], slope[1]);
+              slopes[i / 2][i % 2 * 2 + 1] = device::pack2<T>(slope[2], slope[3]);
+            }
           }
         });
+        if constexpr (kCodes) exchange_codes(slopes);
         if (!kCooperative && args.staging_tiles == 2 && !has_aux()) {
-          uint32_t outputs[4][4];
-          pack(outputs, chunk);
-          store_both(pairs, &maps.slope_out, first, outputs, first, feature);
+          pack(pairs, chunk);
+          store_both(slopes, &maps.slope_out, first, pairs, first, feature);
           continue;
         }
-        store(pairs, free_staging(), &maps.slope_out, feature, first);
+        store(slopes, free_staging(), &maps.slope_out, feature, first);
       } else if (args.activation != Activation::kNone) {
         device::dispatch_activation(args.activation, [&](auto tag) {
 #pragma unroll

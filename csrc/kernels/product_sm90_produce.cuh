@@ -57,9 +57,9 @@ __device__ void produce(const GroupMaps& maps, const GroupArgs& args, const Layo
          tile += kCooperative ? 2 * unit.lanes : unit.lanes) {
       const int second = tile + unit.lanes;
       const bool both = kCooperative && second < unit.end;
-      const int x_bytes = both ? 2 * kGroupXBytes : kGroupXBytes;
-      auto load = [&](const CUtensorMap* map, uint32_t full, int column) {
-        const uint32_t at = layout.stage(ring.stage);
+      const int tiles = both ? 2 : 1;
+      auto load = [&](const CUtensorMap* map, uint32_t full, int column, int offset) {
+        const uint32_t at = layout.stage(ring.stage) + offset;
         device::tma_load_2d(at, map, full, column, tile * kGroupTokens);
         if (both) {
           device::tma_load_2d(at + kGroupXBytes, map, full, column, second * kGroupTokens);
@@ -72,10 +72,10 @@ __device__ void produce(const GroupMaps& maps, const GroupArgs& args, const Layo
         const uint32_t full = layout.full(ring.stage);
         device::mbarrier_wait(layout.empty(ring.stage), ring.phase ^ 1);
         const int weights = load_weights ? (step.y >= 0) + (step.z >= 0) : 0;
-        device::mbarrier_expect_tx(full, x_bytes + weights * kGroupTileBytes);
+        device::mbarrier_expect_tx(full, tiles * kGroupXBytes + weights * kGroupTileBytes);
         const bool is_t = step.x >= args.num_x_tiles;
         load(is_t ? &maps.t : &maps.x, full,
-             (is_t ? step.x - args.num_x_tiles : step.x) * kGroupTile);
+             (is_t ? step.x - args.num_x_tiles : step.x) * kGroupTile, 0);
         if (load_weights) {
           wait_for_weights();
           uint32_t at = layout.weight(unit.resident, step.w, ring.stage);
@@ -94,8 +94,9 @@ __device__ void produce(const GroupMaps& maps, const GroupArgs& args, const Layo
         for (int r = 0; r < unit.outputs(); ++r) {
           const uint32_t full = layout.full(ring.stage);
           device::mbarrier_wait(layout.empty(ring.stage), ring.phase ^ 1);
-          device::mbarrier_expect_tx(full, x_bytes);
-          load(&maps.aux, full, (r == 0 ? unit.rows[0] : unit.rows[1]) * kGroupTile);
+          device::mbarrier_expect_tx(full, tiles * args.aux_bytes);
+          load(&maps.aux, full, (r == 0 ? unit.rows[0] : unit.rows[1]) * kGroupTile,
+               kGroupXBytes - args.aux_bytes);
           ring.advance();
         }
       }

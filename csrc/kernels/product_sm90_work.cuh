@@ -14,9 +14,9 @@ struct GroupMaps {
   CUtensorMap t;          // [T, r], box 128 x 64
   CUtensorMap blocks;     // [nnz * b, b], box 64 x 64 (b = 32: 32 x 32)
   CUtensorMap factor;     // u [N, r] (transposed: v [r, K]), the same box
-  CUtensorMap aux;        // residual or slope, [T, out], box 128 x 64
+  CUtensorMap aux;        // residual or slope (perhaps in codes), [T, out], box 128 x 64
   CUtensorMap y;          // [T, out], box 64 x 64
-  CUtensorMap slope_out;  // [T, out], box 64 x 64
+  CUtensorMap slope_out;  // [T, out] (perhaps in codes), box 64 x 64
 };
 
 struct GroupArgs {
@@ -30,6 +30,7 @@ struct GroupArgs {
   int32_t stages;
   int32_t staging_tiles;   // per warpgroup, 1 or 2; 0: outputs replace the residual or slope
   int32_t ones_offset;     // of kGroupOnesBytes behind the ring, staging and weights
+  int32_t aux_bytes;       // of 128 tokens' residual or slope tile, at the end of its stage
   int32_t resident_tiles;  // groups of up to so many weight tiles keep them; 0: none does
   bool has_residual;
   bool has_slope;      // transposed only

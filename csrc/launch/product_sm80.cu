@@ -22,17 +22,21 @@ Status launch(const ProductArgs& args, Stream stream) {
 void set_vectors(ProductArgs* args) {
   const ProductParams& p = args->p;
   const int vec = static_cast<int>(16 / size_of(p.dtype));
-  auto rows = [&](const void* data, int64_t stride, int64_t cols) {
-    return data == nullptr || (aligned_rows(data, stride, p.dtype) && cols % vec == 0);
+  auto rows_of = [&](DType dtype, const void* data, int64_t stride, int64_t cols) {
+    return data == nullptr || (aligned_rows(data, stride, dtype) && cols % vec == 0);
   };
+  auto rows = [&](const void* data, int64_t stride, int64_t cols) {
+    return rows_of(p.dtype, data, stride, cols);
+  };
+  const DType slopes = slope_dtype(p.dtype);
   args->x_vectors = rows(p.x, p.x_stride, p.in_features);
   args->blocks_vectors = rows(p.blocks, 0, 0);
   args->t_vectors = rows(p.t, p.t_stride, args->rank);
   args->factor_vectors =
       rows(p.factor, p.factor_stride, p.transposed ? p.out_features : args->rank);
   args->y_vectors = rows(p.y, p.y_stride, p.out_features) &&
-                    rows(p.slope_out, p.slope_out_stride, p.out_features);
-  args->epilogue_vectors = rows(p.slope, p.slope_stride, p.out_features) &&
+                    rows_of(slopes, p.slope_out, p.slope_out_stride, p.out_features);
+  args->epilogue_vectors = rows_of(slopes, p.slope, p.slope_stride, p.out_features) &&
                            rows(p.residual, p.residual_stride, p.out_features);
 }
 

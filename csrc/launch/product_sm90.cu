@@ -99,10 +99,13 @@ bool product_sm90_supports(const ProductParams& p, const DeviceInfo& device) {
   auto aligned = [&](const void* data, int64_t stride) {
     return aligned_rows(data, stride, p.dtype);
   };
+  auto aligned_slope = [&](const void* data, int64_t stride) {
+    return aligned_rows(data, stride, slope_dtype(p.dtype));
+  };
   return aligned(p.x, p.x_stride) && aligned(p.blocks, 0) && aligned(p.factor, p.factor_stride) &&
          aligned(p.t, p.t_stride) && aligned(p.residual, p.residual_stride) &&
-         aligned(p.slope, p.slope_stride) && aligned(p.y, p.y_stride) &&
-         aligned(p.slope_out, p.slope_out_stride);
+         aligned(p.y, p.y_stride) && aligned_slope(p.slope, p.slope_stride) &&
+         aligned_slope(p.slope_out, p.slope_out_stride);
 }
 
 Status launch_product_sm90(const ProductParams& p, const DeviceInfo& device, Stream stream) {
@@ -111,20 +114,22 @@ Status launch_product_sm90(const ProductParams& p, const DeviceInfo& device, Str
   const Tile tile = choose_tile(p, device);
 
   GroupMaps maps{};
-  auto map = [&](CUtensorMap* out, const void* data, int64_t rows, int64_t cols, int64_t stride,
-                 int box_rows, int box_cols = kGroupTile) {
+  auto map_of = [&](DType dtype, CUtensorMap* out, const void* data, int64_t rows, int64_t cols,
+                    int64_t stride, int box_rows, int box_cols = kGroupTile) {
     if (data == nullptr) {  // never used, but must be a valid parameter
       *out = maps.x;
       return Status::success();
     }
-    return encode_tile_map(out, p.dtype, data, rows, cols, stride, box_rows, box_cols);
+    return encode_tile_map(out, dtype, data, rows, cols, stride, box_rows, box_cols);
   };
+  auto map = [&](auto... what) { return map_of(p.dtype, what...); };
   const int64_t b = h.block_size, T = p.tokens;
   const int weight_box = b == 32 ? 32 : kGroupTile;
   const int64_t factor_rows = p.transposed ? h.rank : p.out_features;
   const int64_t factor_cols = p.transposed ? p.out_features : h.rank;
   const void* aux = p.residual != nullptr ? p.residual : p.slope;
   const int64_t aux_stride = p.residual != nullptr ? p.residual_stride : p.slope_stride;
+  const DType slopes = slope_dtype(p.dtype), aux_dtype = p.residual != nullptr ? p.dtype : slopes;
   const void* t = h.rank > 0 ? p.t : nullptr;
   const void* factor = h.rank > 0 ? p.factor : nullptr;
   const void* blocks = h.nnz > 0 ? p.blocks : nullptr;
@@ -133,10 +138,11 @@ Status launch_product_sm90(const ProductParams& p, const DeviceInfo& device, Str
   PIXELFLY_RETURN_IF_ERROR(map(&maps.blocks, blocks, h.nnz * b, b, b, weight_box, weight_box));
   PIXELFLY_RETURN_IF_ERROR(
       map(&maps.factor, factor, factor_rows, factor_cols, p.factor_stride, weight_box, weight_box));
-  PIXELFLY_RETURN_IF_ERROR(map(&maps.aux, aux, T, p.out_features, aux_stride, kGroupTokens));
-  PIXELFLY_RETURN_IF_ERROR(map(&maps.y, p.y, T, p.out_features, p.y_stride, kGroupTile));
   PIXELFLY_RETURN_IF_ERROR(
-      map(&maps.slope_out, p.slope_out, T, p.out_features, p.slope_out_stride, kGroupTile));
+      map_of(aux_dtype, &maps.aux, aux, T, p.out_features, aux_stride, kGroupTokens));
+  PIXELFLY_RETURN_IF_ERROR(map(&maps.y, p.y, T, p.out_features, p.y_stride, kGroupTile));
+  PIXELFLY_RETURN_IF_ERROR(map_of(slopes, &maps.slope_out, p.slope_out, T, p.out_features,
+                                  p.slope_out_stride, kGroupTile));
 
   GroupArgs args{};
   args.section = section_of(p);
@@ -149,6 +155,7 @@ Status launch_product_sm90(const ProductParams& p, const DeviceInfo& device, Str
   args.stages = tile.stages;
   args.staging_tiles = tile.staging_tiles;
   args.ones_offset = tile.ones_offset;
+  args.aux_bytes = kGroupTokens * kGroupTile * static_cast<int32_t>(size_of(aux_dtype));
   args.resident_tiles = tile.resident_tiles;
   args.has_residual = p.residual != nullptr;
   args.has_slope = p.slope != nullptr;

@@ -1,5 +1,5 @@
-// Tensor maps for TMA: row-major 16-bit or fp32 matrices in the 128-byte swizzle (64-byte where a
-// box row has 64 bytes).
+// Tensor maps for TMA: row-major matrices in the 128-byte swizzle (64-byte where a box row has 64
+// bytes).
 #pragma once
 
 #include <cuda.h>
@@ -12,8 +12,8 @@
 namespace pixelfly {
 
 // A [rows, cols] matrix with `stride` elements between rows, moved in boxes of box_rows x box_cols.
-// A box row is at most 128 bytes: 64 16-bit or 32 fp32 elements. Data must be 16-byte aligned and
-// the stride a multiple of 16 bytes.
+// A box row is at most 128 bytes: 128 8-bit, 64 16-bit or 32 fp32 elements. Data must be 16-byte
+// aligned and the stride a multiple of 16 bytes.
 Status encode_tile_map(CUtensorMap* out, DType dtype, const void* data, int64_t rows, int64_t cols,
                        int64_t stride, int box_rows = 64, int box_cols = 64);
 

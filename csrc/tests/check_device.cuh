@@ -70,6 +70,13 @@ struct Arena {
     CHECK_CUDA(cudaGetLastError());
     return p;
   }
+  template <typename Slope>
+  Slope* slopes(size_t n, uint32_t seed) {
+    auto* p = reinterpret_cast<Slope*>(data((n * sizeof(Slope) + sizeof(T) - 1) / sizeof(T), 0));
+    if (seed) fill_slopes<<<2048, 256>>>(p, n, seed);
+    CHECK_CUDA(cudaGetLastError());
+    return p;
+  }
   ~Arena() {
     for (void* p : all) cudaFree(p);
   }

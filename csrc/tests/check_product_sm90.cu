@@ -52,7 +52,10 @@ int run(const Case& c, bool timing) {
   base.factor = c.rank ? arena.data(size_t(out) * c.rank, 52, .1f) : nullptr;
   base.factor_stride = c.transposed ? out : c.rank;
   base.bias = c.bias && !c.transposed ? arena.data(out, 54) : nullptr;
-  base.residual_stride = base.slope_stride = base.y_stride = base.slope_out_stride = out;
+  using Slope = device::SlopeOf<T>;
+  const int64_t slope_stride = (out + 15) / 16 * 16;
+  base.residual_stride = base.y_stride = out;
+  base.slope_stride = base.slope_out_stride = slope_stride;
   base.activation = c.activation;
   base.header = &h;
   base.plan = plan.data;
@@ -64,9 +67,9 @@ int run(const Case& c, bool timing) {
     p.x = arena.data(c.T * in, 11 + i);
     if (c.rank) p.t = arena.data(c.T * c.rank, c.form_t ? 0 : 31 + i);
     if (c.residual) p.residual = arena.data(c.T * out, 77 + i);
-    if (c.slope) p.slope = arena.data(c.T * out, 87 + i);
+    if (c.slope) p.slope = arena.template slopes<Slope>(c.T * slope_stride, 87 + i);
     p.y = arena.data(c.T * out, 0);
-    if (c.slope_out) p.slope_out = arena.data(c.T * out, 0);
+    if (c.slope_out) p.slope_out = arena.template slopes<Slope>(c.T * slope_stride, 0);
   }
 
   char name[160];
@@ -115,7 +118,8 @@ int run(const Case& c, bool timing) {
                   c.b,
                   c.rank,
                   c.transposed,
-                  c.activation};
+                  c.activation,
+                  slope_stride};
   double sums[8];
   double* device_sums;
   float *want_y, *want_slope;
@@ -131,8 +135,8 @@ int run(const Case& c, bool timing) {
         <<<dim3((out + 63) / 64, (n + 3) / 4), dim3(64, 4)>>>(o, want_y, want_slope, first, n);
     compare<<<512, 256>>>(want_y, static_cast<const T*>(p.y) + first * out, n * out, device_sums);
     if (!c.slope_out) continue;
-    compare<<<512, 256>>>(want_slope, static_cast<const T*>(p.slope_out) + first * out, n * out,
-                          device_sums + 4);
+    compare<<<512, 256>>>(want_slope, static_cast<const Slope*>(p.slope_out) + first * slope_stride,
+                          n * out, device_sums + 4, out, slope_stride);
   }
   if (c.form_t) {
     float* want_t;
@@ -158,9 +162,9 @@ int run(const Case& c, bool timing) {
 
   const float ms = time_graph(launch, 12);
   const double flops = 2.0 * c.T * (double(h.nnz) * c.b * c.b + double(c.rank) * out);
-  const double bytes =
-      2.0 * c.T * (in + out * (1.0 + c.slope_out + c.residual + c.slope) + c.rank) +
-      2.0 * h.nnz * c.b * c.b;
+  const double bytes = 2.0 * c.T * (in + out * (1.0 + c.residual) + c.rank) +
+                       double(sizeof(Slope)) * c.T * out * (c.slope_out + c.slope) +
+                       2.0 * h.nnz * c.b * c.b;
   const double floor = std::max(flops / 790e12, bytes / 3e12) * 1e3;
   std::printf("%-56s %.4f ms %4.0f TF floor %.4f %3.0f%% %.2f TB/s x%.2f dense %.3f\n", name, ms,
               flops / ms * 1e-9, floor, 100 * floor / ms, bytes / ms * 1e-9, c.dense_ms / ms,

@@ -45,6 +45,28 @@ inline std::vector<Case> cases() {
       {"holes b32", 6, 4, 32, 0, 0, holes, 300, 0, kGelu, false, true},
       {"one token b64", 2, 2, 64, 0, 0, everything, 1, 8},
   };
+  // Slopes in codes: ragged features and tokens, one staging tile, cooperative warpgroups both
+  // ways, NaN.
+  const std::vector<Case> slopes = {
+      {"slopes ragged b64", 6, 8, 64, 56, 56, butterfly, 257, 8, kGelu, false, true},
+      {"slopes ragged residual b64", 6, 8, 64, 56, 56, butterfly, 129, 0, kRelu, true, true},
+      {"slopes one staging tile b64", 3, 17, 64, 8, 8, everything, 300, 0, kTanh, false, true, 90,
+       2},
+      {"slopes cooperative dx b64", 23, 3, 64, 8, 16, everything, 620, 0, kSilu, false, true, 90,
+       2},
+      {"slopes cooperative y b64", 3, 23, 64, 40, 0, everything, 390, 0, kGelu, false, true, 90, 1},
+      {"slopes ragged b32", 7, 5, 32, 24, 8, holes, 200, 40, kGelu, false, true},
+      {"slopes ragged b128", 2, 3, 128, 56, 56, butterfly, 150, 0, kSilu, false, true},
+      {"slopes portable b64", 3, 3, 64, 56, 40, butterfly, 140, 8, kGelu, true, true, 80, 2,
+       "sm80"},
+      {"slopes few b64", 3, 3, 64, 56, 40, butterfly, 50, 8, kGelu, true, true, 80, 2, "few"},
+  };
+  for (Case c : slopes) {
+    all.push_back(c);
+    c.name += " nan";
+    c.nan = true;
+    all.push_back(c);
+  }
   for (const int tokens : {1, 9, 30, 64}) {
     Case c{"few tokens " + std::to_string(tokens),
            4,

@@ -3,6 +3,7 @@
 
 #include "device/convert.cuh"
 #include "device/epilogue_math.cuh"
+#include "device/slope_code.cuh"
 #include "pixelfly/dtype.h"
 
 namespace pixelfly {
@@ -21,12 +22,23 @@ __global__ void fill(T* p, size_t n, uint32_t seed, float scale) {
   }
 }
 
+// Slopes as of an activation: from -0.13 to 1.13.
+template <typename Slope>
+__global__ void fill_slopes(Slope* p, size_t n, uint32_t seed) {
+  for (size_t i = blockIdx.x * size_t{blockDim.x} + threadIdx.x; i < n;
+       i += size_t{gridDim.x} * blockDim.x) {
+    const auto z = static_cast<uint32_t>((i + seed) * 0x9E3779B97F4A7C15ull >> 32);
+    p[i] = device::from_float<Slope>(1.26f * 2.3283064e-10f * static_cast<float>(z) - 0.13f);
+  }
+}
+
 struct Operand {
   const void *x, *blocks, *t, *factor, *bias, *residual, *slope;
   const int *ptr, *idx, *block_of;  // of output rows; block_of null: consecutive
   int in, out, b, rank;
   bool transposed;
   Activation activation;
+  int64_t slope_stride;
 };
 
 template <typename T>
@@ -53,7 +65,10 @@ __global__ void reference(Operand o, float* y, float* slope_out, int64_t first, 
     if (slope_out) slope_out[local * o.out + n] = slope;
     s = value;
   });
-  if (o.slope) s *= at(o.slope, token * o.out + n);
+  if (o.slope) {
+    const auto* slope = static_cast<const device::SlopeOf<T>*>(o.slope);
+    s *= device::to_float(slope[token * o.slope_stride + n]);
+  }
   if (o.residual) s += at(o.residual, token * o.out + n);
   y[local * o.out + n] = s;
 }
@@ -73,14 +88,15 @@ __global__ void reference_t(const T* x, const T* factor, int features, int rank,
   t[i] = s;
 }
 
-// sums: squared error, squared reference, NaNs, outliers.
+// sums: squared error, squared reference, NaNs, outliers. `got` has rows of `cols`, `stride` apart.
 template <typename T>
-__global__ void compare(const float* want, const T* got, size_t n, double* sums) {
+__global__ void compare(const float* want, const T* got, size_t n, double* sums, size_t cols = 1,
+                        size_t stride = 1) {
   double error = 0, norm = 0;
   int nans = 0, outliers = 0;
   for (size_t i = blockIdx.x * size_t{blockDim.x} + threadIdx.x; i < n;
        i += size_t{gridDim.x} * blockDim.x) {
-    const float v = device::to_float(got[i]), d = v - want[i];
+    const float v = device::to_float(got[i / cols * stride + i % cols]), d = v - want[i];
     if (v != v) {
       ++nans;
       continue;

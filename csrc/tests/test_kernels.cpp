@@ -34,8 +34,10 @@ struct Run {
   std::vector<int32_t> plan;
   PlanHeader header;
   DeviceInfo device;
+  using Slope = device::SlopeOf<T>;
   Tensor<T> x, blocks, u, v, bias, residual, dy;
-  Matrix weight;  // [n][k], low rank not included
+  Tensor<Slope> slope, x_slope;  // of the layer's output and of its input
+  Matrix weight;                 // [n][k], low rank not included
   double tolerance = sizeof(T) == 4 ? 2e-5 : std::is_same_v<T, __half> ? 2e-3 : 1.5e-2;
 
   explicit Run(const Case& which) : c(which) {
@@ -60,6 +62,9 @@ struct Run {
     bias = Tensor<T>::random(1, n, 1, rng);
     residual = Tensor<T>::random(c.tokens, n, 1, rng);
     dy = Tensor<T>::random(c.tokens, n, 1, rng);
+    slope = random_slopes(n);
+    x_slope = random_slopes(k);
+    if (c.nan) bias.set(0, n / 2, NAN);
     weight = zeros(n, k);
     for (int32_t q = 0; q < layout.nnz(); ++q) {
       for (int i = 0; i < b; ++i) {
@@ -69,6 +74,12 @@ struct Run {
         }
       }
     }
+  }
+
+  Tensor<Slope> random_slopes(int features) {
+    auto t = Tensor<Slope>::uniform(c.tokens, features, -0.13, 1.13, rng);
+    for (int i = 0; c.nan && i < c.tokens; i += 7) t.set(i, (i * 37 + 5) % features, NAN);
+    return t;
   }
 
   static constexpr DType dtype() {
@@ -106,7 +117,8 @@ struct Run {
 
   void forward() {
     const int n = c.n(), k = c.k(), r = c.rank, tokens = c.tokens;
-    Tensor<T> y(tokens, n), slope(tokens, n), t(tokens, r);
+    Tensor<T> y(tokens, n), t(tokens, r);
+    Tensor<Slope> slope_out(tokens, n);
     ProductParams p = params(false, x, v, u, t, y);
     p.bias = bias.pointer();
     if (c.residual) {
@@ -115,8 +127,8 @@ struct Run {
     }
     p.activation = c.activation;
     if (c.save_slope) {
-      p.slope_out = slope.pointer();
-      p.slope_out_stride = n;
+      p.slope_out = slope_out.pointer();
+      p.slope_out_stride = slope_out.stride;
     }
     check(launch_product(p, device, nullptr));
 
@@ -144,33 +156,41 @@ struct Run {
       }
     }
     compare(c, "y", y, want, tolerance);
-    if (c.save_slope) compare(c, "the slope", slope, want_slope, tolerance);
+    if (c.save_slope) compare(c, "the slope", slope_out, want_slope, tolerance);
+  }
+
+  // dz from dy and a slope, which for ReLU may also be any tensor of T.
+  template <typename S>
+  Tensor<T> activation_grad(Tensor<S>& given, DType given_dtype) {
+    Tensor<T> dz(c.tokens, c.n());
+    const bool relu = c.activation == Activation::kRelu;
+    const ActivationGradParams a{dtype(),      given_dtype,  relu,  c.tokens,
+                                 c.n(),        dy.pointer(), c.n(), given.pointer(),
+                                 given.stride, dz.pointer(), c.n()};
+    check(launch_activation_grad(a, device, nullptr));
+    Matrix want = zeros(c.tokens, c.n());
+    for (int i = 0; i < c.tokens; ++i) {
+      for (int j = 0; j < c.n(); ++j) {
+        const double s = given.at(i, j);
+        want[i][j] = dy.at(i, j) * (relu ? !(s <= 0) : s);
+      }
+    }
+    compare(c, "dz", dz, want, tolerance);
+    return dz;
   }
 
   void backward() {
     const int n = c.n(), k = c.k(), r = c.rank, tokens = c.tokens;
     Tensor<T> dz = dy;
-    if (c.activation != Activation::kNone) {
-      dz = Tensor<T>(tokens, n);
-      const bool relu = c.activation == Activation::kRelu;
-      ActivationGradParams a{dtype(), relu,         tokens, n, dy.pointer(), n, residual.pointer(),
-                             n,       dz.pointer(), n};
-      check(launch_activation_grad(a, device, nullptr));
-      Matrix want = zeros(tokens, n);
-      for (int i = 0; i < tokens; ++i) {
-        for (int j = 0; j < n; ++j) {
-          const double slope = residual.at(i, j);
-          want[i][j] = dy.at(i, j) * (relu ? slope > 0 : slope);
-        }
-      }
-      compare(c, "dz", dz, want, tolerance);
-    }
+    if (c.activation == Activation::kRelu) activation_grad(residual, dtype());
+    if (c.activation != Activation::kNone) dz = activation_grad(slope, slope_dtype(dtype()));
+    if (c.nan) dz = dy;  // products would spread it
     Tensor<T> dx(tokens, k), s(tokens, r);
     ProductParams p = params(true, dz, u, v, s, dx);
     const bool through = c.activation != Activation::kNone;  // as if x came from the activation
     if (through) {
-      p.slope = x.pointer();
-      p.slope_stride = k;
+      p.slope = x_slope.pointer();
+      p.slope_stride = x_slope.stride;
     }
     check(launch_product(p, device, nullptr));
     Matrix want = product(
@@ -185,7 +205,7 @@ struct Run {
       }
     }
     for (int i = 0; through && i < tokens; ++i) {
-      for (int j = 0; j < k; ++j) want[i][j] *= x.at(i, j);
+      for (int j = 0; j < k; ++j) want[i][j] *= x_slope.at(i, j);
     }
     compare(c, "dx", dx, want, tolerance);
 
@@ -285,6 +305,43 @@ void check_gelu() {
   std::printf("FAILED gelu: off by %.1e\n", worst);
 }
 
+// Every code, and slopes between codes.
+void check_codes() {
+  bool good = true;
+  for (int q = 0; q < 256; ++q) {
+    const auto code = static_cast<uint8_t>(q);
+    const float slope = device::to_float(device::SlopeCode{code});
+    if (q == device::kCodeOfNan) {
+      good &= std::isnan(slope) && device::from_float<device::SlopeCode>(NAN).code == q;
+    } else if (q <= 252) {
+      good &= std::fabs(slope - (q - 26) / 200.0) < 1e-7;
+      good &= device::from_float<device::SlopeCode>(slope).code == q;
+    }
+    for (int i = 0; i < 4; ++i) {
+      // Among its neighbours: NaN or the largest code below it, anything above.
+      for (const uint32_t others : {0u, 0xfcfcfcfcu, 0x1a7fe280u}) {
+        const uint32_t word = (others & ~(0xffu << 8 * i)) | uint32_t{code} << 8 * i;
+        const bool flagged = (device::nan_flags(word) & device::kNanFlags) != 0;
+        good &= flagged == (q == device::kCodeOfNan);
+        if (flagged) continue;
+        const float fast = device::decode_slope(word, device::slope_selector(i));
+        good &= std::fabs(fast - slope) < 1e-5;
+      }
+    }
+  }
+  good &=
+      device::to_float(device::SlopeCode{26}) == 0 && device::to_float(device::SlopeCode{226}) == 1;
+  for (int i = -13000; i <= 113000; ++i) {
+    const float slope = static_cast<float>(i) * 1e-5f;
+    const uint32_t pair = device::encode_slopes(slope, 1.f);
+    const double exact = 26 + 200.0 * slope, code = pair & 0xff;
+    good &= std::fabs(code - exact) < 0.6 && (pair >> 16 & 0xff) == 226;
+  }
+  if (good) return;
+  ++g_failures;
+  std::printf("FAILED codes of slopes\n");
+}
+
 bool wanted(const std::string& name, int argc, char** argv) {
   for (int i = 1; i < argc; ++i) {
     if (name.find(argv[i]) == std::string::npos) return false;
@@ -314,6 +371,7 @@ int main(int argc, char** argv) {
     return g_failures == 0 ? 0 : 1;
   }
   check_gelu();
+  check_codes();
   const struct {
     const char* name;
     Eagerness eagerness;

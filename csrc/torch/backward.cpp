@@ -32,8 +32,9 @@ std::tuple<OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor, Optio
   if (v) check_operand(kOp, "v", *v, dy, {h.rank, k});
   if (x) check_operand(kOp, "x", *x, dy, {tokens, k});
   if (t) check_operand(kOp, "t", *t, dy, {tokens, h.rank});
-  if (slope) check_operand(kOp, "slope", *slope, dy, {tokens, n});
-  if (x_slope) check_operand(kOp, "x_slope", *x_slope, dy, {tokens, k});
+  DType given_slope = dtype;
+  if (slope) given_slope = check_slope(kOp, "slope", *slope, dy, dtype, relu, {tokens, n});
+  if (x_slope) check_slope(kOp, "x_slope", *x_slope, dy, dtype, false, {tokens, k});
 
   const torch::stable::accelerator::DeviceGuard guard(dy.get_device_index());
   const DeviceInfo device = device_of(dy, kOp);
@@ -60,6 +61,7 @@ std::tuple<OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor, Optio
     dz = empty(dy, {tokens, n});
     ActivationGradParams a{};
     a.dtype = dtype;
+    a.slope_dtype = given_slope;
     a.relu = relu;
     a.tokens = tokens;
     a.features = h.out_features;

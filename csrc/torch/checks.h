@@ -60,21 +60,43 @@ inline int32_t dtype_number(const Tensor& t) {
   return number;
 }
 
-// Checks one operand against another, which may be itself: same device, same dtype, the shape
-// given, contiguous last dimension.
-inline void check_operand(const char* op, const char* name, const Tensor& t, const Tensor& other,
-                          std::initializer_list<int64_t> shape) {
+// Checks where one operand is and how it lies against another: same device, the shape given,
+// contiguous last dimension.
+inline void check_rows(const char* op, const char* name, const Tensor& t, const Tensor& other,
+                       std::initializer_list<int64_t> shape) {
   const int32_t device = other.get_device_index();
   STD_TORCH_CHECK(t.is_cuda() && t.get_device_index() == device, op, ": ", name,
                   " must be on the other operands' device (cuda:", device, ")");
-  STD_TORCH_CHECK(dtype_number(t) == dtype_number(other), op, ": ", name,
-                  " must have the other operands' dtype");
   const auto sizes = t.sizes();
   STD_TORCH_CHECK(std::equal(sizes.begin(), sizes.end(), shape.begin(), shape.end()), op, ": ",
                   name, " must have shape ", shape_string(shape), ", got ", shape_string(t));
   const auto last = static_cast<int64_t>(shape.size()) - 1;
   STD_TORCH_CHECK(sizes[last] <= 1 || t.stride(last) == 1, op, ": ", name,
                   " must be contiguous in its last dimension");
+}
+
+// Checks one operand against another, which may be itself: the same, and the same dtype.
+inline void check_operand(const char* op, const char* name, const Tensor& t, const Tensor& other,
+                          std::initializer_list<int64_t> shape) {
+  STD_TORCH_CHECK(dtype_number(t) == dtype_number(other), op, ": ", name,
+                  " must have the other operands' dtype");
+  check_rows(op, name, t, other, shape);
+}
+
+// Checks a slope for a gradient of `dtype`: as pixelfly::forward saves it, or the layer's output
+// where `or_output`. Returns its dtype.
+inline DType check_slope(const char* op, const char* name, const Tensor& t, const Tensor& gradient,
+                         DType dtype, bool or_output, std::initializer_list<int64_t> shape) {
+  check_rows(op, name, t, gradient, shape);
+  const int32_t number = dtype_number(t);
+  if (slope_dtype(dtype) == DType::kUInt8 && number == aoti_torch_dtype_uint8()) {
+    return DType::kUInt8;
+  }
+  STD_TORCH_CHECK(slope_dtype(dtype) == dtype || or_output, op, ": ", name,
+                  " must be uint8, as pixelfly::forward saves it for bfloat16");
+  STD_TORCH_CHECK(number == dtype_number(gradient), op, ": ", name, " must have dy's dtype",
+                  slope_dtype(dtype) == dtype ? "" : " or be uint8");
+  return dtype;
 }
 
 // The header travels as decimal integers in a string: a list of integers is converted one by one,
@@ -130,12 +152,22 @@ inline Tensor empty(const Tensor& x, std::initializer_list<int64_t> shape) {
   return empty(x, shape, dtype_number(x));
 }
 
-// A [rows, cols] tensor like x whose row stride is a multiple of 8 elements, so that kernels can
-// read its rows as 16-byte vectors.
-inline Tensor padded_rows(const Tensor& x, int64_t rows, int64_t cols) {
-  if (cols % 8 == 0) return empty(x, {rows, cols});
-  Tensor full = empty(x, {rows, (cols + 7) / 8 * 8});
+// A [rows, cols] tensor on x's device whose row stride is a multiple of some elements.
+inline Tensor padded_rows(const Tensor& x, int64_t rows, int64_t cols, int32_t dtype,
+                          int64_t multiple) {
+  if (cols % multiple == 0) return empty(x, {rows, cols}, dtype);
+  Tensor full = empty(x, {rows, (cols + multiple - 1) / multiple * multiple}, dtype);
   return torch::stable::narrow(full, 1, 0, cols);
+}
+// The same like x, with rows that kernels can read as 16-byte vectors.
+inline Tensor padded_rows(const Tensor& x, int64_t rows, int64_t cols) {
+  return padded_rows(x, rows, cols, dtype_number(x), x.element_size() == 1 ? 16 : 8);
+}
+
+// An uninitialised slope of a layer's output, as `pixelfly/ops/activations.py` makes it.
+inline Tensor empty_slope(const Tensor& x, DType dtype, int64_t rows, int64_t cols) {
+  if (slope_dtype(dtype) == dtype) return empty(x, {rows, cols});
+  return padded_rows(x, rows, cols, aoti_torch_dtype_uint8(), 16);
 }
 
 // The tensor itself if it starts at, and its rows are, multiples of 16 bytes; else a copy that

@@ -38,7 +38,7 @@ std::tuple<Tensor, OptionalTensor, OptionalTensor> forward(
   Tensor y = empty(x, {tokens, n});
   OptionalTensor t, slope;
   if (h.rank > 0) t = padded_rows(x, tokens, h.rank);
-  if (save_slope) slope = empty(x, {tokens, n});
+  if (save_slope) slope = empty_slope(x, dtype, tokens, n);
 
   ProductParams p{};
   p.dtype = dtype;

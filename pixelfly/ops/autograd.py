@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from .activations import NONE, RELU
+from .activations import NONE, RELU, empty_slope
 from .plan import Header
 
 
@@ -52,7 +52,7 @@ def _forward_fake(
         # Rows of t are padded to 16 bytes so that kernels can read them as vectors.
         rank = u.shape[1]
         t = x.new_empty(x.shape[0], _round_up(rank, 8))[:, :rank]
-    return x.new_empty(x.shape[0], n), t, x.new_empty(x.shape[0], n) if save_slope else None
+    return x.new_empty(x.shape[0], n), t, empty_slope(x, n) if save_slope else None
 
 
 def _backward_fake(

@@ -15,7 +15,16 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 
-from .activations import NONE, activation_slope, apply_activation
+from .activations import (
+    CODE_OF_ZERO,
+    NONE,
+    activation_slope,
+    apply_activation,
+    decode_slope,
+    empty_slope,
+    encode_slope,
+    slope_dtype,
+)
 from .cpu_schedule import Batch, Schedule, forward_schedule, transposed_schedule
 from .plan import Header
 
@@ -130,7 +139,7 @@ def forward(x, blocks, u, v, bias, residual, plan, header, activation, save_slop
         tokens, n, b = x.shape[0], h.out_features, h.block_size
         dtype = _compute_dtype(x.dtype)
         y = x.new_empty(tokens, n)
-        slope = x.new_empty(tokens, n) if save_slope else None
+        slope = empty_slope(x, n) if save_slope else None
         t = None
         if u is not None:
             rank = u.shape[1]
@@ -154,7 +163,8 @@ def forward(x, blocks, u, v, bias, residual, plan, header, activation, save_slop
             if bias is not None:
                 z += bias
             if save_slope:
-                slope[rows] = activation_slope(z, activation)
+                exact = activation_slope(z, activation)
+                slope[rows] = encode_slope(exact) if slope.dtype == torch.uint8 else exact
             if activation != NONE:
                 z = apply_activation(z, activation)
             if residual is not None:
@@ -164,8 +174,27 @@ def forward(x, blocks, u, v, bias, residual, plan, header, activation, save_slop
         return y, t, slope
 
 
-def _input_grad(dz, blocks, s, v, plan, h: Header) -> torch.Tensor:
-    """Returns `dx = dz · B + s · v`."""
+def _check_slope(name: str, slope: torch.Tensor | None, dy: torch.Tensor, relu: bool) -> None:
+    if slope is None or slope.dtype == slope_dtype(dy.dtype) or (relu and slope.dtype == dy.dtype):
+        return
+    raise RuntimeError(
+        f"pixelfly::backward: {name} must be {slope_dtype(dy.dtype)}, as pixelfly::forward saves it "
+        f"for {dy.dtype}, got {slope.dtype}"
+    )
+
+
+def _output_grad(dy, slope, relu: bool) -> torch.Tensor:
+    """Returns `dz = dy ⊙ slope`; relu: `dy` where the slope, which may be y, is positive."""
+    if not relu:
+        dtype = _compute_dtype(dy.dtype)
+        return (dy * decode_slope(slope, dtype)).to(dy.dtype)
+    if slope.dtype == torch.uint8:
+        return dy.masked_fill(slope <= CODE_OF_ZERO, 0)
+    return torch.ops.aten.threshold_backward(dy, slope, 0)
+
+
+def _input_grad(dz, blocks, s, v, x_slope, plan, h: Header) -> torch.Tensor:
+    """Returns `dx = (dz · B + s · v) ⊙ x_slope`."""
     tokens, k, b = dz.shape[0], h.in_features, h.block_size
     dtype = _compute_dtype(dz.dtype)
     dx = dz.new_empty(tokens, k)
@@ -182,6 +211,8 @@ def _input_grad(dz, blocks, s, v, plan, h: Header) -> torch.Tensor:
         out = out[:, :k].to(dtype)
         if s is not None:
             out.addmm_(s[rows], v)
+        if x_slope is not None:
+            out *= decode_slope(x_slope[rows], dtype)
         if not direct:
             dx[rows] = out
     return dx
@@ -230,19 +261,17 @@ def backward(
     """Computes `pixelfly::backward`: dx, dblocks, du, dv, dbias, None where not needed."""
     with _without_autocast():
         h = Header.parse(header)
+        _check_slope("slope", slope, dy, relu)
+        _check_slope("x_slope", x_slope, dy, False)
         dtype = _compute_dtype(dy.dtype)
         grad_dtype = torch.float32 if float32_grads else dy.dtype
-        dz = dy
-        if slope is not None:
-            dz = torch.ops.aten.threshold_backward(dy, slope, 0) if relu else dy * slope
+        dz = dy if slope is None else _output_grad(dy, slope, relu)
         s = None
         if u is not None and (need_dx or need_dv):
             s = dz.to(dtype) @ u.to(dtype)
         dx = dblocks = du = dv = dbias = None
         if need_dx:
-            dx = _input_grad(dz, blocks, s, None if v is None else v.to(dtype), plan, h)
-            if x_slope is not None:
-                dx *= x_slope
+            dx = _input_grad(dz, blocks, s, None if v is None else v.to(dtype), x_slope, plan, h)
         if need_dblocks:
             dblocks = _block_grad(dz, x, blocks, plan, h, grad_dtype)
         if need_du:

@@ -54,12 +54,12 @@ struct ProductParams {
   const void* bias;      // [out_features] or null
   const void* residual;  // [T, out_features] or null
   int64_t residual_stride;
-  const void* slope;  // [T, out_features]: multiplies the result (transposed only), or null
+  const void* slope;  // [T, out_features] of slope_dtype(): multiplies the result (transposed only)
   int64_t slope_stride;
   Activation activation;  // not transposed only
   void* y;                // [T, out_features]
   int64_t y_stride;
-  void* slope_out;  // [T, out_features]: act'(x · Bᵀ + t · uᵀ + bias), or null; not transposed only
+  void* slope_out;  // [T, out_features] of slope_dtype(): act'(x · Bᵀ + t · uᵀ + bias), or null
   int64_t slope_out_stride;
   const PlanHeader* header;  // host
   const int32_t* plan;       // device
@@ -95,6 +95,7 @@ struct WeightGradParams {
 // dz = dy ⊙ slope, elementwise over [T, N]; for ReLU, dz = dy where slope > 0: it may be y itself.
 struct ActivationGradParams {
   DType dtype;
+  DType slope_dtype;  // slope_dtype(dtype), for ReLU also dtype
   bool relu;
   int64_t tokens;
   int32_t features;

@@ -30,6 +30,9 @@ struct dim3 {
 struct int4 {
   int x, y, z, w;
 };
+struct uint2 {
+  unsigned x, y;
+};
 struct uint4 {
   unsigned x, y, z, w;
 };
@@ -59,13 +62,29 @@ std::common_type_t<A, B> max(A a, B b) {
   return a < b ? b : a;
 }
 
+inline float __uint_as_float(unsigned bits) {
+  float x;
+  std::memcpy(&x, &bits, 4);
+  return x;
+}
+// Four bytes of the eight of a (the low ones) and b, by the nibbles of `selector`.
+inline unsigned __byte_perm(unsigned a, unsigned b, unsigned selector) {
+  const uint64_t bytes = uint64_t{b} << 32 | a;
+  unsigned out = 0;
+  for (unsigned i = 0; i < 4; ++i) {
+    out |= static_cast<unsigned>(bytes >> (selector >> 4 * i & 7) * 8 & 0xff) << 8 * i;
+  }
+  return out;
+}
+
 inline void __syncthreads() {
   const auto& size = blockDim;
   ::emulator::named_sync(0, static_cast<int>(size.x * size.y * size.z));
 }
 inline void __syncwarp() { ::emulator::warp_exchange({}); }
-inline int __shfl_sync(unsigned, int value, int source) {
-  return static_cast<int>(
+template <typename T>
+T __shfl_sync(unsigned, T value, int source) {
+  return static_cast<T>(
       ::emulator::warp_exchange({static_cast<uint32_t>(value)})[static_cast<size_t>(source)][0]);
 }
 
