@@ -11,7 +11,7 @@ import math
 
 import torch
 
-from .layout import BlockLayout, check_sizes, grid_shape
+from .layout import BlockLayout, check_int, check_sizes, grid_shape, is_int
 
 
 def _stretched(square: torch.Tensor, rows: int, cols: int) -> torch.Tensor:
@@ -41,9 +41,9 @@ def _butterfly(size: int, max_stride: int | None) -> torch.Tensor:
     """Cells with i == j or i XOR j in {1, 2, ..., max_stride / 2}, on a grid padded to 2^k."""
     padded = 1 << max(size - 1, 0).bit_length()
     limit = padded if max_stride is None else max_stride
-    if not isinstance(limit, int) or limit < 1 or limit & (limit - 1):
+    if not is_int(limit) or limit < 1 or limit & (limit - 1):
         raise ValueError(
-            f"flat_block_butterfly: max_stride must be a power of two, got {max_stride}"
+            f"flat_block_butterfly: max_stride must be a power of two, got {max_stride!r}"
         )
     if limit > padded:
         raise ValueError(
@@ -93,6 +93,7 @@ def flat_block_butterfly(
         320
     """
     size = _side("flat_block_butterfly", out_features, in_features, block_size)
+    check_int("flat_block_butterfly", "global_width", global_width)
     if global_width < 0 or global_width > min(out_features, in_features):
         raise ValueError(
             "flat_block_butterfly: global_width must lie between 0 and "
@@ -122,6 +123,7 @@ def _research(
     shuffle: bool,
 ) -> BlockLayout:
     """The research code's layout: P x P pattern, stretched, with global parts, block cover."""
+    check_int("flat_block_butterfly", "grid_size", grid_size)
     if grid_size < 1 or grid_size & (grid_size - 1):
         raise ValueError(f"flat_block_butterfly: grid_size must be a power of two, got {grid_size}")
     if out_features % grid_size or in_features % grid_size:
@@ -186,6 +188,7 @@ def local(
 ) -> BlockLayout:
     """A band: blocks at most `window` cells off the stretched diagonal (0: block diagonal)."""
     size = _side("local", out_features, in_features, block_size)
+    check_int("local", "window", window)
     if window < 0:
         raise ValueError(f"local: window must not be negative, got {window}")
     i, j = _distances(size)
@@ -203,6 +206,7 @@ def global_(
     """
     check_sizes("global_", out_features, in_features, block_size)
     width = block_size if width is None else width
+    check_int("global_", "width", width)
     if not 0 < width <= min(out_features, in_features):
         raise ValueError(
             f"global_: width must lie in 1..{min(out_features, in_features)}, got {width}"
@@ -229,6 +233,8 @@ def random(
 ) -> BlockLayout:
     """Random blocks, exactly `blocks_per_row` in every block row; a seed gives one layout."""
     check_sizes("random", out_features, in_features, block_size)
+    check_int("random", "blocks_per_row", blocks_per_row)
+    check_int("random", "seed", seed)
     rows, cols = grid_shape(out_features, in_features, block_size)
     if not 1 <= blocks_per_row <= cols:
         raise ValueError(f"random: blocks_per_row must lie in 1..{cols}, got {blocks_per_row}")
@@ -281,6 +287,7 @@ def strided(
     """
     size = _side("strided", out_features, in_features, block_size)
     stride = max(1, round(math.sqrt(size))) if stride is None else stride
+    check_int("strided", "stride", stride)
     if not 1 <= stride:
         raise ValueError(f"strided: stride must be at least 1, got {stride}")
     i, j = _distances(size)
