@@ -60,6 +60,7 @@ CASES = {
     "activation": (
         {"activation": "tanh"}, ValueError, ["activation", "'gelu_tanh'", "got 'tanh'"]),
     "activation type": ({"activation": torch.relu}, ValueError, ["activation", "built-in"]),
+    "activation list": ({"activation": ["relu"]}, ValueError, ["activation", "got ['relu']"]),
     "residual shape": (
         {"residual": zeros(3, 64)}, ValueError, ["residual.shape", "[2, 3, 64]", "[3, 64]"]),
     "residual features": (
