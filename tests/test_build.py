@@ -59,6 +59,7 @@ def test_nvcc_on_path_in_cuda_home_and_skipped(build, monkeypatch, tmp_path):
         (None, ["80,code=sm_80", "90,code=sm_90", "90,code=compute_90"], True),
         ("8.0", ["80,code=sm_80"], False),
         ("8.0 8.6+PTX", ["80,code=sm_80", "86,code=sm_86", "86,code=compute_86"], False),
+        ("5.2;7.5 8.0;9.0 9.0a;", ["80,code=sm_80", "90,code=sm_90"], True),
     ],
 )
 def test_architectures(build, monkeypatch, archs, common, hopper):
@@ -66,6 +67,20 @@ def test_architectures(build, monkeypatch, archs, common, hopper):
         monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", archs)
     assert build.gencode("a_sm80.cu") == [f"-gencode=arch=compute_{flag}" for flag in common]
     assert (build.gencode("a_sm90.cu") is not None) == hopper
+
+
+@pytest.mark.parametrize(
+    ("archs", "message"),
+    [
+        ("8.0 Hopper", "such as 8.0 or 9.0a\\+PTX, got 'Hopper'"),
+        ("90a", "such as 8.0 or 9.0a\\+PTX, got '90a'"),
+        ("6.0 7.5+PTX", "from 8.0 on, got '6.0 7.5\\+PTX'"),
+    ],
+)
+def test_architectures_without_kernels(build, monkeypatch, archs, message):
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", archs)
+    with pytest.raises(SystemExit, match=message):
+        build.gencode("a_sm80.cu")
 
 
 def test_old_torch_old_nvcc_no_compiler(build):
