@@ -185,6 +185,23 @@ def test_global_width_of_the_butterfly():
     assert wide == plain | masks.global_(256, 512, block_size=32, width=40)
 
 
+@pytest.mark.parametrize("width", [24, 32, 40, 100])
+@pytest.mark.parametrize("shape", [(256, 512), (200, 136)])
+@pytest.mark.parametrize("name", ["flat_block_butterfly", "longformer", "bigbird"])
+def test_nominal_density_counts_the_global_features_asked_for(name, shape, width):
+    layout = GENERATORS[name](*shape, block_size=32, global_width=width)
+    parts = {
+        "flat_block_butterfly": [masks.flat_block_butterfly(*shape, block_size=32)],
+        "longformer": [masks.local(*shape, block_size=32)],
+        "bigbird": [masks.local(*shape, block_size=32), masks.random(*shape, block_size=32)],
+    }[name]
+    mask = torch.stack([part.to_dense() for part in parts]).any(0)
+    mask[:width] = mask[:, :width] = True
+    assert torch.equal(layout.grid, covered(mask, 32))
+    assert layout.nominal_density == pytest.approx(mask.double().mean().item(), rel=1e-9)
+    assert ("the block cover grew it" in repr(layout)) == (width % 32 != 0)
+
+
 def test_stretch_along_the_larger_side():
     layout = masks.block_diagonal(64, 256, block_size=32)
     assert layout.grid.int().tolist() == [[1, 1, 1, 1, 0, 0, 0, 0], [0, 0, 0, 0, 1, 1, 1, 1]]

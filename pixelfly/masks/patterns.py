@@ -106,11 +106,24 @@ def flat_block_butterfly(
     if shuffle:
         raise ValueError("flat_block_butterfly: shuffle needs grid_size")
     layout = _layout(_butterfly(size, max_stride), out_features, in_features, block_size)
-    if global_width:
-        layout = layout | global_(
-            out_features, in_features, block_size=block_size, width=global_width
-        )
-    return layout
+    return _with_global(layout, global_width) if global_width else layout
+
+
+def _with_global(layout: BlockLayout, width: int | None) -> BlockLayout:
+    """The layout and `global_` of that width; its nominal density counts the features asked for."""
+    n, k, b = layout.out_features, layout.in_features, layout.block_size
+    width = b if width is None else width
+    union = layout | global_(n, k, block_size=b, width=width)
+
+    def outside(count: int, features: int) -> torch.Tensor:
+        """Features of each block that are not global ones."""
+        begin = torch.arange(count, device="cpu") * b
+        return ((begin + b).clamp(max=features) - begin.clamp(min=width)).clamp(min=0)
+
+    rows, cols = layout.grid.shape
+    kept = outside(rows, n) @ layout.grid.long() @ outside(cols, k)
+    nominal = (int(kept) + width * (n + k) - width**2) / (n * k)
+    return BlockLayout.from_grid(union.grid, b, n, k, nominal_density=nominal)
 
 
 def _research(
@@ -255,7 +268,7 @@ def longformer(
 ) -> BlockLayout:
     """A band and global rows and columns (Longformer, Beltagy et al. 2020)."""
     banded = local(out_features, in_features, block_size=block_size, window=window)
-    return banded | global_(out_features, in_features, block_size=block_size, width=global_width)
+    return _with_global(banded, global_width)
 
 
 def bigbird(
@@ -269,12 +282,11 @@ def bigbird(
     seed: int = 0,
 ) -> BlockLayout:
     """A band, global rows and columns, and random blocks (BigBird, Zaheer et al. 2020)."""
-    layout = longformer(
-        out_features, in_features, block_size=block_size, window=window, global_width=global_width
-    )
-    return layout | random(
+    banded = local(out_features, in_features, block_size=block_size, window=window)
+    chance = random(
         out_features, in_features, block_size=block_size, blocks_per_row=random_blocks, seed=seed
     )
+    return _with_global(banded | chance, global_width)
 
 
 def strided(
