@@ -108,6 +108,14 @@ def gencode(source: str) -> list[str] | None:
     return list(dict.fromkeys(flags))
 
 
+def launch_sources() -> list[pathlib.Path]:
+    """The launchers of the requested architectures; stand-ins for Hopper's if it is not one."""
+    sources = sorted(ROOT.glob("csrc/launch/*.cpp")) + sorted(ROOT.glob("csrc/launch/*.cu"))
+    if gencode("_sm90.cu"):
+        return [path for path in sources if path.name != "without_sm90.cpp"]
+    return [path for path in sources if not path.match("*_sm90.cu")]
+
+
 def numbers(version: str) -> tuple[int, int]:
     """Major and minor of "2.11.0+cpu"."""
     major, minor = re.match(r"(\d+)\.(\d+)", version).groups()
@@ -216,10 +224,7 @@ class NinjaBuild(build_ext):
             archs = ";".join(architectures())
             defines += [f"-DPIXELFLY_ARCHS='\"{archs}\"'"]
             link += [f"-L{home / 'lib64'}", f"-L{home / 'lib'}", "-lcudart_static", "-lrt"]
-            sources += sorted(ROOT.glob("csrc/torch/*.cpp")) + sorted(
-                ROOT.glob("csrc/launch/*.cpp")
-            )
-            sources += sorted(ROOT.glob("csrc/launch/*.cu"))
+            sources += sorted(ROOT.glob("csrc/torch/*.cpp")) + launch_sources()
         sources = list(dict.fromkeys(sources))
 
         cflags = ["-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
@@ -244,10 +249,8 @@ class NinjaBuild(build_ext):
         for source in sources:
             name = work / (str(source.relative_to(ROOT)).replace(os.sep, "_") + ".o")
             if source.suffix == ".cu":
-                target = gencode(str(source))
-                if target is None:
-                    continue
-                lines += [f"build {name}: nvcc {source}", f"  arch = {' '.join(target)}"]
+                target = " ".join(gencode(str(source)) or [])
+                lines += [f"build {name}: nvcc {source}", f"  arch = {target}"]
             else:
                 lines.append(f"build {name}: cxx {source}")
             objects.append(str(name))
