@@ -3,7 +3,7 @@
 Environment:
     PIXELFLY_FORCE_CUDA=1   fail if nvcc is missing instead of building the CPU package
     PIXELFLY_CPU_ONLY=1     skip the CUDA kernels
-    TORCH_CUDA_ARCH_LIST    e.g. "8.0;9.0a"; default "8.0;9.0a+PTX"
+    TORCH_CUDA_ARCH_LIST    e.g. "8.0;9.0a"; default "8.0;9.0a+PTX"; what is below 8.0 is left out
     MAX_JOBS                parallel compilers; default: the number of cores
     PIXELFLY_BUILD_LOG      file that receives the kernels' register and spill report
     CUDA_HOME               toolkit to use; default: the one nvcc on PATH belongs to
@@ -30,6 +30,7 @@ TORCH_TARGET = "0x020b000000000000"  # stable ABI of torch 2.11
 DEFAULT_ARCHS = "8.0;9.0a+PTX"
 OLDEST_TORCH = (2, 11)
 OLDEST_NVCC = (12, 8)
+OLDEST_ARCH = (8, 0)
 
 
 def toolkit_of(nvcc: str) -> pathlib.Path:
@@ -66,13 +67,35 @@ def find_nvcc() -> str | None:
     return None
 
 
+def architectures() -> list[str]:
+    """What TORCH_CUDA_ARCH_LIST asks for, without what is older than the kernels.
+
+    Lists meant for torch itself (as container images set them) often begin below 8.0.
+    """
+    text = os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_ARCHS
+    archs = [arch for arch in re.split(r"[; ,]+", text) if arch]
+    for arch in archs:
+        if not re.fullmatch(r"\d+\.\d+[a-z]?(\+PTX)?", arch):
+            raise SystemExit(
+                "pixelfly: TORCH_CUDA_ARCH_LIST must list architectures such as 8.0 or 9.0a+PTX, "
+                f"got {arch!r}"
+            )
+    supported = [arch for arch in archs if numbers(arch) >= OLDEST_ARCH]
+    if not supported:
+        raise SystemExit(
+            "pixelfly: TORCH_CUDA_ARCH_LIST must name an architecture from 8.0 on, got "
+            f"{text!r}: older GPUs have no kernels; PIXELFLY_CPU_ONLY=1 builds without them"
+        )
+    return supported
+
+
 def gencode(source: str) -> list[str] | None:
     """nvcc's target flags for one file; None if no requested architecture wants it.
 
     Files named *_sm90* use Hopper-only instructions and are compiled for sm_90a alone. The others
     serve every GPU from sm_80 on; "+PTX" (or the newest architecture) lets later GPUs run them.
     """
-    archs = re.split(r"[; ,]+", os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_ARCHS)
+    archs = architectures()
     if "_sm90" in pathlib.Path(source).name:
         hopper = any(a.startswith("9.0") for a in archs)
         return ["-gencode=arch=compute_90a,code=sm_90a"] if hopper else None
@@ -82,7 +105,15 @@ def gencode(source: str) -> list[str] | None:
         flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
         if arch.endswith("+PTX"):
             flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
-    return flags
+    return list(dict.fromkeys(flags))
+
+
+def launch_sources() -> list[pathlib.Path]:
+    """The launchers of the requested architectures; stand-ins for Hopper's if it is not one."""
+    sources = sorted(ROOT.glob("csrc/launch/*.cpp")) + sorted(ROOT.glob("csrc/launch/*.cu"))
+    if gencode("_sm90.cu"):
+        return [path for path in sources if path.name != "without_sm90.cpp"]
+    return [path for path in sources if not path.match("*_sm90.cu")]
 
 
 def numbers(version: str) -> tuple[int, int]:
@@ -187,16 +218,13 @@ class NinjaBuild(build_ext):
             text = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
             release = re.search(r"release ([\d.]+)", text)[1]
             check_nvcc(nvcc, release)
-            archs = os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_ARCHS
             theirs.append(f"-isystem{home / 'include'}")
             defines += ["-DPIXELFLY_WITH_CUDA", "-DUSE_CUDA"]
             defines += [f'-DPIXELFLY_CUDA_VERSION=\\"{release}\\"']
+            archs = ";".join(architectures())
             defines += [f"-DPIXELFLY_ARCHS='\"{archs}\"'"]
             link += [f"-L{home / 'lib64'}", f"-L{home / 'lib'}", "-lcudart_static", "-lrt"]
-            sources += sorted(ROOT.glob("csrc/torch/*.cpp")) + sorted(
-                ROOT.glob("csrc/launch/*.cpp")
-            )
-            sources += sorted(ROOT.glob("csrc/launch/*.cu"))
+            sources += sorted(ROOT.glob("csrc/torch/*.cpp")) + launch_sources()
         sources = list(dict.fromkeys(sources))
 
         cflags = ["-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
@@ -221,10 +249,8 @@ class NinjaBuild(build_ext):
         for source in sources:
             name = work / (str(source.relative_to(ROOT)).replace(os.sep, "_") + ".o")
             if source.suffix == ".cu":
-                target = gencode(str(source))
-                if target is None:
-                    continue
-                lines += [f"build {name}: nvcc {source}", f"  arch = {' '.join(target)}"]
+                target = " ".join(gencode(str(source)) or [])
+                lines += [f"build {name}: nvcc {source}", f"  arch = {target}"]
             else:
                 lines.append(f"build {name}: cxx {source}")
             objects.append(str(name))

@@ -76,8 +76,9 @@ class GPT2(nn.Module):
 
     def __init__(self, length: int, width: int, layers: int) -> None:
         super().__init__()
-        transformers = library("transformers", "--text")
-        config = transformers.GPT2Config(
+        # By its full name: transformers itself imports nothing until a class is asked for.
+        gpt2 = library("transformers.models.gpt2.modeling_gpt2", "--text")
+        config = gpt2.GPT2Config(
             vocab_size=256,
             n_positions=length,
             n_embd=width,
@@ -87,7 +88,7 @@ class GPT2(nn.Module):
             eos_token_id=0,
             use_cache=False,
         )
-        self.gpt2 = transformers.GPT2LMHeadModel(config)
+        self.gpt2 = gpt2.GPT2LMHeadModel(config)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:  # [batch, length]
         return self.gpt2(input_ids=ids).logits

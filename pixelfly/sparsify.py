@@ -12,7 +12,8 @@ from torch.nn.parameter import is_lazy
 
 from .convert_attention import attention_config, convert_attention
 from .known import KNOWN_MLPS, module_places, reads_weight, turn_off_fast_paths
-from .masks import BlockLayout
+from .masks import BLOCK_SIZES, BlockLayout
+from .masks.layout import is_int
 from .nn.attention import AttentionConfig
 from .nn.choice import LOWRANK_FORMS, Choice, choose
 from .nn.dense import dense_parameters, is_conv1d, match_activation
@@ -89,10 +90,13 @@ class PixelflyConfig:
         if self.recompute_mlp and not self.fuse_mlp:
             raise ValueError("recompute_mlp=True needs fuse_mlp=True, got fuse_mlp=False")
         # What depends on a layer's size is found when the layer is converted.
-        if self.density is not None and not 0 < self.density <= 1:
-            raise ValueError(f"density must be in (0, 1] or None, got {self.density}")
-        if self.block_size not in (16, 32, 64, 128):
-            raise ValueError(f"block_size must be 16, 32, 64 or 128, got {self.block_size}")
+        if self.density is not None:
+            if not isinstance(self.density, (int, float)) or isinstance(self.density, bool):
+                raise TypeError(f"density must be a number or None, got {self.density!r}")
+            if not 0 < self.density <= 1:
+                raise ValueError(f"density must be in (0, 1] or None, got {self.density}")
+        if not is_int(self.block_size) or self.block_size not in BLOCK_SIZES:
+            raise ValueError(f"block_size must be 16, 32, 64 or 128, got {self.block_size!r}")
         if self.lowrank not in LOWRANK_FORMS:
             raise ValueError(f"lowrank must be 'factored' or 'global', got {self.lowrank!r}")
         if self.gate not in GATES:
@@ -113,17 +117,16 @@ class PixelflyConfig:
                 "pattern='fitted' follows the dense weights, so it needs init='project' and "
                 f"lowrank='factored', got init={self.init!r}, lowrank={self.lowrank!r}"
             )
-        if self.rank is not None and (not isinstance(self.rank, int) or self.rank < 0):
+        if self.rank is not None and (not is_int(self.rank) or self.rank < 0):
             raise ValueError(f"rank must be a non-negative int or None, got {self.rank!r}")
         if self.lowrank == "global" and self.rank and self.rank % self.block_size:
             raise ValueError(
                 f"rank must be a multiple of block_size={self.block_size} with lowrank='global', "
                 f"got {self.rank}"
             )
-        if self.max_stride is not None and (
-            self.max_stride < 1 or self.max_stride & (self.max_stride - 1)
-        ):
-            raise ValueError(f"max_stride must be a power of two or None, got {self.max_stride}")
+        stride = self.max_stride
+        if stride is not None and (not is_int(stride) or stride < 1 or stride & (stride - 1)):
+            raise ValueError(f"max_stride must be a power of two or None, got {stride!r}")
         if None not in (self.density, self.max_stride, self.rank):
             raise ValueError(
                 "density, max_stride and rank cannot all be given: two fix the third (density is "

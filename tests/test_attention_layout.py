@@ -57,6 +57,7 @@ def test_plot_and_immutability():
         (lambda: butterfly_attention_layout(512, global_blocks=-1), ValueError, "non-negative"),
         (lambda: butterfly_attention_layout(64, 128, causal=True), ValueError, "as many queries"),
         (lambda: AttentionLayout.from_grid(torch.ones(2, 2), 16), TypeError, "boolean"),
+        (lambda: AttentionLayout.from_grid("grid", 16), TypeError, "boolean tensor .*got str"),
         (lambda: AttentionLayout.from_grid(torch.ones(2) > 0, 16), ValueError, "grid must be"),
         (lambda: AttentionLayout.from_grid(torch.eye(2) > 0, 16, 50), ValueError, "need a grid"),
         (lambda: AttentionLayout.per_head([]), ValueError, "one or more"),

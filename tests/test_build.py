@@ -2,6 +2,7 @@
 
 import importlib.util
 import pathlib
+import re
 import subprocess
 import sys
 import types
@@ -59,6 +60,7 @@ def test_nvcc_on_path_in_cuda_home_and_skipped(build, monkeypatch, tmp_path):
         (None, ["80,code=sm_80", "90,code=sm_90", "90,code=compute_90"], True),
         ("8.0", ["80,code=sm_80"], False),
         ("8.0 8.6+PTX", ["80,code=sm_80", "86,code=sm_86", "86,code=compute_86"], False),
+        ("5.2;7.5 8.0;9.0 9.0a;", ["80,code=sm_80", "90,code=sm_90"], True),
     ],
 )
 def test_architectures(build, monkeypatch, archs, common, hopper):
@@ -66,6 +68,42 @@ def test_architectures(build, monkeypatch, archs, common, hopper):
         monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", archs)
     assert build.gencode("a_sm80.cu") == [f"-gencode=arch=compute_{flag}" for flag in common]
     assert (build.gencode("a_sm90.cu") is not None) == hopper
+
+
+@pytest.mark.parametrize(("archs", "hopper"), [(None, True), ("9.0", True), ("8.0+PTX", False)])
+def test_launchers_of_hopper_or_their_stand_ins(build, monkeypatch, archs, hopper):
+    if archs is not None:
+        monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", archs)
+    names = {path.name for path in build.launch_sources()}
+    kernels = {"low_rank_sm90.cu", "product_sm90.cu", "weight_grad_sm90.cu"}
+    assert {"product.cpp", "product_sm80.cu", "tensor_map.cpp"} <= names
+    assert names & (kernels | {"without_sm90.cpp"}) == (kernels if hopper else {"without_sm90.cpp"})
+
+
+def test_stand_ins_are_complete():
+    """A launcher without one would be an undefined symbol, seen only when the library loads."""
+    launch = SETUP.parent / "csrc/launch"
+    declared = {
+        name
+        for header in launch.glob("*_sm90.h")
+        for name in re.findall(r"(\w+)\(const", header.read_text())
+    }
+    defined = set(re.findall(r"(\w+)\(const", (launch / "without_sm90.cpp").read_text()))
+    assert len(declared) == 7 and declared == defined
+
+
+@pytest.mark.parametrize(
+    ("archs", "message"),
+    [
+        ("8.0 Hopper", "such as 8.0 or 9.0a\\+PTX, got 'Hopper'"),
+        ("90a", "such as 8.0 or 9.0a\\+PTX, got '90a'"),
+        ("6.0 7.5+PTX", "from 8.0 on, got '6.0 7.5\\+PTX'"),
+    ],
+)
+def test_architectures_without_kernels(build, monkeypatch, archs, message):
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", archs)
+    with pytest.raises(SystemExit, match=message):
+        build.gencode("a_sm80.cu")
 
 
 def test_old_torch_old_nvcc_no_compiler(build):

@@ -185,6 +185,23 @@ def test_global_width_of_the_butterfly():
     assert wide == plain | masks.global_(256, 512, block_size=32, width=40)
 
 
+@pytest.mark.parametrize("width", [24, 32, 40, 100])
+@pytest.mark.parametrize("shape", [(256, 512), (200, 136)])
+@pytest.mark.parametrize("name", ["flat_block_butterfly", "longformer", "bigbird"])
+def test_nominal_density_counts_the_global_features_asked_for(name, shape, width):
+    layout = GENERATORS[name](*shape, block_size=32, global_width=width)
+    parts = {
+        "flat_block_butterfly": [masks.flat_block_butterfly(*shape, block_size=32)],
+        "longformer": [masks.local(*shape, block_size=32)],
+        "bigbird": [masks.local(*shape, block_size=32), masks.random(*shape, block_size=32)],
+    }[name]
+    mask = torch.stack([part.to_dense() for part in parts]).any(0)
+    mask[:width] = mask[:, :width] = True
+    assert torch.equal(layout.grid, covered(mask, 32))
+    assert layout.nominal_density == pytest.approx(mask.double().mean().item(), rel=1e-9)
+    assert ("the block cover grew it" in repr(layout)) == (width % 32 != 0)
+
+
 def test_stretch_along_the_larger_side():
     layout = masks.block_diagonal(64, 256, block_size=32)
     assert layout.grid.int().tolist() == [[1, 1, 1, 1, 0, 0, 0, 0], [0, 0, 0, 0, 1, 1, 1, 1]]
@@ -310,6 +327,21 @@ BAD = {
         ValueError,
         r"\[rows, cols\], got shape \(4,\)",
     ),
+    "grid of words": (
+        lambda: BlockLayout.from_grid("10 01", 16),
+        TypeError,
+        "grid must be a boolean tensor or array, got str",
+    ),
+    "grid of unequal rows": (
+        lambda: BlockLayout.from_grid([[True], [True, False]], 16),
+        TypeError,
+        "grid must be a boolean tensor or array, got list",
+    ),
+    "grid on the meta device": (
+        lambda: BlockLayout.from_grid(torch.ones(2, 2, dtype=torch.bool, device="meta"), 16),
+        TypeError,
+        "grid must be a boolean tensor or array, got Tensor .*meta",
+    ),
     "grid of another shape": (
         lambda: BlockLayout.from_grid(torch.ones(2, 2, dtype=torch.bool), 16, 64, 32),
         ValueError,
@@ -323,3 +355,45 @@ def test_bad_input(case):
     call, error, message = BAD[case]
     with pytest.raises(error, match=message):
         call()
+
+
+@pytest.mark.parametrize("value", [1.0, 1.5, "1", [1], True])
+@pytest.mark.parametrize(
+    ("generator", "argument"),
+    [
+        (masks.flat_block_butterfly, "block_size"),
+        (masks.flat_block_butterfly, "max_stride"),
+        (masks.flat_block_butterfly, "grid_size"),
+        (masks.flat_block_butterfly, "global_width"),
+        (masks.local, "window"),
+        (masks.longformer, "global_width"),
+        (masks.random, "blocks_per_row"),
+        (masks.random, "seed"),
+        (masks.strided, "stride"),
+    ],
+)
+def test_counts_must_be_integers(generator, argument, value):
+    with pytest.raises((TypeError, ValueError)) as info:
+        generator(256, 256, **{argument: value})
+    name = "width" if generator is masks.longformer else argument
+    assert f"{name} must be" in str(info.value) and f"got {value!r}" in str(info.value)
+
+
+@pytest.mark.parametrize("block_size", [None, 64.0, "64"])
+def test_block_size_of_a_grid(block_size):
+    with pytest.raises(ValueError, match=f"block_size must be one of .*got {block_size!r}"):
+        BlockLayout.from_grid(torch.ones(2, 2, dtype=torch.bool), block_size)
+
+
+@pytest.mark.parametrize(
+    ("grid", "error", "message"),
+    [
+        (torch.ones(2, 2, dtype=torch.bool), ValueError, "has a grid of 4x4, got 2x2"),
+        (torch.ones(16, dtype=torch.bool), ValueError, "has a grid of 4x4, got 16"),
+        (torch.ones(4, 4, dtype=torch.int32), TypeError, "boolean tensor.*got torch.int32 on cpu"),
+        ([[True] * 4] * 4, TypeError, "boolean tensor.*got list"),
+    ],
+)
+def test_constructor_refuses_a_grid_that_does_not_fit(grid, error, message):
+    with pytest.raises(error, match=message):
+        BlockLayout(64, 64, 16, grid)

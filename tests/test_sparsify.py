@@ -374,6 +374,22 @@ def test_bad_config(options, match):
         PixelflyConfig(**options)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("density", "0.25"),
+        ("density", True),
+        ("block_size", 64.0),
+        ("rank", True),
+        ("max_stride", 4.0),
+        ("max_stride", "4"),
+    ],
+)
+def test_config_of_wrong_types(name, value):
+    with pytest.raises((TypeError, ValueError), match=f"{name} must be .*got {value!r}"):
+        PixelflyConfig(**{name: value})
+
+
 def test_bad_arguments():
     model = nn.Sequential(nn.Linear(64, 64))
     with pytest.raises(ValueError, match="one of 'vit', 'mixer', 'gpt2', got 'bert'"):

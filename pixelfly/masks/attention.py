@@ -9,6 +9,8 @@ from typing import Any, NoReturn
 
 import torch
 
+from .layout import boolean_grid, is_int
+
 ATTENTION_BLOCK_SIZES = (16, 32, 64, 128)
 
 
@@ -59,9 +61,7 @@ class AttentionLayout:
             TypeError: grid is not boolean.
             ValueError: sizes do not fit together.
         """
-        grid = torch.as_tensor(grid, device="cpu")
-        if grid.dtype != torch.bool:
-            raise TypeError(f"AttentionLayout: grid must be boolean, got {grid.dtype}")
+        grid = boolean_grid("AttentionLayout", grid)
         grid = grid.unsqueeze(0) if grid.dim() == 2 else grid
         if grid.dim() != 3 or 0 in grid.shape:
             raise ValueError(
@@ -207,10 +207,10 @@ def _extents(length: int, block_size: int, count: int) -> torch.Tensor:
 
 
 def _check_block_size(block_size: int) -> None:
-    if block_size not in ATTENTION_BLOCK_SIZES:
+    if not is_int(block_size) or block_size not in ATTENTION_BLOCK_SIZES:
         raise ValueError(
             f"attention layouts: block_size must be one of {ATTENTION_BLOCK_SIZES}, "
-            f"got {block_size}"
+            f"got {block_size!r}"
         )
 
 

@@ -11,18 +11,65 @@ import torch
 BLOCK_SIZES = (16, 32, 64, 128)
 
 
+def is_int(value: object) -> bool:
+    """Whether a value is an integer; True and False are none."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def check_int(name: str, label: str, value: object) -> None:
+    """Raises TypeError if an argument is not an integer."""
+    if not is_int(value):
+        raise TypeError(f"{name}: {label} must be an int, got {value!r}")
+
+
+def check_block_size(name: str, block_size: int) -> None:
+    """Raises if there are no kernels for blocks of this size."""
+    if not is_int(block_size) or block_size not in BLOCK_SIZES:
+        raise ValueError(f"{name}: block_size must be one of {BLOCK_SIZES}, got {block_size!r}")
+
+
 def check_sizes(name: str, out_features: int, in_features: int, block_size: int) -> None:
     """Raises if no layout of these sizes can exist."""
-    if block_size not in BLOCK_SIZES:
-        raise ValueError(f"{name}: block_size must be one of {BLOCK_SIZES}, got {block_size}")
+    check_block_size(name, block_size)
     for label, size in (("out_features", out_features), ("in_features", in_features)):
-        if not isinstance(size, int) or size <= 0 or size % 8:
-            raise ValueError(f"{name}: {label} must be a positive multiple of 8, got {size}")
+        if not is_int(size) or size <= 0 or size % 8:
+            raise ValueError(f"{name}: {label} must be a positive multiple of 8, got {size!r}")
+
+
+def boolean_grid(name: str, grid: Any) -> torch.Tensor:
+    """Returns a user's grid of blocks as a CPU tensor; raises TypeError if it is not boolean."""
+    try:
+        grid = torch.as_tensor(grid, device="cpu")
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(
+            f"{name}: grid must be a boolean tensor or array, got {type(grid).__name__} ({error})"
+        ) from error
+    if grid.dtype != torch.bool:
+        raise TypeError(f"{name}: grid must be boolean, got {grid.dtype}")
+    return grid
 
 
 def grid_shape(out_features: int, in_features: int, block_size: int) -> tuple[int, int]:
     """Block rows and block columns: the last of each may reach past the matrix."""
     return -(-out_features // block_size), -(-in_features // block_size)
+
+
+def _check_grid(grid: torch.Tensor, out_features: int, in_features: int, block_size: int) -> None:
+    """Raises if a grid is not the boolean CPU tensor of a matrix of these sizes."""
+    if not isinstance(grid, torch.Tensor) or grid.dtype != torch.bool or grid.device.type != "cpu":
+        given = type(grid).__name__
+        if isinstance(grid, torch.Tensor):
+            given = f"{grid.dtype} on {grid.device}"
+        raise TypeError(
+            f"BlockLayout: grid must be a boolean tensor on the CPU, got {given}; "
+            "BlockLayout.from_grid takes others"
+        )
+    expected = grid_shape(out_features, in_features, block_size)
+    if grid.shape != expected:
+        raise ValueError(
+            f"BlockLayout: a {out_features}x{in_features} matrix in blocks of {block_size} has a "
+            f"grid of {expected[0]}x{expected[1]}, got {'x'.join(map(str, grid.shape))}"
+        )
 
 
 class BlockLayout:
@@ -66,6 +113,9 @@ class BlockLayout:
         nominal_density: float | None = None,
         device: torch.device | None = None,
     ) -> None:
+        # An index that does not fit the matrix would reach past it in a kernel.
+        check_sizes("BlockLayout", out_features, in_features, block_size)
+        _check_grid(grid, out_features, in_features, block_size)
         self.__dict__.update(
             out_features=out_features,
             in_features=in_features,
@@ -108,21 +158,13 @@ class BlockLayout:
             TypeError: grid is not boolean.
             ValueError: sizes do not fit together.
         """
-        grid = torch.as_tensor(grid, device="cpu")
-        if grid.dtype != torch.bool:
-            raise TypeError(f"from_grid: grid must be boolean, got {grid.dtype}")
+        grid = boolean_grid("from_grid", grid)
+        check_block_size("from_grid", block_size)
         if grid.dim() != 2 or 0 in grid.shape:
             raise ValueError(f"from_grid: grid must be [rows, cols], got shape {tuple(grid.shape)}")
         rows, cols = grid.shape
         out_features = rows * block_size if out_features is None else out_features
         in_features = cols * block_size if in_features is None else in_features
-        check_sizes("from_grid", out_features, in_features, block_size)
-        expected = grid_shape(out_features, in_features, block_size)
-        if expected != (rows, cols):
-            raise ValueError(
-                f"from_grid: a {out_features}x{in_features} matrix in blocks of {block_size} has a "
-                f"grid of {expected[0]}x{expected[1]}, got {rows}x{cols}"
-            )
         grid = grid.detach().to("cpu", copy=True)
         return cls(out_features, in_features, block_size, grid, nominal_density)
 

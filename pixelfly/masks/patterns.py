@@ -11,7 +11,7 @@ import math
 
 import torch
 
-from .layout import BlockLayout, check_sizes, grid_shape
+from .layout import BlockLayout, check_int, check_sizes, grid_shape, is_int
 
 
 def _stretched(square: torch.Tensor, rows: int, cols: int) -> torch.Tensor:
@@ -41,9 +41,9 @@ def _butterfly(size: int, max_stride: int | None) -> torch.Tensor:
     """Cells with i == j or i XOR j in {1, 2, ..., max_stride / 2}, on a grid padded to 2^k."""
     padded = 1 << max(size - 1, 0).bit_length()
     limit = padded if max_stride is None else max_stride
-    if not isinstance(limit, int) or limit < 1 or limit & (limit - 1):
+    if not is_int(limit) or limit < 1 or limit & (limit - 1):
         raise ValueError(
-            f"flat_block_butterfly: max_stride must be a power of two, got {max_stride}"
+            f"flat_block_butterfly: max_stride must be a power of two, got {max_stride!r}"
         )
     if limit > padded:
         raise ValueError(
@@ -93,6 +93,7 @@ def flat_block_butterfly(
         320
     """
     size = _side("flat_block_butterfly", out_features, in_features, block_size)
+    check_int("flat_block_butterfly", "global_width", global_width)
     if global_width < 0 or global_width > min(out_features, in_features):
         raise ValueError(
             "flat_block_butterfly: global_width must lie between 0 and "
@@ -105,11 +106,24 @@ def flat_block_butterfly(
     if shuffle:
         raise ValueError("flat_block_butterfly: shuffle needs grid_size")
     layout = _layout(_butterfly(size, max_stride), out_features, in_features, block_size)
-    if global_width:
-        layout = layout | global_(
-            out_features, in_features, block_size=block_size, width=global_width
-        )
-    return layout
+    return _with_global(layout, global_width) if global_width else layout
+
+
+def _with_global(layout: BlockLayout, width: int | None) -> BlockLayout:
+    """The layout and `global_` of that width; its nominal density counts the features asked for."""
+    n, k, b = layout.out_features, layout.in_features, layout.block_size
+    width = b if width is None else width
+    union = layout | global_(n, k, block_size=b, width=width)
+
+    def outside(count: int, features: int) -> torch.Tensor:
+        """Features of each block that are not global ones."""
+        begin = torch.arange(count, device="cpu") * b
+        return ((begin + b).clamp(max=features) - begin.clamp(min=width)).clamp(min=0)
+
+    rows, cols = layout.grid.shape
+    kept = outside(rows, n) @ layout.grid.long() @ outside(cols, k)
+    nominal = (int(kept) + width * (n + k) - width**2) / (n * k)
+    return BlockLayout.from_grid(union.grid, b, n, k, nominal_density=nominal)
 
 
 def _research(
@@ -122,6 +136,7 @@ def _research(
     shuffle: bool,
 ) -> BlockLayout:
     """The research code's layout: P x P pattern, stretched, with global parts, block cover."""
+    check_int("flat_block_butterfly", "grid_size", grid_size)
     if grid_size < 1 or grid_size & (grid_size - 1):
         raise ValueError(f"flat_block_butterfly: grid_size must be a power of two, got {grid_size}")
     if out_features % grid_size or in_features % grid_size:
@@ -186,6 +201,7 @@ def local(
 ) -> BlockLayout:
     """A band: blocks at most `window` cells off the stretched diagonal (0: block diagonal)."""
     size = _side("local", out_features, in_features, block_size)
+    check_int("local", "window", window)
     if window < 0:
         raise ValueError(f"local: window must not be negative, got {window}")
     i, j = _distances(size)
@@ -203,6 +219,7 @@ def global_(
     """
     check_sizes("global_", out_features, in_features, block_size)
     width = block_size if width is None else width
+    check_int("global_", "width", width)
     if not 0 < width <= min(out_features, in_features):
         raise ValueError(
             f"global_: width must lie in 1..{min(out_features, in_features)}, got {width}"
@@ -229,6 +246,8 @@ def random(
 ) -> BlockLayout:
     """Random blocks, exactly `blocks_per_row` in every block row; a seed gives one layout."""
     check_sizes("random", out_features, in_features, block_size)
+    check_int("random", "blocks_per_row", blocks_per_row)
+    check_int("random", "seed", seed)
     rows, cols = grid_shape(out_features, in_features, block_size)
     if not 1 <= blocks_per_row <= cols:
         raise ValueError(f"random: blocks_per_row must lie in 1..{cols}, got {blocks_per_row}")
@@ -249,7 +268,7 @@ def longformer(
 ) -> BlockLayout:
     """A band and global rows and columns (Longformer, Beltagy et al. 2020)."""
     banded = local(out_features, in_features, block_size=block_size, window=window)
-    return banded | global_(out_features, in_features, block_size=block_size, width=global_width)
+    return _with_global(banded, global_width)
 
 
 def bigbird(
@@ -263,12 +282,11 @@ def bigbird(
     seed: int = 0,
 ) -> BlockLayout:
     """A band, global rows and columns, and random blocks (BigBird, Zaheer et al. 2020)."""
-    layout = longformer(
-        out_features, in_features, block_size=block_size, window=window, global_width=global_width
-    )
-    return layout | random(
+    banded = local(out_features, in_features, block_size=block_size, window=window)
+    chance = random(
         out_features, in_features, block_size=block_size, blocks_per_row=random_blocks, seed=seed
     )
+    return _with_global(banded | chance, global_width)
 
 
 def strided(
@@ -281,6 +299,7 @@ def strided(
     """
     size = _side("strided", out_features, in_features, block_size)
     stride = max(1, round(math.sqrt(size))) if stride is None else stride
+    check_int("strided", "stride", stride)
     if not 1 <= stride:
         raise ValueError(f"strided: stride must be at least 1, got {stride}")
     i, j = _distances(size)

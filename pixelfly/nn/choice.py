@@ -12,7 +12,8 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from ..masks import BlockLayout, flat_block_butterfly
+from ..masks import BLOCK_SIZES, BlockLayout, flat_block_butterfly
+from ..masks.layout import is_int
 
 RANK_UNIT = 16  # the smallest supported block
 MIN_SHARE, MAX_SHARE = 1 / 4, 1 / 3  # of the weights, for the low-rank term
@@ -343,8 +344,8 @@ def _check(
             name = "max_stride" if density is None else "density"
             raise ValueError(f"layout excludes {name}: the layout says which blocks are kept")
         block_size = layout.block_size
-    if block_size not in (16, 32, 64, 128):
-        raise ValueError(f"block_size must be 16, 32, 64 or 128, got {block_size}")
+    if not is_int(block_size) or block_size not in BLOCK_SIZES:
+        raise ValueError(f"block_size must be 16, 32, 64 or 128, got {block_size!r}")
     if density is not None and max_stride is not None and rank is not None:
         raise ValueError("density, max_stride and rank cannot all be given: two fix the third")
     _check_rank(out_features, in_features, block_size, rank, lowrank)

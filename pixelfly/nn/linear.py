@@ -11,7 +11,8 @@ from torch import nn
 
 from ..masks import BlockLayout
 from ..ops import Weights, butterfly_lowrank_mm
-from ..ops.activations import ACTIVATIONS, apply_activation
+from ..ops.activations import ACTIVATIONS, apply_activation, check_activation
+from ..ops.functional import check_arguments
 from .choice import choose
 from .dense import dense_parameters
 from .init import init_weights_
@@ -93,9 +94,7 @@ class PixelflyLinear(nn.Module):
         super().__init__()
         if gate not in GATES:
             raise ValueError(f"gate must be None, 'scalar' or 'token', got {gate!r}")
-        if activation not in ACTIVATIONS:
-            names = ", ".join(map(repr, ACTIVATIONS))
-            raise ValueError(f"activation must be one of {names}, got {activation!r}")
+        check_activation("", activation)
         choice = choose(
             out_features,
             in_features,
@@ -186,17 +185,9 @@ class PixelflyLinear(nn.Module):
         return Weights(blocks, self.layout, u, self.v, self.bias)
 
     def _forward_token_gate(self, x: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
-        if x.shape[-1] != self.in_features:
-            raise ValueError(
-                f"PixelflyLinear: x.shape[-1] must be in_features={self.in_features}, "
-                f"got {x.shape[-1]}"
-            )
-        shape = (*x.shape[:-1], self.out_features)
-        if residual is not None and residual.shape != shape:
-            raise ValueError(
-                f"PixelflyLinear: residual.shape must be y's shape {list(shape)}, "
-                f"got {list(residual.shape)}"
-            )
+        # The gate meets x before the operator does.
+        optional = {"u": self.u, "v": self.v, "bias": self.bias, "residual": residual}
+        check_arguments(x, self.blocks, self.layout, optional, self.activation)
         g = torch.sigmoid(F.linear(x, self.gate, self.gate_bias))  # [..., 1]
         # The gate scales x and the thin t, and the operator adds the low rank as its residual, so
         # that no [T, N] tensor is scaled.

@@ -11,6 +11,16 @@ ACTIVATIONS: dict[str | None, int] = {None: 0, "relu": 1, "gelu": 2, "gelu_tanh"
 NONE, RELU, GELU, GELU_TANH, SILU = range(5)
 
 
+def check_activation(prefix: str, activation: object) -> None:
+    """Raises ValueError, its message after `prefix`, if there is no such activation."""
+    known = activation is None or isinstance(activation, str) and activation in ACTIVATIONS
+    if not known:
+        raise ValueError(
+            f"{prefix}activation must be one of {', '.join(map(repr, ACTIVATIONS))}, "
+            f"got {activation!r}"
+        )
+
+
 def apply_activation(z: torch.Tensor, activation: int) -> torch.Tensor:
     """Returns `act(z)` for an activation number."""
     if activation == NONE:

@@ -2,11 +2,28 @@
 
 from __future__ import annotations
 
+import re
+
 import torch
 
 from .._build import build_info
 
 MIN_CAPABILITY = (8, 0)
+
+
+def _built_for(archs: str, capability: tuple[int, int]) -> bool:
+    """Whether kernels of an architecture list ("8.0;9.0a+PTX") run on a GPU."""
+    for arch in archs.split(";"):
+        digits = re.match(r"(\d+)\.(\d+)", arch)
+        if digits is None:
+            continue
+        major, minor = int(digits[1]), int(digits[2])
+        # Machine code runs on later GPUs of its own generation, PTX on all later ones.
+        if arch.endswith("+PTX") and (major, minor) <= capability:
+            return True
+        if major == capability[0] and minor <= capability[1]:
+            return True
+    return False
 
 
 def check_device(device: torch.device) -> None:
@@ -33,4 +50,11 @@ def check_device(device: torch.device) -> None:
             f"{device} ({name}, sm_{major}{minor}); this pixelfly was built for "
             f"{built['archs']}. Older GPUs have no kernels: move the "
             "tensors to the CPU"
+        )
+    if not _built_for(built["archs"], (major, minor)):
+        raise RuntimeError(
+            f"butterfly_lowrank_mm: got tensors on {device} ({name}, sm_{major}{minor}), but this "
+            f"pixelfly was built for TORCH_CUDA_ARCH_LIST={built['archs']!r}; run "
+            f"TORCH_CUDA_ARCH_LIST={major}.{minor} PIXELFLY_FORCE_CUDA=1 pip install "
+            "--force-reinstall --no-deps ."
         )

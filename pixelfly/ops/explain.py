@@ -8,7 +8,7 @@ import torch
 
 from .. import _C
 from ..masks import BlockLayout
-from .activations import ACTIVATIONS
+from .activations import ACTIVATIONS, check_activation
 from .cpu_schedule import Schedule, forward_schedule, transposed_schedule
 from .device import check_device
 from .functional import matmul_allows_tf32
@@ -98,11 +98,7 @@ def explain(
         raise ValueError(
             f"explain: x.shape[-1] must be in_features={layout.in_features}, got {list(x.shape)}"
         )
-    if activation not in ACTIVATIONS:
-        raise ValueError(
-            f"explain: activation must be one of {', '.join(map(repr, ACTIVATIONS))}, "
-            f"got {activation!r}"
-        )
+    check_activation("explain: ", activation)
     check_device(x.device)
     n, k, b = layout.out_features, layout.in_features, layout.block_size
     tokens = x[..., 0].numel()

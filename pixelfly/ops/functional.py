@@ -170,6 +170,20 @@ def linear(
     return y, slope
 
 
+def check_arguments(
+    x: torch.Tensor,
+    blocks: torch.Tensor,
+    layout: BlockLayout,
+    optional: dict[str, torch.Tensor | None],
+    activation: str | None = None,
+) -> None:
+    """Raises what `linear` raises on these arguments; for callers that compute something first."""
+    validation.check_types(x, blocks, layout, optional, activation)
+    if _autocast_dtype(x) is None:
+        validation.check_dtypes_and_devices(x, blocks, optional)
+    validation.check_shapes(x, blocks, layout_sizes(layout), optional)
+
+
 def _derivative_needs_slope(activation: int, residual: torch.Tensor | None) -> bool:
     # ReLU's derivative can be read off its output, unless a residual hides it.
     return activation != NONE and not (activation == RELU and residual is None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..masks import BlockLayout
-from .activations import ACTIVATIONS
+from .activations import check_activation
 
 BLOCK_SIZES = (16, 32, 64, 128)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -31,11 +31,7 @@ def check_types(
     if (optional["u"] is None) != (optional["v"] is None):
         given, missing = ("u", "v") if optional["v"] is None else ("v", "u")
         raise ValueError(f"{OP}: u and v must be given together, got {given} without {missing}")
-    if activation not in ACTIVATIONS:
-        raise ValueError(
-            f"{OP}: activation must be one of {', '.join(map(repr, ACTIVATIONS))}, "
-            f"got {activation!r}"
-        )
+    check_activation(f"{OP}: ", activation)
 
 
 def check_dtypes_and_devices(

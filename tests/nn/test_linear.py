@@ -192,7 +192,9 @@ def test_autocast():
         ({"activation": "tanh"}, ValueError, "activation must be one of None, 'relu'"),
         ({"density": 2}, ValueError, "density must be in"),
         ({"density": 0.001}, ValueError, "nearest reachable"),
+        ({"activation": ["gelu"]}, ValueError, "activation must be one of None, 'relu'"),
         ({"block_size": 8}, ValueError, "block_size must be 16"),
+        ({"block_size": 64.0}, ValueError, "block_size must be 16.*got 64.0"),
         ({"layout": flat_block_butterfly(128, 128)}, ValueError, "layout must be for"),
     ],
 )
@@ -208,6 +210,22 @@ def test_bad_input(form):
         layer(torch.randn(3, 136, dtype=DTYPE))
     with pytest.raises(ValueError, match="residual"):
         layer(torch.randn(3, 200, dtype=DTYPE), torch.randn(3, 8, dtype=DTYPE))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    ("x", "error", "match"),
+    [
+        (torch.ones(3, 200, dtype=torch.int64), TypeError, "x.dtype must be .*got torch.int64"),
+        (torch.ones(3, 200, dtype=torch.float16), TypeError, "outside autocast"),
+        (torch.ones(3, 200, dtype=DTYPE, device="meta"), ValueError, "device must be x.device"),
+        (torch.ones((), dtype=DTYPE), ValueError, "x must have shape"),
+        ([1.0] * 200, TypeError, "x must be a Tensor, got list"),
+    ],
+)
+def test_inputs_of_another_kind(form, x, error, match):
+    with pytest.raises(error, match=match):
+        make(form)(x)
 
 
 def test_weight_is_refused_with_advice():

@@ -60,6 +60,7 @@ CASES = {
     "activation": (
         {"activation": "tanh"}, ValueError, ["activation", "'gelu_tanh'", "got 'tanh'"]),
     "activation type": ({"activation": torch.relu}, ValueError, ["activation", "built-in"]),
+    "activation list": ({"activation": ["relu"]}, ValueError, ["activation", "got ['relu']"]),
     "residual shape": (
         {"residual": zeros(3, 64)}, ValueError, ["residual.shape", "[2, 3, 64]", "[3, 64]"]),
     "residual features": (
@@ -170,8 +171,8 @@ class TestDevicesWithoutKernels:
     def fake(self, monkeypatch):
         from pixelfly.ops import device
 
-        def configure(cuda, capability):
-            monkeypatch.setattr(device, "build_info", lambda: {"cuda": cuda, "archs": "80 90a"})
+        def configure(cuda, capability, archs="8.0;9.0a+PTX"):
+            monkeypatch.setattr(device, "build_info", lambda: {"cuda": cuda, "archs": archs})
             monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Some GPU")
             monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
             return device.check_device
@@ -194,3 +195,24 @@ class TestDevicesWithoutKernels:
 
     def test_good_gpu(self, fake):
         fake("13.0", (8, 0))(torch.device("cuda", 0))
+
+    @pytest.mark.parametrize(
+        ("archs", "capability", "works"),
+        [
+            ("8.0;9.0a+PTX", (8, 9), True),
+            ("8.0;9.0a+PTX", (12, 0), True),
+            ("8.0", (8, 6), True),
+            ("8.0", (9, 0), False),
+            ("8.6", (8, 0), False),
+            ("9.0a", (8, 0), False),
+            ("9.0a", (10, 0), False),
+            ("9.0a+PTX", (8, 9), False),
+        ],
+    )
+    def test_architecture_that_was_not_built(self, fake, archs, capability, works):
+        check = fake("13.0", capability, archs)
+        if works:
+            return check(torch.device("cuda", 0))
+        cure = f"TORCH_CUDA_ARCH_LIST={capability[0]}.{capability[1]} "
+        with pytest.raises(RuntimeError, match=f"LIST='{re.escape(archs)}'; run {cure}"):
+            check(torch.device("cuda", 0))

@@ -1,0 +1,29 @@
+// What stands in for the Hopper launchers in a build whose TORCH_CUDA_ARCH_LIST leaves 9.0 out:
+// they serve no call, so that every call goes to the kernels for sm_80 and newer.
+#include "launch/low_rank_sm90.h"
+#include "launch/product_sm90.h"
+#include "launch/weight_grad_sm90.h"
+
+namespace pixelfly {
+namespace {
+
+Status not_built() {
+  return Status::unsupported(
+      "this build has no Hopper kernels: TORCH_CUDA_ARCH_LIST left out 9.0a");
+}
+
+}  // namespace
+
+bool low_rank_sm90_supports(const LowRankParams&, const DeviceInfo&) { return false; }
+bool product_sm90_supports(const ProductParams&, const DeviceInfo&) { return false; }
+bool weight_grad_sm90_supports(const WeightGradParams&, const DeviceInfo&) { return false; }
+
+Status launch_low_rank_sm90(const LowRankParams&, const DeviceInfo&, Stream) { return not_built(); }
+Status launch_product_sm90(const ProductParams&, const DeviceInfo&, Stream) { return not_built(); }
+Status launch_weight_grad_sm90(const WeightGradParams&, const DeviceInfo&, Stream) {
+  return not_built();
+}
+
+size_t weight_grad_workspace_sm90(const WeightGradParams&, const DeviceInfo&) { return 0; }
+
+}  // namespace pixelfly
