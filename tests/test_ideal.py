@@ -9,6 +9,7 @@ from ideal import OPTIMIZER_BYTES, ideal, ideal_step
 from torch import nn
 
 from pixelfly import PixelflyConfig, sparsify_
+from pixelfly.nn import PixelflyMLP
 
 T, K, H, N = 32, 64, 256, 128
 
@@ -41,6 +42,19 @@ def test_pixelfly_products():
     costs = step(model)
     assert costs["product"].flops == 0
     assert costs["pixelfly"].flops == 2 * T * (2 * kept[0] + 3 * kept[1])
+
+
+def test_slopes_are_bytes():
+    mlp = PixelflyMLP(K, H, N, activation="gelu", block_size=16, rank=0, bias=False)
+    kept = [layer.blocks.numel() for layer in (mlp.fc1, mlp.fc2)]
+    costs = step(mlp)
+    plans = costs["pixelfly"].bytes - 2 * (
+        T * K + kept[0] + T * H  # the first layer's forward
+        + T * H + kept[1] + T * N  # the second's
+        + T * N + T * H + kept[1] + T * H + kept[1]  # dy, x, blocks; dx, dblocks
+        + T * H + T * K + kept[0] + kept[0]  # dz, x, blocks; dblocks
+    ) - 2 * T * H  # slopes, written and read  # fmt: skip
+    assert 0 < plans < 40_000  # four times a plan
 
 
 def test_a_whole_model():

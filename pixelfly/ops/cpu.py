@@ -175,11 +175,12 @@ def forward(x, blocks, u, v, bias, residual, plan, header, activation, save_slop
 
 
 def _check_slope(name: str, slope: torch.Tensor | None, dy: torch.Tensor, relu: bool) -> None:
-    if slope is None or slope.dtype == slope_dtype(dy.dtype) or (relu and slope.dtype == dy.dtype):
+    saved = slope_dtype(dy.dtype)
+    if slope is None or slope.dtype == saved or (relu and slope.dtype == dy.dtype):
         return
     raise RuntimeError(
-        f"pixelfly::backward: {name} must be {slope_dtype(dy.dtype)}, as pixelfly::forward saves it "
-        f"for {dy.dtype}, got {slope.dtype}"
+        f"pixelfly::backward: {name} must be {saved}, as pixelfly::forward saves it for "
+        f"{dy.dtype}, got {slope.dtype}"
     )
 
 

@@ -32,7 +32,7 @@ def butterfly_mlp(
 
     Computes what two calls of `butterfly_lowrank_mm` do. Its backward saves a pass over the hidden
     activations: the second layer's kernel applies the activation's derivative where it writes its
-    input's gradient.
+    input's gradient. In bfloat16 that derivative is kept as a byte an element, in steps of 1/200.
 
     Args:
         x: `[..., K]`, dtypes as in `butterfly_lowrank_mm`.

@@ -42,6 +42,26 @@ def test_slope_is_kept_only_if_the_activation_needs_it(activation, residual, kep
     assert shapes.count((TOKENS, RANK)) == 1
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_slopes_take_a_byte_beside_bfloat16(dtype):
+    layout = make_layout(xor_grid(4, 4), 16)
+    call = make_call(layout, tokens=TOKENS, activation="gelu", residual=True, dtype=dtype)
+    inputs = {name: t.requires_grad_() for name, t in call.inputs.items() if name != "x"}
+    kept: dict[torch.dtype, int] = {}
+
+    def pack(t: torch.Tensor) -> torch.Tensor:
+        if t.shape[0] == TOKENS:
+            kept[t.dtype] = kept.get(t.dtype, 0) + t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        butterfly_lowrank_mm(call.inputs["x"], **inputs, layout=layout, activation="gelu")
+    size = TOKENS * layout.in_features * dtype.itemsize
+    codes = TOKENS * layout.out_features
+    assert kept == ({dtype: size, torch.uint8: codes} if dtype == torch.bfloat16
+                    else {dtype: 2 * size})  # fmt: skip
+
+
 def test_relu_without_residual_keeps_its_output_not_another_tensor():
     layout = make_layout(xor_grid(4, 4), 16)
     call = make_call(layout, tokens=TOKENS, activation="relu")
