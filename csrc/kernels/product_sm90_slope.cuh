@@ -72,7 +72,7 @@ __device__ __forceinline__ void combine_codes(float* acc, const uint32_t (&codes
 #pragma unroll
   for (int i = 0; i < 8; ++i) flags |= device::nan_flags(codes[i / 4][i % 4]);
   // The lane that sees a NaN is not the one that it belongs to.
-  if (__builtin_expect(__ballot_sync(0xffffffffu, flags & device::kNanFlags) == 0, 1)) {
+  if (__ballot_sync(0xffffffffu, flags & device::kNanFlags) == 0) {
     multiply_by_codes<false>(acc, codes);
   } else {
     multiply_by_codes<true>(acc, codes);

@@ -12,11 +12,12 @@
 // t: x vᵀ, None without low rank. The backward wants x and t only where gradients of weights are
 // wanted; gradients that are not come as None.
 //
-// slope: act'(z) of the pre-activation z, whose gradient is then dz = dy * slope. With bfloat16 it is
-// uint8 (device/slope_code.cuh), its rows a multiple of 16 bytes apart; with every other dtype it
-// has x's. For ReLU (relu = True) the backward also takes any tensor of dy's dtype that is positive
-// where z is, as y. x_slope, of slope's dtype: x comes from an activation of that slope, and dx is the gradient of its pre-activation. Whoever made x then says so with dy_is_dz:
-// its dy is that gradient already.
+// slope: act'(z) of the pre-activation z, whose gradient is then dz = dy * slope. With bfloat16 it
+// is uint8 (device/slope_code.cuh), its rows a multiple of 16 bytes apart; with every other dtype
+// it has x's. For ReLU (relu = True) the backward also takes any tensor of dy's dtype that is
+// positive where z is, as y. x_slope, of slope's dtype: x comes from an activation of that slope,
+// and dx is the gradient of its pre-activation. Whoever made x then says so with dy_is_dz: its dy
+// is that gradient already.
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(pixelfly, m) {
