@@ -6,11 +6,11 @@
 // tokens for TMA stores. dx uses the same stored blocks through transposed (MN-major) A descriptors
 // over the transposed schedule.
 //
-//   shared memory: ring [stages] of x tiles [128 tokens][64] (16 KB; cooperative: two of them)
+//   shared memory: ones, 128 bytes, for the bias (a wgmma that sanitizers take for one of 4 KB)
+//                  ring [stages] of x tiles [128 tokens][64] (16 KB; cooperative: two of them)
 //                  staging [2 warpgroups][staging tiles] of [64 tokens][64]
 //                  weights: all of the group's, which stay for the whole unit if they fit; else a
 //                  ring of each step's (16 KB a stage). All tiles in the 128-byte swizzle.
-//                  ones: 128 bytes, for the bias
 //
 //   roles: warpgroups 0 and 1 consume, both rows of 128 tokens each: 2 x m64n128, 128 accumulators
 //          a thread. One thread of warpgroup 2 loads.
@@ -385,9 +385,8 @@ __global__ void __launch_bounds__(kGroupThreads, 1)
     product_sm90(const __grid_constant__ GroupMaps maps, const __grid_constant__ GroupArgs args) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   __shared__ GroupShared shared;
-  const uint32_t dynamic = device::smem_address(device::dynamic_shared());
-  const groups::Layout layout((dynamic + 1023) & ~1023u, args, device::smem_address(&shared),
-                              kCooperative);
+  const groups::Layout layout(device::smem_address(device::dynamic_shared()), args,
+                              device::smem_address(&shared), kCooperative);
   if (threadIdx.x == 0) {
     for (int s = 0; s < args.stages; ++s) {
       device::mbarrier_init(layout.full(s), 1);

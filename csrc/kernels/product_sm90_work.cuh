@@ -29,7 +29,6 @@ struct GroupArgs {
   int32_t weight_shift;  // log2(b / 64)
   int32_t stages;
   int32_t staging_tiles;   // per warpgroup, 1 or 2; 0: outputs replace the residual or slope
-  int32_t ones_offset;     // of kGroupOnesBytes behind the ring, staging and weights
   int32_t aux_bytes;       // of 128 tokens' residual or slope tile, at the end of its stage
   int32_t resident_tiles;  // groups of up to so many weight tiles keep them; 0: none does
   bool has_residual;
@@ -44,8 +43,10 @@ constexpr int kGroupTokens = 128;
 constexpr int kGroupThreads = 384;
 constexpr int kGroupXBytes = kGroupTokens * kGroupTile * 2;
 constexpr int kGroupTileBytes = kGroupTile * kGroupTile * 2;
-constexpr int kGroupOnesBytes = 128;  // ones in the operands' type
 constexpr int kMaxGroupStages = 12;
+// Before the ring: ones in the operands' type, and what aligns the ring to 1024 bytes.
+constexpr int kGroupOnesBytes = 128;
+constexpr int kGroupFrontBytes = kGroupOnesBytes + 1024 - 16;
 
 struct GroupShared {
   uint64_t full[kMaxGroupStages];
@@ -59,12 +60,12 @@ namespace groups {
 struct Layout {
   uint32_t base, stage_bytes, staging, weights, ones, barriers;
 
-  __device__ Layout(uint32_t aligned, const GroupArgs& args, uint32_t shared, bool cooperative)
-      : base(device::opaque(aligned)),
+  __device__ Layout(uint32_t dynamic, const GroupArgs& args, uint32_t shared, bool cooperative)
+      : base(device::opaque((dynamic + kGroupOnesBytes + 1023) & ~1023u)),
         stage_bytes(cooperative ? 2 * kGroupXBytes : kGroupXBytes),
         staging(base + args.stages * stage_bytes),
         weights(staging + 2 * args.staging_tiles * kGroupTileBytes),
-        ones(base + args.ones_offset),
+        ones(device::opaque(dynamic)),
         barriers(device::opaque(shared)) {}
   __device__ uint32_t stage(int s) const { return base + s * stage_bytes; }
   // Where a step's weight tiles lie: at their slot, or in the ring beside the step's x tile.

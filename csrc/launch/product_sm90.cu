@@ -18,7 +18,6 @@ struct Tile {
   int resident_tiles;
   bool cooperative;
   bool plain;
-  int ones_offset;
   int shared_bytes;
 };
 
@@ -34,7 +33,7 @@ Tile choose_tile(const ProductParams& p, const DeviceInfo& device) {
   constexpr int kMinPlainStages = 5;
   const GroupSection& section = section_of(p);
   const int budget =
-      device.max_shared_bytes - 1024 - kGroupOnesBytes - static_cast<int>(sizeof(GroupShared));
+      device.max_shared_bytes - kGroupFrontBytes - static_cast<int>(sizeof(GroupShared));
   const bool staged = p.slope_out != nullptr || (p.residual == nullptr && p.slope == nullptr);
   const bool active = p.slope_out != nullptr || p.activation != Activation::kNone;
   const bool plain = staged && !active;
@@ -48,8 +47,7 @@ Tile choose_tile(const ProductParams& p, const DeviceInfo& device) {
     };
     int stages = kMaxGroupStages;
     while (stages > 0 && bytes(stages) > budget) --stages;
-    const int end = bytes(stages);
-    return Tile{stages, staging, resident, cooperative, plain, end, 1024 + end + kGroupOnesBytes};
+    return Tile{stages, staging, resident, cooperative, plain, kGroupFrontBytes + bytes(stages)};
   };
   const int resident = section.resident_weights;
   if (resident > 0 || section.max_weights == 0) {
@@ -60,11 +58,14 @@ Tile choose_tile(const ProductParams& p, const DeviceInfo& device) {
     if (tile.stages >= kMinStages) return tile;
   }
   // All groups stream their weights. For many of them it pays to read them once for two token
-  // tiles, although epilogues then overlap less: 48 tiles a group gain 15 %, 128 gain 25 %, 32-40
-  // nothing.
-  constexpr int kCooperativeTiles = 44;
+  // tiles, although epilogues then overlap less: 48 tiles a group gain 15 %, 128 gain 25 %. 32 gain
+  // 5-12 % where both rows use every x tile, so that half of all loads are weights, else nothing.
+  constexpr int kCooperativeTiles = 44, kCooperativeTilesOfSharedX = 32;
+  const bool many = section.max_weights >= kCooperativeTiles ||
+                    (section.max_weights >= kCooperativeTilesOfSharedX &&
+                     section.max_weights == 2 * section.max_steps);
   const bool staged_beside_aux = p.slope_out != nullptr && p.residual != nullptr;
-  if (section.max_weights >= kCooperativeTiles && !staged_beside_aux) return fit(2, 0, true);
+  if (many && !staged_beside_aux) return fit(2, 0, true);
   return fit(1, 0, false);
 }
 
@@ -154,7 +155,6 @@ Status launch_product_sm90(const ProductParams& p, const DeviceInfo& device, Str
   args.weight_shift = b == 128 ? 1 : 0;
   args.stages = tile.stages;
   args.staging_tiles = tile.staging_tiles;
-  args.ones_offset = tile.ones_offset;
   args.aux_bytes = kGroupTokens * kGroupTile * static_cast<int32_t>(size_of(aux_dtype));
   args.resident_tiles = tile.resident_tiles;
   args.has_residual = p.residual != nullptr;

@@ -2,6 +2,8 @@
 
 #include <cuda_runtime_api.h>
 
+#include "launch/cuda_status.h"
+
 namespace pixelfly {
 namespace {
 
@@ -40,21 +42,19 @@ Status encode_tile_map(CUtensorMap* out, DType dtype, const void* data, int64_t 
   const cuuint64_t strides[1] = {static_cast<cuuint64_t>(stride * size_of(dtype))};
   const cuuint32_t box[2] = {static_cast<cuuint32_t>(box_cols), static_cast<cuuint32_t>(box_rows)};
   const cuuint32_t steps[2] = {1, 1};
-  auto try_encode = [&] {
-    return encode(
-        out, type_of(dtype), 2, const_cast<void*>(data), sizes, strides, box, steps,
-        CU_TENSOR_MAP_INTERLEAVE_NONE,
-        box_cols * size_of(dtype) == 64 ? CU_TENSOR_MAP_SWIZZLE_64B : CU_TENSOR_MAP_SWIZZLE_128B,
-        CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  };
-  CUresult result = try_encode();
   // The driver wants a context; a thread that has made no runtime call yet has none (autograd's,
   // when ours is the first operator of a backward pass).
-  int device = 0;
-  if (result == CUDA_ERROR_INVALID_CONTEXT && cudaGetDevice(&device) == cudaSuccess &&
-      cudaSetDevice(device) == cudaSuccess) {
-    result = try_encode();
-  }
+  thread_local const cudaError_t context = [] {
+    int device = 0;
+    const cudaError_t error = cudaGetDevice(&device);
+    return error == cudaSuccess ? cudaSetDevice(device) : error;
+  }();
+  PIXELFLY_CUDA(context);
+  const CUresult result = encode(
+      out, type_of(dtype), 2, const_cast<void*>(data), sizes, strides, box, steps,
+      CU_TENSOR_MAP_INTERLEAVE_NONE,
+      box_cols * size_of(dtype) == 64 ? CU_TENSOR_MAP_SWIZZLE_64B : CU_TENSOR_MAP_SWIZZLE_128B,
+      CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result == CUDA_SUCCESS) return Status::success();
   return Status::cuda("cuTensorMapEncodeTiled failed with " + std::to_string(result) + " for a " +
                       std::to_string(rows) + " x " + std::to_string(cols) + " matrix of stride " +

@@ -261,7 +261,10 @@ GroupSection append_row_groups(PlanBuilder& builder, const LayoutView& layout, b
     }
     groups.push_back({{a, b}, begin, static_cast<int32_t>(steps.size())});
     work.push_back(work_of(lists[g]));
-    section.max_weights = std::max(section.max_weights, slot);
+    if (slot > section.max_weights) {
+      section.max_weights = slot;
+      section.max_steps = static_cast<int32_t>(lists[g].size());
+    }
     if (stays_resident(work.back())) {
       section.resident_weights = std::max(section.resident_weights, slot);
     }

@@ -29,6 +29,7 @@ inline std::vector<Case> cases() {
       {"dense rows b64 streamed", 2, 14, 64, 0, 0, everything, 200, 8, kTanh, true},
       {"streamed b64", 4, 23, 64, 8, 16, everything, 620, 0, Activation::kNone, false, false, 90,
        2},
+      {"both rows use all b64", 4, 16, 64, 0, 0, everything, 300, 0, kGelu, false, true, 90, 2},
       {"streamed gelu b64", 3, 22, 64, 0, 0, everything, 300, 72, kGelu, false, true, 90, 1},
       {"streamed or empty b64", 5, 24, 64, 0, 0, lines, 330, 0, kRelu, false, false, 90, 1},
       {"holes b64", 5, 3, 64, 56, 8, holes, 129, 24, kSilu, true, true},

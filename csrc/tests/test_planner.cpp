@@ -134,7 +134,7 @@ void check_product(const LayoutView& layout, const Plan& plan, bool transposed) 
   const auto* steps = plan.at<GroupStep>(s.steps_offset);
   Facts facts;
   std::vector<int32_t> times(static_cast<size_t>(out_tiles), 0);
-  int32_t most = 0, resident = 0;
+  int32_t most = 0, most_steps = 0, resident = 0;
   std::vector<int32_t> weights;
   for (int32_t g = 0; g < s.num_groups; ++g) {
     int32_t slot = 0;
@@ -160,7 +160,10 @@ void check_product(const LayoutView& layout, const Plan& plan, bool transposed) 
         }
       }
     }
-    most = std::max(most, slot);
+    if (slot > most) {
+      most = slot;
+      most_steps = groups[g].step_end - groups[g].step_begin;
+    }
     if (slot <= kGroupResidentTiles) resident = std::max(resident, slot);
     weights.push_back(slot);
     for (int i = 0; i < 2; ++i) {
@@ -168,7 +171,8 @@ void check_product(const LayoutView& layout, const Plan& plan, bool transposed) 
       expect(static_cast<int32_t>(ranks[i].size()) == want, "every tile of t for every row");
     }
   }
-  expect(most == s.max_weights && resident == s.resident_weights, "largest groups");
+  expect(most == s.max_weights && most_steps == s.max_steps, "the largest group");
+  expect(resident == s.resident_weights, "the largest group that stays");
   expect(std::all_of(times.begin(), times.end(), [](int32_t n) { return n == 1; }),
          "every output tile in exactly one group");
   // Pieces past the features in the last tiles may be computed: they are masked.

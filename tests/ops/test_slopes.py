@@ -82,7 +82,7 @@ def test_opcheck(device, activation):
     relu = activation == 1
     for given in (slope, *([y] if relu else [])):
         arguments = (call.dy, *operands, t, given, *shared, relu, False, False)
-        check(torch.ops.pixelfly.backward.default, (*arguments, *[True] * 5, x_slope))
+        check(torch.ops.pixelfly.backward.default, (*arguments, *[True] * 5, x_slope, False))
 
 
 @pytest.mark.parametrize("device", DEVICES)
