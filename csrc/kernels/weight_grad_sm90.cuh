@@ -12,8 +12,7 @@
 //   ones:  a constant K-major tile; dz times it is the sum over tokens, dbias
 //   full[s]: producer -> consumers     empty[s]: the 8 consumer warps -> producer
 //
-// Producer: one TMA box a lane, its coordinates in registers (one thread reading a table was the
-// bottleneck of the prototype).
+// Producer: one TMA box a lane, its coordinates in registers.
 //
 // Partial sums go to the workspace in fragment order, fully coalesced; a second kernel adds the
 // spans in order, so results are deterministic, and rounds once. With one span the results are
