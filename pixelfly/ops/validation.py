@@ -38,7 +38,7 @@ def check_dtypes_and_devices(
     x: torch.Tensor,
     blocks: torch.Tensor,
     optional: dict[str, torch.Tensor | None],
-    rounds: bool,
+    rounds: bool = False,
 ) -> None:
     """Checks that everything shares x's device and x's dtype; where it `rounds`, or is float32."""
     if x.dtype not in DTYPES:

@@ -121,7 +121,7 @@ def test_bad_slopes(device):
     def backward(slope, x_slope=None, relu=False):
         torch.ops.pixelfly.backward(
             call.dy, i["x"], i["blocks"], None, None, None, slope, *shared, relu, False, False,
-            True, True, False, False, True, x_slope,
+            True, True, False, False, True, x_slope, False,
         )  # fmt: skip
 
     backward(slope)
