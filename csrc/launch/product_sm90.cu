@@ -59,7 +59,8 @@ Tile choose_tile(const ProductParams& p, const DeviceInfo& device) {
   }
   // All groups stream their weights. For many of them it pays to read them once for two token
   // tiles, although epilogues then overlap less: 48 tiles a group gain 15 %, 128 gain 25 %. 32 gain
-  // 5-12 % where both rows use every x tile, so that half of all loads are weights, else nothing.
+  // 5-12 % where both rows use every x tile, so that half of all loads are weights (a forward that
+  // saves slopes: nothing), else nothing.
   constexpr int kCooperativeTiles = 44, kCooperativeTilesOfSharedX = 32;
   const bool many = section.max_weights >= kCooperativeTiles ||
                     (section.max_weights >= kCooperativeTilesOfSharedX &&
