@@ -99,6 +99,7 @@ def make_model(args: argparse.Namespace, device: str) -> tuple[nn.Module, Loss]:
             block_size=args.block_size,
             rank=0 if args.form == "blocks" else args.rank,
             lowrank="global" if args.form == "global" else "factored",
+            fuse_mlp=True,
         )
         if not sparsify_(model, config, lambda m, name: name.endswith(spec.sparse)).layers:
             raise SystemExit(f"no layer of {args.model} could be converted")
