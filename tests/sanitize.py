@@ -17,7 +17,7 @@ import sys
 import torch
 
 from pixelfly import masks
-from pixelfly.ops import butterfly_lowrank_mm, butterfly_lowrank_mm_reference
+from pixelfly.ops import add_layer_norm, butterfly_lowrank_mm, butterfly_lowrank_mm_reference
 
 N, K = 200, 328
 TOLERANCE = {torch.bfloat16: 3e-2, torch.float16: 5e-3, torch.float32: 5e-3}  # of the largest value
@@ -54,6 +54,49 @@ def gradients(operator, call: dict, dy: torch.Tensor, **options) -> list[torch.T
     return [y.detach(), *torch.autograd.grad(y, tensors, dy)]
 
 
+def differs(name: str, ours: list[torch.Tensor], exact: list[torch.Tensor], dtype) -> int:
+    """Prints and counts the outputs that differ."""
+    wrong = 0
+    for i, (a, e) in enumerate(zip(ours, exact, strict=True)):
+        error = (a.cpu().float() - e.float()).abs().max() / e.float().abs().max()
+        if not error <= TOLERANCE[dtype]:
+            wrong += 1
+            print(f"{name} output {i}: {error:.2e}")
+    return wrong
+
+
+def layer_norm_calls(dtypes: list[torch.dtype]) -> tuple[int, int]:
+    """Runs add_layer_norm on every size of kernel; returns the calls and the wrong outputs."""
+    calls = wrong = 0
+    for stream, branch, tokens, features in itertools.product(
+        {torch.float32, *dtypes}, dtypes, (1, 37), (8, 760, 1000, 2040, 4096, 6000, 16384)
+    ):
+        if stream != torch.float32 and stream != branch:
+            continue
+        for delta in (True, False):
+            shapes = ((tokens, features), (tokens, features), (features,), (features,))
+            kinds = (stream, branch, torch.float32, torch.float32)
+            tensors = [
+                torch.randn(s, device="cuda").to(k).requires_grad_()
+                for s, k in zip(shapes, kinds, strict=True)
+            ]
+            dh, dy = torch.randn(2, tokens, features).to(stream).unbind()
+
+            def results(x, branch_values, *weights, delta=delta, branch=branch, dh=dh, dy=dy):
+                leaves = [x, *weights] + [branch_values] * delta
+                outputs = add_layer_norm(
+                    x, branch_values if delta else None, *weights, dtype=branch
+                )
+                up = (dy.to(x.device, branch), dh.to(x.device))
+                return [*(o.detach() for o in outputs), *torch.autograd.grad(outputs, leaves, up)]
+
+            calls += 1
+            name = f"layer norm {stream} {branch} T={tokens} C={features} delta={delta}"
+            exact = results(*map(on_cpu, tensors))
+            wrong += differs(name, results(*tensors), exact, branch)
+    return calls, wrong
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--paths", nargs="*", default=["sm80", "auto", "sm90"])
@@ -64,11 +107,12 @@ def main() -> int:
         raise SystemExit("tests/sanitize.py needs a CUDA device; torch sees none")
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.manual_seed(0)
-    wrong = calls = 0
+    dtypes = [getattr(torch, name) for name in args.dtypes]
+    calls, wrong = layer_norm_calls(dtypes)
     for path in args.paths:
         os.environ["PIXELFLY_KERNEL"] = path
         for dtype, b, (tokens, rank, activation) in itertools.product(
-            [getattr(torch, name) for name in args.dtypes],
+            dtypes,
             args.block_sizes,
             ((7, 16, None), (300, 0, "gelu"), (257, 64, "silu")),
         ):
@@ -84,11 +128,7 @@ def main() -> int:
             # On the CPU: the tools are to watch our kernels, not cuBLAS.
             host = {name: on_cpu(value) for name, value in call.items()}
             exact = gradients(butterfly_lowrank_mm_reference, host, dy.cpu(), activation=activation)
-            for i, (a, e) in enumerate(zip(ours, exact, strict=True)):
-                error = (a.cpu().float() - e.float()).abs().max() / e.float().abs().max()
-                if not error <= TOLERANCE[dtype]:
-                    wrong += 1
-                    print(f"{path} {dtype} b={b} T={tokens} r={rank} output {i}: {error:.2e}")
+            wrong += differs(f"{path} {dtype} b={b} T={tokens} r={rank}", ours, exact, dtype)
     torch.cuda.synchronize()
     print(f"sanitize: {calls} calls, {wrong} outputs wrong")
     return 1 if wrong else 0

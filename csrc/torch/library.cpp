@@ -18,6 +18,11 @@
 // positive where z is, as y. x_slope, of slope's dtype: x comes from an activation of that slope,
 // and dx is the gradient of its pre-activation. Whoever made x then says so with dy_is_dz: its dy
 // is that gradient already.
+//
+// add_layer_norm: h = x + delta and y = LayerNorm(h) over the last of any number of dimensions. h
+// is None without delta: it would be x. ddelta is written where its dtype is not dx's, which
+// otherwise serves as ddelta; dh is what reaches h from its other users. The kernels take a last
+// dimension that is a multiple of 8, up to 16384, and contiguous tensors.
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(pixelfly, m) {
@@ -36,4 +41,11 @@ STABLE_TORCH_LIBRARY(pixelfly, m) {
       "Tensor plan, str header, int activation, bool save_slope, bool allow_tf32, "
       "Tensor? x_slope, bool dy_is_dz) "
       "-> (Tensor y, Tensor? slope)");
+  m.def(
+      "add_layer_norm(Tensor x, Tensor? delta, Tensor weight, Tensor bias, float eps, "
+      "ScalarType y_dtype) -> (Tensor y, Tensor? h, Tensor mean, Tensor rstd)");
+  m.def(
+      "add_layer_norm_backward(Tensor dy, Tensor? dh, Tensor h, Tensor weight, Tensor mean, "
+      "Tensor rstd, ScalarType? ddelta_dtype, bool need_weights) "
+      "-> (Tensor dx, Tensor? ddelta, Tensor? dweight, Tensor? dbias)");
 }

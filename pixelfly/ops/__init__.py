@@ -1,21 +1,23 @@
-"""The operators: `butterfly_lowrank_mm` with its registrations, `butterfly_attention`, and their
-specifications."""
+"""The operators: `butterfly_lowrank_mm` with its registrations, `butterfly_attention`, their
+specifications, and `add_layer_norm`."""
 
 from __future__ import annotations
 
 import torch
 
 from .. import _C  # noqa: F401 (loading it defines the operators' schemas)
-from . import autograd, cpu
+from . import autograd, cpu, layer_norm
 from .attention import butterfly_attention, butterfly_attention_reference
 from .explain import Explanation, explain
 from .functional import butterfly_lowrank_mm
+from .layer_norm import add_layer_norm
 from .mlp import Weights, butterfly_mlp
 from .reference import butterfly_lowrank_mm_reference
 
 __all__ = [
     "Explanation",
     "Weights",
+    "add_layer_norm",
     "butterfly_attention",
     "butterfly_attention_reference",
     "butterfly_lowrank_mm",
@@ -28,3 +30,4 @@ __all__ = [
 _library = torch.library.Library("pixelfly", "IMPL")
 cpu.register(_library)
 autograd.register(_library)
+layer_norm.register(_library)

@@ -107,4 +107,47 @@ struct ActivationGradParams {
   int64_t dz_stride;
 };
 
+// h = x + delta (h is x where delta is null), y = LayerNorm(h) * weight + bias over the last
+// dimension. C features, a multiple of 8; all rows are contiguous and aligned to 16 bytes. Beside
+// an fp32 x, delta and y may be 16-bit, then of one dtype; beside a 16-bit x they have its dtype.
+struct AddLayerNormParams {
+  DType dtype;  // of x and h
+  DType delta_dtype;
+  DType y_dtype;
+  DType weight_dtype;  // of weight and bias: dtype or kFloat32
+  int64_t tokens;
+  int32_t features;
+  float eps;
+  const void* x;       // [T, C]
+  const void* delta;   // [T, C] or null
+  const void* weight;  // [C]
+  const void* bias;    // [C]
+  void* y;             // [T, C]
+  void* h;             // [T, C], null where delta is
+  float* mean;         // [T], of h's rows
+  float* rstd;         // [T], 1 / sqrt(variance + eps)
+};
+
+// dx = dh + LayerNorm's gradient, dweight = Σ_T dy ⊙ (h - mean) rstd, dbias = Σ_T dy. Dtypes as
+// above.
+struct AddLayerNormGradParams {
+  DType dtype;         // of h, dh and dx
+  DType delta_dtype;   // of ddelta, where that is given: not dtype
+  DType y_dtype;       // of dy
+  DType weight_dtype;  // of weight, dweight and dbias
+  int64_t tokens;
+  int32_t features;
+  const void* dy;      // [T, C]
+  const void* dh;      // [T, C]: what reaches h from its other users, or null
+  const void* h;       // [T, C]
+  const void* weight;  // [C]
+  const float* mean;   // [T]
+  const float* rstd;   // [T]
+  void* dx;            // [T, C]
+  void* ddelta;        // [T, C]: dx before it was rounded to dtype, or null
+  void* dweight;       // [C]; null: neither it nor dbias is wanted
+  void* dbias;         // [C]
+  void* workspace;     // add_layer_norm_grad_workspace() bytes, 256-byte aligned, uninitialised
+};
+
 }  // namespace pixelfly

@@ -88,6 +88,14 @@ T __shfl_sync(unsigned, T value, int source) {
       ::emulator::warp_exchange({static_cast<uint32_t>(value)})[static_cast<size_t>(source)][0]);
 }
 
+inline float __shfl_xor_sync(unsigned, float value, int mask) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  const auto& given = ::emulator::warp_exchange({bits});
+  std::memcpy(&value, &given[static_cast<size_t>(::emulator::lane() ^ mask)][0], 4);
+  return value;
+}
+
 inline unsigned __ballot_sync(unsigned, int predicate) {
   const auto& given = ::emulator::warp_exchange({predicate != 0 ? 1u : 0u});
   unsigned bits = 0;
