@@ -172,6 +172,7 @@ def run(name: str, form: str, mode: str, args: argparse.Namespace) -> dict:
             lowrank="global" if form == "global" else "factored",
             fuse_mlp=args.fuse_mlp or args.recompute_mlp,
             recompute_mlp=args.recompute_mlp,
+            fuse_blocks=args.fuse_blocks,
         )
         report = sparsify_(model, config, workload.chosen)
         if not report.layers:
@@ -246,6 +247,7 @@ def main() -> None:
     parser.add_argument("--block-size", type=int, default=64)
     parser.add_argument("--rank", type=int, default=64)
     parser.add_argument("--fuse-mlp", action="store_true", help="PixelflyMLP in place of MLPs")
+    parser.add_argument("--fuse-blocks", action="store_true", help="fewer passes around layers")
     parser.add_argument("--recompute-mlp", action="store_true", help="keep their inputs alone")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from torch import nn
 
-from .nn.attention import AttentionConfig, PixelflySelfAttention, known_kind, obstacle
+from .nn.attention import (
+    AttentionConfig,
+    FullSelfAttention,
+    PixelflySelfAttention,
+    known_kind,
+    obstacle,
+)
 from .report import AttentionReport, Report
 
 Places = dict[int, list[tuple[nn.Module, str]]]
@@ -43,7 +49,7 @@ def convert_attention(
 
 
 def restore_attention(model: nn.Module) -> list[str]:
-    """Puts the modules back that `convert_attention` replaced; returns their names."""
+    """Puts the modules back that `sparsify_` replaced; returns the names of the sparse ones."""
     found = {
         name: module
         for name, module in model.named_modules()
@@ -54,4 +60,4 @@ def restore_attention(model: nn.Module) -> list[str]:
         for key, child in parent._modules.items():
             if id(child) in dense:
                 parent._modules[key] = dense[id(child)]
-    return list(found)
+    return [name for name, module in found.items() if not isinstance(module, FullSelfAttention)]

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from .convert_attention import restore_attention
+from .convert_blocks import restore_blocks
 from .nn.attention import PixelflySelfAttention
 from .nn.dense import is_conv1d
 from .nn.linear import PixelflyLinear
@@ -111,6 +112,7 @@ def densify_(model: nn.Module) -> list[str]:
         for key, child in parent._modules.items():
             if id(child) in new:
                 parent._modules[key] = new[id(child)]
+    restore_blocks(model)
     return [*layers, *restore_attention(model)]
 
 

@@ -146,6 +146,7 @@ class Report:
         layers: the converted layers.
         skipped: the layers that were wanted but stayed dense.
         fused: names of the MLPs that became a `PixelflyMLP`.
+        fused_blocks: names of the residual blocks that were fused.
         attentions: the attentions that became a `PixelflySelfAttention`.
         notes: other remarks.
         params_before: parameters of the whole model before, shared ones counted once.
@@ -160,6 +161,7 @@ class Report:
     layers: list[LayerReport] = field(default_factory=list)
     skipped: list[SkippedLayer] = field(default_factory=list)
     fused: list[str] = field(default_factory=list)
+    fused_blocks: list[str] = field(default_factory=list)
     attentions: list[AttentionReport] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     params_before: int = 0
@@ -197,6 +199,8 @@ class Report:
         lines += self._projected()
         if self.fused:
             lines.append(f"fused MLPs: {', '.join(self.fused)}")
+        if self.fused_blocks:
+            lines.append(f"fused blocks: {', '.join(self.fused_blocks)}")
         alike: dict[str, list[str]] = {}
         for attention in self.attentions:
             alike.setdefault(attention._what(), []).append(attention.name)

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from .convert_attention import attention_config, convert_attention
+from .convert_blocks import fuse_blocks
 from .known import KNOWN_MLPS, module_places, reads_weight, turn_off_fast_paths
 from .masks import BLOCK_SIZES, BlockLayout
 from .masks.layout import is_int
@@ -59,6 +60,9 @@ class PixelflyConfig:
             are converted and dropout is 0.
         recompute_mlp: fused MLPs keep their input alone for the backward, which runs their forward
             again: less memory for a little more time.
+        fuse_blocks: runs timm's ViT and Mixer blocks with fewer passes over activations: residual
+            additions within the norms' kernels, the MLP over a Mixer's tokens (it stays dense)
+            without transposing copies, one copy for the gradients of q, k and v.
         attention: a `pixelfly.nn.AttentionConfig` makes timm's `Attention` and GPT-2's compute
             these blocks of the scores only, whichever linear layers are converted; None leaves
             them. Their dropout of attention weights must be 0.
@@ -83,6 +87,7 @@ class PixelflyConfig:
     pattern: str = "butterfly"
     fuse_mlp: bool = False
     recompute_mlp: bool = False
+    fuse_blocks: bool = False
     attention: AttentionConfig | None = None
 
     def __post_init__(self) -> None:
@@ -226,6 +231,8 @@ def sparsify_(
         conversion.fuse_mlps(common.recompute_mlp)
     if common.attention is not None:
         convert_attention(model, common.attention, module_places(model), conversion.report)
+    if common.fuse_blocks:
+        fuse_blocks(model, module_places(model), conversion.report)
     return conversion.finish()
 
 

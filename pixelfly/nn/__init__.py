@@ -7,6 +7,7 @@ from .linear import PixelflyLinear
 from .mlp import PixelflyMLP
 from .project import fitted_layout, magnitude_layout, project
 from .split import fitted_split
+from .token_mlp import TokenMLP
 
 __all__ = [
     "AttentionConfig",
@@ -14,6 +15,7 @@ __all__ = [
     "PixelflyLinear",
     "PixelflyMLP",
     "PixelflySelfAttention",
+    "TokenMLP",
     "choose",
     "fitted_layout",
     "fitted_split",

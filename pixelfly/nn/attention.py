@@ -8,6 +8,7 @@ from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from ..masks.attention import ATTENTION_BLOCK_SIZES, AttentionLayout, butterfly_attention_layout
@@ -193,7 +194,11 @@ class PixelflySelfAttention(nn.Module):
         reason = obstacle(module)
         if reason is not None:
             raise ValueError(f"PixelflySelfAttention: {type(module).__name__}: {reason}")
-        own = kind.__new__(kind)
+        return kind._adopt(module, attention)
+
+    @classmethod
+    def _adopt(cls, module: nn.Module, attention: AttentionConfig | None) -> PixelflySelfAttention:
+        own = cls.__new__(cls)
         nn.Module.__init__(own)
         own._take(module, attention)
         own.train(module.training)
@@ -250,7 +255,11 @@ class PixelflySelfAttention(nn.Module):
         causal = self.is_causal or is_causal
         hidden = None if attn_mask is None else ~_visible_keys(attn_mask, *x.shape[:2])
         q, k, v = self._project(x)
-        y = self._merge(self._attend(q, k, v, causal, hidden))
+        return self._output(x, self._attend(q, k, v, causal, hidden))
+
+    def _output(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """What follows the heads `y [B, H, N, D]`."""
+        y = self._merge(y)
         if hasattr(self, "norm"):
             y = self.norm(y)
         if hasattr(self, "gate"):
@@ -264,8 +273,9 @@ class PixelflySelfAttention(nn.Module):
     def _project(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """q, k and v, each `[B, H, N, D]`."""
         qkv = getattr(self, self.names[0])(x)
-        qkv = qkv.unflatten(-1, (3, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4)
-        q, k, v = qkv.unbind(0)
+        # Taken apart in memory's order: the gradients then meet in one copy.
+        qkv = qkv.unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(2)
+        q, k, v = (part.transpose(1, 2) for part in qkv)
         if hasattr(self, "q_norm"):  # a norm under autocast may widen its output
             q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
         return q, k, v
@@ -287,6 +297,45 @@ class PixelflySelfAttention(nn.Module):
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}, is_causal={self.is_causal}, {self.attention}"
+
+
+class FullSelfAttention(PixelflySelfAttention):
+    """Every score, by torch's fused kernels: timm's `Attention` with fewer copies in its backward.
+
+    Example:
+        >>> import timm
+        >>> attention = timm.create_model("vit_tiny_patch16_224").blocks[0].attn
+        >>> FullSelfAttention.from_module(attention)(torch.randn(2, 5, 192)).shape
+        torch.Size([2, 5, 192])
+    """
+
+    @classmethod
+    def from_module(cls, module: nn.Module) -> FullSelfAttention:
+        """Returns the attention of timm's `Attention`, as `PixelflySelfAttention.from_module`."""
+        if known_kind(module) is not PixelflySelfAttention:
+            raise TypeError(
+                f"FullSelfAttention: module must be timm's Attention, got {type(module).__name__}"
+            )
+        reason = obstacle(module)
+        if reason is not None:
+            raise ValueError(f"FullSelfAttention: {type(module).__name__}: {reason}")
+        return cls._adopt(module, None)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        attn_mask: torch.Tensor | None = None,
+        is_causal: bool = False,
+    ) -> torch.Tensor:
+        """Applies the attention to `[B, N, C]`; a mask is scaled_dot_product_attention's."""
+        self._check(x)
+        q, k, v = self._project(x)
+        causal = self.is_causal or is_causal
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask, is_causal=causal, scale=self.scale)
+        return self._output(x, y)
+
+    def extra_repr(self) -> str:
+        return f"num_heads={self.num_heads}, is_causal={self.is_causal}"
 
 
 def _visible_keys(mask: torch.Tensor, batch: int, length: int) -> torch.Tensor:

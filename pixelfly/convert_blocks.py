@@ -1,0 +1,77 @@
+"""What `sparsify_` and `densify_` do with the residual blocks of a model."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from .convert_attention import Places
+from .nn.attention import FullSelfAttention, PixelflySelfAttention, known_kind, obstacle
+from .nn.blocks import FusedBlock, FusedMixerBlock, FusedTransformerBlock
+from .nn.dense import match_activation
+from .report import Report
+
+# By the class that defines the forward: a subclass may do something else.
+_KNOWN: dict[tuple[str, str], type[FusedBlock]] = {
+    ("timm.models.vision_transformer", "Block"): FusedTransformerBlock,
+    ("timm.models.mlp_mixer", "MixerBlock"): FusedMixerBlock,
+}
+
+
+def fuse_blocks(model: nn.Module, places: Places, report: Report) -> None:
+    """Puts fused blocks in the place of timm's, and what suits them in the place of their parts."""
+    known = [(n, m, _kind(m)) for n, m in model.named_modules() if _kind(m) is not None]
+    if not known:
+        report.notes.append("blocks not fused: the model has no Block and no MixerBlock of timm")
+    for name, module, kind in known:
+        reason = _obstacle(module)
+        if id(module) not in places:
+            reason = "it is the model itself, which cannot be replaced in place"
+        if reason is not None:
+            report.notes.append(f"{name}: block not fused: {reason}")
+            continue
+        block = kind.from_module(module)
+        if kind is FusedTransformerBlock:
+            attention = block.attn
+            if known_kind(attention) is PixelflySelfAttention and obstacle(attention) is None:
+                block.attn = FullSelfAttention.from_module(attention)
+        for parent, key in places[id(module)]:
+            parent._modules[key] = block
+        report.fused_blocks.append(name)
+
+
+def restore_blocks(model: nn.Module) -> None:
+    """Puts the blocks back that `fuse_blocks` replaced."""
+    restored: dict[int, nn.Module] = {}
+    for parent in list(model.modules()):
+        for key, child in parent._modules.items():
+            if isinstance(child, FusedBlock):
+                if id(child) not in restored:
+                    restored[id(child)] = child.to_original()
+                parent._modules[key] = restored[id(child)]
+
+
+def _kind(module: nn.Module) -> type[FusedBlock] | None:
+    return _KNOWN.get((type(module).__module__, type(module).__name__))
+
+
+def _obstacle(block: nn.Module) -> str | None:
+    """Returns why a known block cannot be replaced, or None."""
+    if block._forward_hooks or block._forward_pre_hooks or block._backward_hooks:
+        return "it has hooks, which a new module would lose"
+    if _kind(block) is FusedTransformerBlock:
+        return None
+    mlp = block.mlp_tokens
+    if (type(mlp).__module__, type(mlp).__name__) != ("timm.layers.mlp", "Mlp"):
+        return f"its mlp_tokens is a {type(mlp).__name__}, not timm's Mlp"
+    if mlp._forward_hooks or mlp._forward_pre_hooks or mlp._backward_hooks:
+        return "its mlp_tokens has hooks, which a new module would lose"
+    for layer in (mlp.fc1, mlp.fc2):
+        if type(layer) is not nn.Linear:
+            return f"its mlp_tokens has a {type(layer).__name__}, not nn.Linear"
+        if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks:
+            return "a layer of its mlp_tokens has hooks, which would not be called"
+    if mlp.drop1.p or mlp.drop2.p or not isinstance(mlp.norm, nn.Identity):
+        return "its mlp_tokens has dropout or a norm"
+    if match_activation(mlp.act) is None:
+        return f"the activation {type(mlp.act).__name__} of its mlp_tokens is unknown"
+    return None

@@ -1,0 +1,119 @@
+"""Residual blocks of timm's ViT and Mixer with fewer passes over their activations."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..ops import add_layer_norm
+from .dense import match_activation
+from .token_mlp import TokenMLP
+
+_LAYER_NORMS = {"torch.nn.modules.normalization", "timm.layers.norm"}
+
+
+def add_and_norm(
+    norm: nn.Module, x: torch.Tensor, delta: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns `norm(x + delta)` and `x + delta`, in one pass where norm is a LayerNorm."""
+    if _is_layer_norm(norm, x.shape[-1]):
+        return add_layer_norm(x, delta, norm.weight, norm.bias, norm.eps)
+    x = x if delta is None else x + delta
+    return norm(x), x
+
+
+def _is_layer_norm(norm: nn.Module, features: int) -> bool:
+    hooks = (norm._forward_hooks, norm._forward_pre_hooks, norm._backward_hooks)
+    return (
+        type(norm).__name__ == "LayerNorm"
+        and type(norm).__module__ in _LAYER_NORMS
+        and not getattr(norm, "_fast_norm", False)
+        and norm.normalized_shape == (features,)
+        and norm.weight is not None
+        and norm.bias is not None
+        and not any(hooks)
+        and "forward" not in vars(norm)
+    )
+
+
+class FusedBlock(nn.Module):
+    """A block in the place of a library's, with that block's children under their names."""
+
+    children_names: tuple[str, ...]
+
+    @classmethod
+    def from_module(cls, module: nn.Module) -> FusedBlock:
+        """Takes a block's children over, as they are."""
+        block = cls.__new__(cls)
+        nn.Module.__init__(block)
+        for name in cls.children_names:
+            block.add_module(name, module._modules[name])
+        block._original = [module]  # in a list, which is not searched for parameters
+        block.train(module.training)
+        return block
+
+    def to_original(self) -> nn.Module:
+        """Gives the children back to the block that this one replaced, and returns it."""
+        module = self._original[0]
+        for name in self.children_names:
+            module._modules[name] = self._modules[name]
+        return module.train(self.training)
+
+
+class FusedTransformerBlock(FusedBlock):
+    """timm's `Block`: attention and MLP, each behind a LayerNorm and beside a residual path.
+
+    The addition that ends the attention's path and the second norm are one pass, forward and
+    backward; under autocast norms are written in its dtype, at once.
+
+    Example:
+        >>> import timm
+        >>> model = timm.create_model("vit_tiny_patch16_224")
+        >>> block = FusedTransformerBlock.from_module(model.blocks[0])
+        >>> block(torch.randn(2, 5, 192)).shape
+        torch.Size([2, 5, 192])
+    """
+
+    children_names = ("norm1", "attn", "ls1", "drop_path1", "norm2", "mlp", "ls2", "drop_path2")
+
+    def forward(self, x: torch.Tensor, **options: Any) -> torch.Tensor:
+        """Applies the block to `[B, N, C]`; `options` are those of the attention."""
+        y, x = add_and_norm(self.norm1, x, None)
+        y = self.drop_path1(self.ls1(self.attn(y, **options)))
+        y, x = add_and_norm(self.norm2, x, y)
+        return x + self.drop_path2(self.ls2(self.mlp(y)))
+
+
+class FusedMixerBlock(FusedBlock):
+    """timm's `MixerBlock`; its dense MLP over the tokens becomes a `TokenMLP`.
+
+    Example:
+        >>> import timm
+        >>> model = timm.create_model("mixer_s32_224")
+        >>> block = FusedMixerBlock.from_module(model.blocks[0])
+        >>> block(torch.randn(2, 49, 512)).shape
+        torch.Size([2, 49, 512])
+    """
+
+    children_names = ("norm1", "mlp_tokens", "drop_path", "norm2", "mlp_channels")
+
+    @classmethod
+    def from_module(cls, module: nn.Module) -> FusedBlock:
+        """Takes a block's children over; its `mlp_tokens` must be timm's Mlp of dense layers."""
+        block, mlp = super().from_module(module), module.mlp_tokens
+        block.mlp_tokens = TokenMLP.from_layers(mlp.fc1, mlp.fc2, match_activation(mlp.act))
+        return block
+
+    def to_original(self) -> nn.Module:
+        mlp, tokens = self._original[0].mlp_tokens, self.mlp_tokens
+        mlp.fc1, mlp.fc2 = tokens.fc1, tokens.fc2
+        self._modules["mlp_tokens"] = mlp
+        return super().to_original()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Applies the block to `[B, N, C]`."""
+        y, x = add_and_norm(self.norm1, x, None)
+        y, x = add_and_norm(self.norm2, x, self.drop_path(self.mlp_tokens(y)))
+        return x + self.drop_path(self.mlp_channels(y))

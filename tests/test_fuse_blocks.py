@@ -1,0 +1,172 @@
+"""Fused residual blocks of timm's models: the same function, and back again."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import vision_ops  # noqa: F401 (before timm and transformers)
+from torch import nn
+
+from pixelfly import PixelflyConfig, densify_, sparsify_
+from pixelfly.nn import TokenMLP
+from pixelfly.nn.attention import FullSelfAttention
+from pixelfly.nn.blocks import FusedMixerBlock, FusedTransformerBlock
+
+timm = pytest.importorskip("timm")
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+FUSED = PixelflyConfig(density=0.5, block_size=16, rank=0, fuse_mlp=True, fuse_blocks=True)
+PLAIN = PixelflyConfig(density=0.5, block_size=16, rank=0)
+
+
+def vit(**options):
+    return timm.models.VisionTransformer(
+        img_size=32, patch_size=8, embed_dim=64, depth=2, num_heads=2, num_classes=8, **options
+    )
+
+
+def mixer():
+    return timm.models.MlpMixer(
+        img_size=32, patch_size=8, embed_dim=64, num_blocks=2, num_classes=8
+    )
+
+
+BUILDS = {
+    "vit": (vit, "vit", FusedTransformerBlock),
+    "vit with scales": (lambda: vit(init_values=0.5, qk_norm=True), "vit", FusedTransformerBlock),
+    "mixer": (mixer, "mixer", FusedMixerBlock),
+}
+
+
+def run(model, x):
+    """Logits, the gradient of x and those of the parameters, by name."""
+    x = x.clone().requires_grad_()
+    y = model(x)
+    model.zero_grad()
+    y.float().square().sum().backward()
+    return {"y": y.detach(), "x": x.grad} | {n: p.grad for n, p in model.named_parameters()}
+
+
+def pair(name, device="cpu"):
+    build, preset, kind = BUILDS[name]
+    fused = build().to(device)
+    nn.init.normal_(fused.head.weight, std=0.1)  # timm's starts at zero
+    plain = copy.deepcopy(fused)
+    report = sparsify_(fused, FUSED, preset)
+    sparsify_(plain, PLAIN, preset)
+    plain.load_state_dict(fused.state_dict())
+    assert report.fused_blocks == ["blocks.0", "blocks.1"] and not report.notes
+    assert all(type(block) is kind for block in fused.blocks)
+    return fused, plain
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", list(BUILDS))
+def test_same_function(name, device):
+    fused, plain = pair(name, device)
+    x = torch.randn(3, 3, 32, 32, device=device)
+    assert list(fused.state_dict()) == list(plain.state_dict())
+    torch.testing.assert_close(run(fused, x), run(plain, x), rtol=1e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", list(BUILDS))
+@pytest.mark.parametrize("compiled", [False, True])
+def test_autocast(name, device, compiled):
+    """No further from float32 than the blocks as they come."""
+    if compiled and device == "cpu":
+        pytest.skip("inductor on the CPU takes a C++ compiler and minutes")
+    torch._dynamo.reset()
+    fused, plain = pair(name, device)
+    x = torch.randn(3, 3, 32, 32, device=device)
+    exact = run(plain, x)
+    with torch.autocast(device, torch.bfloat16):
+        ours = run(torch.compile(fused, fullgraph=True) if compiled else fused, x)
+        theirs = run(plain, x)
+    for key in exact:
+        mine = ours[f"_orig_mod.{key}" if compiled and key not in ("x", "y") else key]
+        scale = exact[key].norm()
+        bound = 1.5 * (theirs[key] - exact[key]).norm() / scale + 0.01
+        assert (mine - exact[key]).norm() / scale <= bound, key
+
+
+@pytest.mark.parametrize("name", list(BUILDS))
+def test_whole_graph(name):
+    torch._dynamo.reset()
+    fused, _ = pair(name)
+    x = torch.randn(3, 3, 32, 32)
+    compiled = torch.compile(fused, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), fused(x), rtol=1e-4, atol=1e-5)
+
+
+def test_parts_of_a_block():
+    fused, _ = pair("vit")
+    assert type(fused.blocks[0].attn) is FullSelfAttention
+    fused, _ = pair("mixer")
+    assert type(fused.blocks[0].mlp_tokens) is TokenMLP
+    assert fused.blocks[0].mlp_tokens.activation == "gelu"
+
+
+@pytest.mark.parametrize("name", list(BUILDS))
+def test_densify_gives_the_blocks_back(name):
+    fused, _ = pair(name)
+    fused = copy.deepcopy(fused)
+    x = torch.randn(2, 3, 32, 32)
+    before = fused(x)
+    densify_(fused)
+    assert not [m for m in fused.modules() if type(m).__module__.startswith("pixelfly.nn")]
+    assert {type(block).__name__ for block in fused.blocks} <= {"Block", "MixerBlock"}
+    torch.testing.assert_close(fused(x), before, rtol=1e-4, atol=1e-4)
+
+
+def test_masks_reach_the_attention():
+    fused, plain = pair("vit")
+    y = torch.randn(2, 17, 64)
+    mask = torch.rand(2, 1, 17, 17) > 0.3
+    for options in ({"attn_mask": mask}, {"is_causal": True}):
+        torch.testing.assert_close(
+            fused.blocks[0](y, **options), plain.blocks[0](y, **options), rtol=1e-4, atol=1e-5
+        )
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (lambda b: b.register_forward_hook(lambda *_: None), "block not fused: it has hooks"),
+        (lambda b: b.mlp_tokens.fc1.register_forward_hook(lambda *_: None), "a layer of its"),
+        (lambda b: setattr(b.mlp_tokens, "act", nn.Tanh()), "the activation Tanh of its"),
+        (lambda b: setattr(b.mlp_tokens, "drop1", nn.Dropout(0.1)), "has dropout or a norm"),
+        (lambda b: setattr(b, "mlp_tokens", nn.Identity()), "is a Identity, not timm's Mlp"),
+    ],
+)
+def test_what_is_left(spoil, reason):
+    model = mixer()
+    spoil(model.blocks[0])
+    report = sparsify_(model, FUSED, "mixer")
+    assert report.fused_blocks == ["blocks.1"]
+    assert len(report.notes) == 1 and reason in report.notes[0]
+
+
+def test_sparse_token_mlps_are_left():
+    model = timm.models.MlpMixer(img_size=64, patch_size=8, embed_dim=64, num_blocks=1)
+    assert sparsify_(model, PLAIN, lambda m, n: "mlp_tokens" in n).layers
+    report = sparsify_(model, FUSED, "mixer")
+    assert not report.fused_blocks and "is a PixelflyMLP, not timm's" in report.notes[0]
+
+
+def test_no_known_block():
+    report = sparsify_(nn.Sequential(nn.Linear(64, 64)), FUSED)
+    assert "the model has no Block and no MixerBlock of timm" in str(report)
+
+
+def test_norms_of_other_kinds_are_called():
+    """A norm that is no plain LayerNorm does what it does."""
+    model = vit()
+    for block in model.blocks:
+        block.norm1 = nn.Identity()
+        block.norm2.register_forward_hook(lambda module, args, y: 2 * y)
+    plain = copy.deepcopy(model)
+    sparsify_(model, FUSED, lambda m, n: False)
+    x = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(model(x), plain(x), rtol=1e-4, atol=1e-5)
