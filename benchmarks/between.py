@@ -1,0 +1,146 @@
+"""What lies between the sparse layers of a ViT and a Mixer, in eager code under bf16 autocast.
+
+    python benchmarks/between.py                       # all of it, on a GPU
+    python benchmarks/between.py --device cpu --tokens 64
+
+Residual addition + LayerNorm (`pixelfly.ops.add_layer_norm`), float32 stream and bf16 branches, and
+a Mixer's MLP over tokens (`pixelfly.nn.TokenMLP`), each beside torch's own operators as timm calls
+them, forward and forward + backward. The floor is bytes at 3.0 TB/s, of a pass that reads and
+writes every operand once. Writes between_<device>.json to benchmarks/results.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pathlib
+import re
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from display import make_console, print_table
+from timing import Timing, environment, num_buffer_sets, time_all
+
+from pixelfly.nn import TokenMLP
+from pixelfly.ops import add_layer_norm
+
+BYTES_PER_SECOND = 3.0e12
+SHAPES = [(25216, 768), (8192, 1024), (8192, 4096)]  # ViT-B/16, GPT-2 medium, a wide model
+Call = Callable[[int], object]
+
+
+def both_ways(make: Callable[[int], tuple], grads: Callable[[int], tuple]) -> dict[str, Call]:
+    """A forward alone and one with its backward; `make` gives outputs, `grads` what they meet."""
+
+    def forward(i: int) -> None:
+        with torch.no_grad():
+            make(i)
+
+    def forward_backward(i: int) -> None:
+        outputs = make(i)
+        inputs, dys = grads(i)
+        torch.autograd.grad(outputs, inputs, dys)
+
+    return {"forward": forward, "forward_backward": forward_backward}
+
+
+def norm(tokens: int, features: int, device: str) -> tuple[dict[str, dict[str, Call]], dict, int]:
+    """Candidates by name and direction, the bytes of each direction, and the buffer sets."""
+    elements = tokens * features
+    sets = num_buffer_sets(24 * elements) if device == "cuda" else 1
+    bf16 = {"device": device, "dtype": torch.bfloat16}
+    x = [torch.randn(tokens, features, device=device, requires_grad=True) for _ in range(sets)]
+    delta = [torch.randn(tokens, features, **bf16).requires_grad_() for _ in range(sets)]
+    dy = [torch.randn(tokens, features, **bf16) for _ in range(sets)]
+    dh = [torch.randn(tokens, features, device=device) for _ in range(sets)]
+    weight = torch.ones(features, device=device, requires_grad=True)
+    bias = torch.zeros(features, device=device, requires_grad=True)
+
+    def ours(i: int) -> tuple:
+        return add_layer_norm(x[i], delta[i], weight, bias, dtype=torch.bfloat16)
+
+    def theirs(i: int) -> tuple:
+        h = x[i] + delta[i]
+        return F.layer_norm(h, (features,), weight, bias).to(torch.bfloat16), h
+
+    def grads(i: int) -> tuple:
+        return (x[i], delta[i], weight, bias), (dy[i], dh[i])
+
+    forward = 12 * elements  # reads x and delta, writes h and y
+    backward = 16 * elements  # reads dy, dh and h, writes dx and ddelta
+    candidates = {"torch": both_ways(theirs, grads), "pixelfly": both_ways(ours, grads)}
+    return candidates, {"forward": forward, "forward_backward": forward + backward}, sets
+
+
+def token_mlp(batch: int, device: str) -> tuple[dict[str, dict[str, Call]], dict, int]:
+    tokens, hidden, channels = 196, 384, 768
+    sets = num_buffer_sets(4 * batch * hidden * channels) if device == "cuda" else 1
+    bf16 = {"device": device, "dtype": torch.bfloat16}
+    mlp = TokenMLP(tokens, hidden, device=device)
+    x = [torch.randn(batch, tokens, channels, **bf16).requires_grad_() for _ in range(sets)]
+    dy = [torch.randn(batch, tokens, channels, **bf16) for _ in range(sets)]
+
+    def ours(i: int) -> tuple:
+        with torch.autocast(device, torch.bfloat16):
+            return (mlp(x[i]),)
+
+    def theirs(i: int) -> tuple:
+        with torch.autocast(device, torch.bfloat16):
+            h = F.gelu(F.linear(x[i].transpose(1, 2), mlp.fc1.weight, mlp.fc1.bias))
+            return (F.linear(h, mlp.fc2.weight, mlp.fc2.bias).transpose(1, 2),)
+
+    def grads(i: int) -> tuple:
+        return (x[i], *mlp.parameters()), (dy[i],)
+
+    outer, inner = 2 * batch * tokens * channels, 2 * batch * hidden * channels
+    # Forward: x, y, h once and twice; backward: dy, x, dx, h, z, dz twice.
+    forward, backward = 2 * outer + 2 * inner, 3 * outer + 4 * inner
+    candidates = {"torch": both_ways(theirs, grads), "pixelfly": both_ways(ours, grads)}
+    return candidates, {"forward": forward, "forward_backward": forward + backward}, sets
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--tokens", type=int, default=None, help="instead of the usual numbers")
+    parser.add_argument("--batch", type=int, default=128, help="samples of the Mixer")
+    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
+    parser.add_argument("--out", type=pathlib.Path, default=None)
+    args = parser.parse_args()
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("benchmarks/between.py: torch sees no CUDA device; use --device cpu")
+    meta = environment(args.device)
+    name = re.sub(r"[^a-z0-9]+", "_", str(meta["device"]).lower().removeprefix("nvidia "))
+    label = name.split("_")[0] if args.device == "cuda" else "cpu"
+    out = args.out or pathlib.Path(__file__).parent / "results" / f"between_{label}.json"
+    cases = {
+        f"add + norm {args.tokens or tokens} x {features}": norm(
+            args.tokens or tokens, features, args.device
+        )
+        for tokens, features in SHAPES
+    }
+    cases[f"token MLP {args.batch} x 196 x 768"] = token_mlp(args.batch, args.device)
+    records, rows = [], []
+    for case, (candidates, floors, sets) in cases.items():
+        for direction in ("forward", "forward_backward"):
+            calls = {name: both[direction] for name, both in candidates.items()}
+            times = time_all(calls, sets, device=args.device)
+            record = {"case": case, "direction": direction}
+            record["floor_ms"] = 1e3 * floors[direction] / BYTES_PER_SECOND
+            for name, time in times.items():
+                record[name] = time.as_dict() if isinstance(time, Timing) else time
+            records.append(record)
+            shown = [t.median if isinstance(t, Timing) else float("nan") for t in times.values()]
+            cells = [f"{value:.4f}" for value in (*shown, record["floor_ms"])]
+            rows.append([case, direction, *cells, f"{shown[0] / shown[1]:.2f}x"])
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps({"meta": meta, "records": records}, indent=1) + "\n")
+    header = ["case", "direction", "torch ms", "pixelfly ms", "floor ms", "speed-up"]
+    print_table(make_console(), "between the layers", header, rows)
+    print(f"wrote {out}")
+
+
+if __name__ == "__main__":
+    main()
