@@ -17,6 +17,7 @@ import sys
 import torch
 
 from pixelfly import masks
+from pixelfly.nn import TokenMLP
 from pixelfly.ops import add_layer_norm, butterfly_lowrank_mm, butterfly_lowrank_mm_reference
 
 N, K = 200, 328
@@ -97,9 +98,33 @@ def layer_norm_calls(dtypes: list[torch.dtype]) -> tuple[int, int]:
     return calls, wrong
 
 
+def token_mlp_calls(dtypes: list[torch.dtype]) -> tuple[int, int]:
+    """Runs TokenMLP where column_product serves it; returns the calls and the wrong outputs."""
+    calls = wrong = 0
+    for dtype, (tokens, hidden, channels), activation in itertools.product(
+        [d for d in dtypes if d != torch.float32],
+        ((196, 384, 144), (20, 40, 16), (70, 130, 272)),
+        (None, "gelu"),
+    ):
+        mlp = TokenMLP(tokens, hidden, activation=activation).to(dtype)
+        x, dy = torch.randn(2, 3, tokens, channels).to(dtype).unbind()
+        results = []
+        for device in ("cuda", "cpu"):
+            mlp.to(device)
+            leaf = x.to(device).requires_grad_()
+            y = mlp(leaf)
+            grads = torch.autograd.grad(y, [leaf, *mlp.parameters()], dy.to(device))
+            results.append([y.detach(), *grads])
+        calls += 1
+        wrong += differs(f"token MLP {dtype} {tokens} {hidden} {activation}", *results, dtype)
+    return calls, wrong
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--paths", nargs="*", default=["sm80", "auto", "sm90"])
+    parts = ["linear", "layer-norm", "token-mlp"]
+    parser.add_argument("--parts", nargs="*", default=parts, choices=parts)
     parser.add_argument("--dtypes", nargs="*", default=["bfloat16", "float16", "float32"])
     parser.add_argument("--block-sizes", nargs="*", type=int, default=[16, 32, 64, 128])
     args = parser.parse_args()
@@ -108,8 +133,12 @@ def main() -> int:
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.manual_seed(0)
     dtypes = [getattr(torch, name) for name in args.dtypes]
-    calls, wrong = layer_norm_calls(dtypes)
-    for path in args.paths:
+    calls = wrong = 0
+    for part, run in {"layer-norm": layer_norm_calls, "token-mlp": token_mlp_calls}.items():
+        if part in args.parts:
+            more = run(dtypes)
+            calls, wrong = calls + more[0], wrong + more[1]
+    for path in args.paths if "linear" in args.parts else []:
         os.environ["PIXELFLY_KERNEL"] = path
         for dtype, b, (tokens, rank, activation) in itertools.product(
             dtypes,

@@ -86,9 +86,9 @@ def test_autocast(name, device, compiled):
         theirs = run(plain, x)
     for key in exact:
         mine = ours[f"_orig_mod.{key}" if compiled and key not in ("x", "y") else key]
-        scale = exact[key].norm()
-        bound = 1.5 * (theirs[key] - exact[key]).norm() / scale + 0.01
-        assert (mine - exact[key]).norm() / scale <= bound, key
+        # Some gradients are nothing but rounding (a bias of keys changes no attention).
+        bound = 2 * (theirs[key] - exact[key]).norm() + 0.01 * exact[key].norm() + 1e-3
+        assert (mine - exact[key]).norm() <= bound, key
 
 
 @pytest.mark.parametrize("name", list(BUILDS))

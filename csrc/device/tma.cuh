@@ -1,5 +1,6 @@
 // TMA: bulk tensor copies between global and shared memory through a tensor map.
-// Coordinates are (column, row) in elements; out-of-range parts load as zeros and are not stored.
+// Coordinates are (column, row) or (column, row, plane) in elements; out-of-range parts load as
+// zeros and are not stored.
 #pragma once
 
 #include <cuda.h>
@@ -21,6 +22,21 @@ __device__ __forceinline__ void tma_store_2d(const CUtensorMap* map, uint32_t sh
   asm volatile(
       "cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%2,%3}], [%1];" ::"l"(map),
       "r"(shared), "r"(col), "r"(row)
+      : "memory");
+}
+__device__ __forceinline__ void tma_load_3d(uint32_t shared, const CUtensorMap* map,
+                                            uint32_t barrier, int col, int row, int plane) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes "
+      "[%0], [%1, {%3,%4,%5}], [%2];" ::"r"(shared),
+      "l"(map), "r"(barrier), "r"(col), "r"(row), "r"(plane)
+      : "memory");
+}
+__device__ __forceinline__ void tma_store_3d(const CUtensorMap* map, uint32_t shared, int col,
+                                             int row, int plane) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.global.shared::cta.bulk_group [%0, {%2,%3,%4}], [%1];" ::"l"(map),
+      "r"(shared), "r"(col), "r"(row), "r"(plane)
       : "memory");
 }
 __device__ __forceinline__ void tma_store_commit() {

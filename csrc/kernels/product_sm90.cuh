@@ -33,6 +33,9 @@
 // of them takes half a stage, the half where the later outputs will go. Other outputs go through
 // the staging tiles; cooperative warpgroups also use their half of the last step's stage.
 //
+// Where tokens are columns (kColumns), tiles of activations are [64 features][64 tokens]: x is
+// wgmma's B through MN-major descriptors, and outputs need no transposition.
+//
 // Thread blocks load the same x tiles at the same step where the planner finds an order for it
 // (row_groups.cpp): L2 serves such loads at about twice the rate of distinct ones.
 #pragma once
@@ -45,7 +48,9 @@
 #include "device/shared_memory.cuh"
 #include "device/tma.cuh"
 #include "device/wgmma.cuh"
+#include "kernels/product_sm90_columns.cuh"
 #include "kernels/product_sm90_produce.cuh"
+#include "kernels/product_sm90_rows.cuh"
 #include "kernels/product_sm90_slope.cuh"
 #include "kernels/product_sm90_work.cuh"
 
@@ -53,33 +58,8 @@ namespace pixelfly {
 
 namespace groups {
 
-// Address in a swizzled [tokens][64 features] tile of the 8x8 matrix row that this lane serves in
-// the j-th stmatrix/ldmatrix.x4.trans of a warp's 16 features x 64 tokens.
-__device__ inline uint32_t fragment_address(uint32_t tile, int j) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, matrix = lane / 8;
-  const int token = j * 16 + (matrix / 2) * 8 + lane % 8;
-  const int chunk = warp * 2 + matrix % 2;
-  return tile + token * 128 + ((chunk ^ (token & 7)) << 4);
-}
-
-// Applies f(accumulator, aux) with 64 tokens of an aux tile in shared memory.
-template <typename T, typename F>
-__device__ __forceinline__ void combine(float* acc, uint32_t tile, F f) {
-#pragma unroll
-  for (int j = 0; j < 4; ++j) {
-    uint32_t r[4];
-    device::ldmatrix_x4_trans(r, fragment_address(tile, j));
-#pragma unroll
-    for (int h = 0; h < 4; ++h) {
-      const float2 a = device::unpack2<T>(r[h]);
-      acc[j * 8 + h * 2] = f(acc[j * 8 + h * 2], a.x);
-      acc[j * 8 + h * 2 + 1] = f(acc[j * 8 + h * 2 + 1], a.y);
-    }
-  }
-}
-
 // One consumer warpgroup.
-template <typename T, bool kTransposed, bool kQuads, bool kCooperative, bool kPlain>
+template <typename T, bool kTransposed, bool kQuads, bool kCooperative, bool kPlain, bool kColumns>
 struct Consumer {
   static constexpr bool kCodes = device::kSlopeCodes<T>;
   using Words = uint32_t[4][4];                    // 64 tokens x 64 features, packed in pairs
@@ -90,7 +70,8 @@ struct Consumer {
   const Layout& layout;
   int warpgroup;
   int next_staging = 0;
-  int held = -1;  // the stage that cooperative warpgroups use for outputs
+  int held = -1;    // the stage that cooperative warpgroups use for outputs
+  int sample = -1;  // of the token tile, where tokens are columns
 
   __device__ bool has_aux() const { return !kPlain && args.has_aux(); }
   __device__ bool leader() const { return threadIdx.x % 128 == 0; }
@@ -134,8 +115,24 @@ struct Consumer {
   __device__ __forceinline__ void fill(const uint32_t (&words)[kWords][4], uint32_t tile) const {
 #pragma unroll
     for (int j = 0; j < kWords; ++j) {
-      const uint32_t at = kWords == 4 ? fragment_address(tile, j) : code_address(tile, j);
-      device::stmatrix_x4_trans(at, words[j]);
+      if constexpr (kColumns) {
+        device::stmatrix_x4(
+            kWords == 4 ? columns::fragment_address(tile, j) : columns::code_address(tile, j),
+            words[j]);
+      } else {
+        const uint32_t at = kWords == 4 ? fragment_address(tile, j) : code_address(tile, j);
+        device::stmatrix_x4_trans(at, words[j]);
+      }
+    }
+  }
+
+  // One thread.
+  __device__ __forceinline__ void send(const CUtensorMap* map, uint32_t tile, int feature,
+                                       int token) const {
+    if constexpr (kColumns) {
+      device::tma_store_3d(map, tile, token, feature, sample);
+    } else {
+      device::tma_store_2d(map, tile, feature, token);
     }
   }
 
@@ -147,7 +144,7 @@ struct Consumer {
     device::fence_proxy_async();
     synchronize();
     if (leader()) {
-      device::tma_store_2d(map, tile, feature, token);
+      send(map, tile, feature, token);
       device::tma_store_commit();
     }
   }
@@ -166,8 +163,8 @@ struct Consumer {
     device::fence_proxy_async();
     synchronize();
     if (leader()) {
-      device::tma_store_2d(first_map, tile, feature, first_token);
-      device::tma_store_2d(&maps.y, tile + kGroupTileBytes, feature, second_token);
+      send(first_map, tile, feature, first_token);
+      send(&maps.y, tile + kGroupTileBytes, feature, second_token);
       device::tma_store_commit();
     }
   }
@@ -186,7 +183,13 @@ struct Consumer {
     if (kTransposed && kCodes && !kPlain && args.has_slope) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        device::ldmatrix_x4_trans(codes[i / 2][i % 2], code_address(aux + kGroupTileBytes, i));
+        const uint32_t tile = aux + kGroupTileBytes;
+        if constexpr (kColumns) {
+          const uint32_t half = tile + i / 2 * columns::kCodeBytes;
+          device::ldmatrix_x4(codes[i / 2][i % 2], columns::code_address(half, i % 2));
+        } else {
+          device::ldmatrix_x4_trans(codes[i / 2][i % 2], code_address(tile, i));
+        }
       }
     }
 #pragma unroll
@@ -199,9 +202,13 @@ struct Consumer {
         // Only to round and store.
       } else if constexpr (kTransposed) {
         if (args.has_slope && kCodes) {
-          combine_codes(chunk, codes[half]);
+          if constexpr (kColumns) {
+            columns::combine_codes(chunk, codes[half]);
+          } else {
+            combine_codes(chunk, codes[half]);
+          }
         } else if (args.has_slope) {
-          combine<T>(chunk, aux_half, [](float a, float b) { return a * b; });
+          combine<T, kColumns>(chunk, aux_half, [](float a, float b) { return a * b; });
         }
       } else if (args.has_slope_out) {
         SlopeWords slopes;
@@ -217,7 +224,9 @@ struct Consumer {
               x = a.value;
               slope[e] = a.slope;
             }
-            if constexpr (kCodes) {
+            if constexpr (kCodes && kColumns) {
+              columns::encode(slopes, i, slope);
+            } else if constexpr (kCodes) {
               slopes[i / 4][i % 4] = encode_fragment(slope);
             } else {
               slopes[i / 2][i % 2 * 2] = device::pack2<T>(slope[0], slope[1]);
@@ -225,7 +234,7 @@ struct Consumer {
             }
           }
         });
-        if constexpr (kCodes) exchange_codes(slopes);
+        if constexpr (kCodes && !kColumns) exchange_codes(slopes);
         if (!kCooperative && args.staging_tiles == 2 && !has_aux()) {
           pack(pairs, chunk);
           store_both(slopes, &maps.slope_out, first, pairs, first, feature);
@@ -241,7 +250,7 @@ struct Consumer {
         });
       }
       if (!kPlain && args.has_residual) {
-        combine<T>(chunk, aux_half, [](float a, float b) { return a + b; });
+        combine<T, kColumns>(chunk, aux_half, [](float a, float b) { return a + b; });
       }
       pack(pairs, chunk);
       store(pairs, has_aux() ? aux_half : free_staging(), &maps.y, feature, first);
@@ -254,11 +263,12 @@ struct Consumer {
     const uint64_t a = kQuads        ? device::descriptor_quads(weight, kTransposed)
                        : kTransposed ? device::descriptor_mn_major(weight, 0)
                                      : device::descriptor_k_major(weight);
-    const uint64_t b = device::descriptor_k_major(x);
+    const uint64_t b =
+        kColumns ? device::descriptor_mn_major(x, kGroupTileBytes) : device::descriptor_k_major(x);
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
       const int step = kQuads ? device::quads_step(k, kTransposed) : k * (kTransposed ? 128 : 2);
-      device::wgmma<T, kTransposed, false>(acc, a + step, b + k * 2, 1);
+      device::wgmma<T, kTransposed, kColumns>(acc, a + step, b + k * (kColumns ? 128 : 2), 1);
     }
   }
 
@@ -357,7 +367,9 @@ struct Consumer {
         held = kCooperative && !has_aux() ? previous : -1;
         if (previous >= 0 && held < 0) release(previous);
 
-        const int token = tile * kGroupTokens;
+        if constexpr (kColumns) sample = tile / args.column_tiles;
+        const int first = kColumns ? sample * args.column_tiles : 0;
+        const int token = (tile - first) * kGroupTokens;
         epilogue(acc0, unit.rows[0], token, x_tile(ring.before(aux_stages)));
         if (unit.rows[1] >= 0) epilogue(acc1, unit.rows[1], token, x_tile(ring.before(1)));
         // The next token tile may use the staging tiles in another order: leave none being read.
@@ -380,7 +392,8 @@ struct Consumer {
 
 }  // namespace groups
 
-template <typename T, bool kTransposed, bool kQuads, bool kCooperative, bool kPlain>
+template <typename T, bool kTransposed, bool kQuads, bool kCooperative, bool kPlain,
+          bool kColumns = false>
 __global__ void __launch_bounds__(kGroupThreads, 1)
     product_sm90(const __grid_constant__ GroupMaps maps, const __grid_constant__ GroupArgs args) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
@@ -404,10 +417,13 @@ __global__ void __launch_bounds__(kGroupThreads, 1)
   const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);
   if (warpgroup == 2) {
     device::release_registers<40>();
-    if (threadIdx.x == 256) groups::produce<kTransposed, kQuads, kCooperative>(maps, args, layout);
+    if (threadIdx.x == 256) {
+      groups::produce<kTransposed, kQuads, kCooperative, kColumns>(maps, args, layout);
+    }
   } else {
     device::claim_registers<232>();
-    groups::Consumer<T, kTransposed, kQuads, kCooperative, kPlain>{maps, args, layout, warpgroup}
+    groups::Consumer<T, kTransposed, kQuads, kCooperative, kPlain, kColumns>{maps, args, layout,
+                                                                             warpgroup}
         .run();
   }
 #endif

@@ -39,7 +39,7 @@ __device__ void load_weight(const GroupMaps& maps, const GroupArgs& args, uint32
 }
 
 // One thread.
-template <bool kTransposed, bool kQuads, bool kCooperative>
+template <bool kTransposed, bool kQuads, bool kCooperative, bool kColumns>
 __device__ void produce(const GroupMaps& maps, const GroupArgs& args, const Layout& layout) {
   Ring ring{args.stages};
   uint32_t units_done = 0;
@@ -60,6 +60,14 @@ __device__ void produce(const GroupMaps& maps, const GroupArgs& args, const Layo
       const int tiles = both ? 2 : 1;
       auto load = [&](const CUtensorMap* map, uint32_t full, int column, int offset) {
         const uint32_t at = layout.stage(ring.stage) + offset;
+        if constexpr (kColumns) {  // 64 tokens, then 64 more
+          const int sample = tile / args.column_tiles;
+          const int token = (tile - sample * args.column_tiles) * kGroupTokens;
+          const int half = (kGroupXBytes - offset) / 2;
+          device::tma_load_3d(at, map, full, token, column, sample);
+          device::tma_load_3d(at + half, map, full, token + 64, column, sample);
+          return;
+        }
         device::tma_load_2d(at, map, full, column, tile * kGroupTokens);
         if (both) {
           device::tma_load_2d(at + kGroupXBytes, map, full, column, second * kGroupTokens);

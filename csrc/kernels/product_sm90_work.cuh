@@ -9,6 +9,8 @@
 
 namespace pixelfly {
 
+// Where tokens are columns, the maps of x, aux, y and slope_out have three dimensions, [samples]
+// [features][columns], and boxes of 64 x 64.
 struct GroupMaps {
   CUtensorMap x;          // [T, in], box 128 x 64
   CUtensorMap t;          // [T, r], box 128 x 64
@@ -23,7 +25,8 @@ struct GroupArgs {
   GroupSection section;
   const int32_t* plan;
   const void* bias;
-  int32_t token_tiles;  // of kGroupTokens
+  int32_t token_tiles;   // of kGroupTokens
+  int32_t column_tiles;  // of a sample, where tokens are columns
   int32_t out_features;
   int32_t num_x_tiles;   // tiles of x; those of t follow
   int32_t weight_shift;  // log2(b / 64)

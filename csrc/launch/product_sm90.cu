@@ -84,6 +84,14 @@ Status launch_one(const GroupMaps& maps, const GroupArgs& args, const Tile& tile
 template <typename T>
 Status launch(const ProductParams& p, const GroupMaps& maps, const GroupArgs& args,
               const Tile& tile, int grid, Stream stream) {
+  if (p.columns > 0) {
+    const auto kernel = p.transposed
+                            ? (tile.plain ? product_sm90<T, true, false, false, true, true>
+                                          : product_sm90<T, true, false, false, false, true>)
+                            : (tile.plain ? product_sm90<T, false, false, false, true, true>
+                                          : product_sm90<T, false, false, false, false, true>);
+    return launch_kernel(kernel, grid, kGroupThreads, tile.shared_bytes, stream, maps, args);
+  }
   const bool quads = p.header->block_size == 32;
   const auto kernel = p.transposed
                           ? (quads ? launch_one<T, true, true> : launch_one<T, true, false>)
@@ -98,10 +106,16 @@ bool product_sm90_supports(const ProductParams& p, const DeviceInfo& device) {
     return false;
   if (p.transposed && (p.slope_out != nullptr || p.activation != Activation::kNone)) return false;
   if (p.slope != nullptr && (p.residual != nullptr || !p.transposed)) return false;
+  if (p.columns > 0 && (p.header->block_size == 32 || p.header->rank > 0 || p.residual != nullptr ||
+                        choose_tile(p, device).cooperative)) {
+    return false;
+  }
   auto aligned = [&](const void* data, int64_t stride) {
+    if (p.columns > 0) stride = p.columns;
     return aligned_rows(data, stride, p.dtype);
   };
   auto aligned_slope = [&](const void* data, int64_t stride) {
+    if (p.columns > 0) stride = p.columns;
     return aligned_rows(data, stride, slope_dtype(p.dtype));
   };
   return aligned(p.x, p.x_stride) && aligned(p.blocks, 0) && aligned(p.factor, p.factor_stride) &&
@@ -125,7 +139,14 @@ Status launch_product_sm90(const ProductParams& p, const DeviceInfo& device, Str
     return encode_tile_map(out, dtype, data, rows, cols, stride, box_rows, box_cols);
   };
   auto map = [&](auto... what) { return map_of(p.dtype, what...); };
-  const int64_t b = h.block_size, T = p.tokens;
+  const int64_t b = h.block_size, T = p.tokens, columns = p.columns;
+  auto map_activations = [&](DType dtype, CUtensorMap* out, const void* data, int64_t features,
+                             int64_t stride, int box_tokens) {
+    if (columns == 0 || data == nullptr) {
+      return map_of(dtype, out, data, T, features, stride, box_tokens);
+    }
+    return encode_plane_map(out, dtype, data, T / columns, features, columns);
+  };
   const int weight_box = b == 32 ? 32 : kGroupTile;
   const int64_t factor_rows = p.transposed ? h.rank : p.out_features;
   const int64_t factor_cols = p.transposed ? p.out_features : h.rank;
@@ -135,24 +156,30 @@ Status launch_product_sm90(const ProductParams& p, const DeviceInfo& device, Str
   const void* t = h.rank > 0 ? p.t : nullptr;
   const void* factor = h.rank > 0 ? p.factor : nullptr;
   const void* blocks = h.nnz > 0 ? p.blocks : nullptr;
-  PIXELFLY_RETURN_IF_ERROR(map(&maps.x, p.x, T, p.in_features, p.x_stride, kGroupTokens));
+  PIXELFLY_RETURN_IF_ERROR(
+      map_activations(p.dtype, &maps.x, p.x, p.in_features, p.x_stride, kGroupTokens));
   PIXELFLY_RETURN_IF_ERROR(map(&maps.t, t, T, h.rank, p.t_stride, kGroupTokens));
   PIXELFLY_RETURN_IF_ERROR(map(&maps.blocks, blocks, h.nnz * b, b, b, weight_box, weight_box));
   PIXELFLY_RETURN_IF_ERROR(
       map(&maps.factor, factor, factor_rows, factor_cols, p.factor_stride, weight_box, weight_box));
   PIXELFLY_RETURN_IF_ERROR(
-      map_of(aux_dtype, &maps.aux, aux, T, p.out_features, aux_stride, kGroupTokens));
-  PIXELFLY_RETURN_IF_ERROR(map(&maps.y, p.y, T, p.out_features, p.y_stride, kGroupTile));
-  PIXELFLY_RETURN_IF_ERROR(map_of(slopes, &maps.slope_out, p.slope_out, T, p.out_features,
-                                  p.slope_out_stride, kGroupTile));
+      map_activations(aux_dtype, &maps.aux, aux, p.out_features, aux_stride, kGroupTokens));
+  PIXELFLY_RETURN_IF_ERROR(
+      map_activations(p.dtype, &maps.y, p.y, p.out_features, p.y_stride, kGroupTile));
+  PIXELFLY_RETURN_IF_ERROR(map_activations(slopes, &maps.slope_out, p.slope_out, p.out_features,
+                                           p.slope_out_stride, kGroupTile));
 
   GroupArgs args{};
   args.section = section_of(p);
   args.plan = p.plan;
   args.bias = p.bias;
-  args.token_tiles = static_cast<int32_t>((T + kGroupTokens - 1) / kGroupTokens);
+  args.column_tiles = (p.columns + kGroupTokens - 1) / kGroupTokens;
+  args.token_tiles = static_cast<int32_t>(columns > 0 ? T / columns * args.column_tiles
+                                                      : (T + kGroupTokens - 1) / kGroupTokens);
   args.out_features = p.out_features;
-  args.num_x_tiles = (p.in_features + kGroupTile - 1) / kGroupTile;
+  // The layout's, which may be rounded up where tokens are columns.
+  const int32_t in_features = p.transposed ? h.out_features : h.in_features;
+  args.num_x_tiles = (in_features + kGroupTile - 1) / kGroupTile;
   args.weight_shift = b == 128 ? 1 : 0;
   args.stages = tile.stages;
   args.staging_tiles = tile.staging_tiles;

@@ -32,16 +32,18 @@ CUtensorMapDataType type_of(DType dtype) {
   }
 }
 
-}  // namespace
-
-Status encode_tile_map(CUtensorMap* out, DType dtype, const void* data, int64_t rows, int64_t cols,
-                       int64_t stride, int box_rows, int box_cols) {
+// `planes` == 0: a matrix, else so many, one behind the other.
+Status encode_map(CUtensorMap* out, DType dtype, const void* data, int64_t planes, int64_t rows,
+                  int64_t cols, int64_t stride, int box_rows, int box_cols) {
   const Encode encode = encoder();
   if (encode == nullptr) return Status::cuda("the driver has no cuTensorMapEncodeTiled (CUDA 12)");
-  const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(cols), static_cast<cuuint64_t>(rows)};
-  const cuuint64_t strides[1] = {static_cast<cuuint64_t>(stride * size_of(dtype))};
-  const cuuint32_t box[2] = {static_cast<cuuint32_t>(box_cols), static_cast<cuuint32_t>(box_rows)};
-  const cuuint32_t steps[2] = {1, 1};
+  const cuuint64_t row_bytes = static_cast<cuuint64_t>(stride * size_of(dtype));
+  const cuuint64_t sizes[3] = {static_cast<cuuint64_t>(cols), static_cast<cuuint64_t>(rows),
+                               static_cast<cuuint64_t>(planes)};
+  const cuuint64_t strides[2] = {row_bytes, row_bytes * static_cast<cuuint64_t>(rows)};
+  const cuuint32_t box[3] = {static_cast<cuuint32_t>(box_cols), static_cast<cuuint32_t>(box_rows),
+                             1};
+  const cuuint32_t steps[3] = {1, 1, 1};
   // The driver wants a context; a thread that has made no runtime call yet has none (autograd's,
   // when ours is the first operator of a backward pass).
   thread_local const cudaError_t context = [] {
@@ -51,7 +53,7 @@ Status encode_tile_map(CUtensorMap* out, DType dtype, const void* data, int64_t 
   }();
   PIXELFLY_CUDA(context);
   const CUresult result = encode(
-      out, type_of(dtype), 2, const_cast<void*>(data), sizes, strides, box, steps,
+      out, type_of(dtype), planes > 0 ? 3 : 2, const_cast<void*>(data), sizes, strides, box, steps,
       CU_TENSOR_MAP_INTERLEAVE_NONE,
       box_cols * size_of(dtype) == 64 ? CU_TENSOR_MAP_SWIZZLE_64B : CU_TENSOR_MAP_SWIZZLE_128B,
       CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
@@ -59,6 +61,18 @@ Status encode_tile_map(CUtensorMap* out, DType dtype, const void* data, int64_t 
   return Status::cuda("cuTensorMapEncodeTiled failed with " + std::to_string(result) + " for a " +
                       std::to_string(rows) + " x " + std::to_string(cols) + " matrix of stride " +
                       std::to_string(stride));
+}
+
+}  // namespace
+
+Status encode_tile_map(CUtensorMap* out, DType dtype, const void* data, int64_t rows, int64_t cols,
+                       int64_t stride, int box_rows, int box_cols) {
+  return encode_map(out, dtype, data, 0, rows, cols, stride, box_rows, box_cols);
+}
+
+Status encode_plane_map(CUtensorMap* out, DType dtype, const void* data, int64_t planes,
+                        int64_t rows, int64_t cols, int box_rows, int box_cols) {
+  return encode_map(out, dtype, data, planes, rows, cols, cols, box_rows, box_cols);
 }
 
 }  // namespace pixelfly

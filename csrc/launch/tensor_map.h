@@ -17,4 +17,8 @@ namespace pixelfly {
 Status encode_tile_map(CUtensorMap* out, DType dtype, const void* data, int64_t rows, int64_t cols,
                        int64_t stride, int box_rows = 64, int box_cols = 64);
 
+// `planes` such matrices, one behind the other; a box lies in one plane.
+Status encode_plane_map(CUtensorMap* out, DType dtype, const void* data, int64_t planes,
+                        int64_t rows, int64_t cols, int box_rows = 64, int box_cols = 64);
+
 }  // namespace pixelfly

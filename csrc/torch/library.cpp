@@ -48,4 +48,12 @@ STABLE_TORCH_LIBRARY(pixelfly, m) {
       "add_layer_norm_backward(Tensor dy, Tensor? dh, Tensor h, Tensor weight, Tensor mean, "
       "Tensor rstd, ScalarType? ddelta_dtype, bool need_weights) "
       "-> (Tensor dx, Tensor? ddelta, Tensor? dweight, Tensor? dbias)");
+  // weight · x for every sample, or weightᵀ · x: x [S, in, C], y [S, out, C], and weight in the
+  // blocks of a layout whose sizes are out and in rounded up (what lies beyond them is zero). The
+  // slope is act'(weight · x + bias), in an order that only this operator reads: with transposed,
+  // y comes times such a slope.
+  m.def(
+      "column_product(Tensor x, Tensor blocks, Tensor? bias, Tensor? slope, Tensor plan, "
+      "str header, int out_features, int activation, bool save_slope, bool transposed) "
+      "-> (Tensor y, Tensor? slope)");
 }

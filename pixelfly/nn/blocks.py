@@ -114,6 +114,7 @@ class FusedMixerBlock(FusedBlock):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Applies the block to `[B, N, C]`."""
-        y, x = add_and_norm(self.norm1, x, None)
+        # timm's patches come transposed, and the whole stream would stay so.
+        y, x = add_and_norm(self.norm1, x.contiguous(), None)
         y, x = add_and_norm(self.norm2, x, self.drop_path(self.mlp_tokens(y)))
         return x + self.drop_path(self.mlp_channels(y))

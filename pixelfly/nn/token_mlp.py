@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import nn
-from torch.autograd.function import once_differentiable
 
-from ..ops.activations import ACTIVATIONS, apply_activation, check_activation
+from ..ops.activations import ACTIVATIONS, check_activation
+from ..ops.token_mlp import token_layout, token_mlp
 
 
 class TokenMLP(nn.Module):
     """Applies `fc2(act(fc1(x)))` over the tokens of `[B, N, C]`, for every channel by itself.
 
     What timm's Mixer writes as `mlp(x.transpose(1, 2)).transpose(1, 2)`. Here the weights multiply
-    each sample from the left, as batched matrix products over x as it lies in memory, so neither
-    the forward nor the backward transposes activations. The weights are dense.
+    each sample from the left, as it lies in memory, so neither the forward nor the backward
+    transposes activations. The weights are dense. On Hopper in 16 bits, with C a multiple of 16,
+    biases and activation are parts of the products' kernels.
 
     Args:
         tokens: N.
@@ -77,6 +76,8 @@ class TokenMLP(nn.Module):
     def _set_layers(self, fc1: nn.Linear, fc2: nn.Linear, activation: str | None) -> None:
         check_activation("TokenMLP: ", activation)
         self.fc1, self.fc2, self.activation = fc1, fc2, activation
+        sizes = ((layer.out_features, layer.in_features) for layer in (fc1, fc2))
+        self._layouts = tuple(token_layout(*size) for size in sizes)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Applies the MLP.
@@ -99,77 +100,7 @@ class TokenMLP(nn.Module):
             )
         with torch.autocast(x.device.type, enabled=False):
             layers = (self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
-            return _TokenMLP.apply(x, *layers, ACTIVATIONS[self.activation])
+            return token_mlp(x, *layers, ACTIVATIONS[self.activation], self._layouts)
 
     def extra_repr(self) -> str:
         return f"activation={self.activation!r}"
-
-
-def _aligned(weight: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """The weight in the dtype of `like`, rows a multiple of 16 bytes apart.
-
-    The 196 tokens of a Mixer are not, and cuBLAS then takes kernels of older GPUs.
-    """
-    n, k = weight.shape
-    multiple = 16 // like.element_size()
-    if k % multiple == 0:
-        return weight.to(like.dtype)
-    return like.new_empty(n, -(-k // multiple) * multiple)[:, :k].copy_(weight)
-
-
-def _apply(weight: torch.Tensor, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """`weight · x + bias` for every sample; weight `[N, K]`, x `[B, K, C]`, bias `[N]`."""
-    y = torch.bmm(weight.expand(x.shape[0], -1, -1), x)
-    return y if bias is None else y.add_(bias[:, None])
-
-
-def _weight_grad(dy: torch.Tensor, x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """The gradient of `_apply`'s weight: a product for every sample, summed in float32."""
-    wide = torch.promote_types(torch.float32, like.dtype)
-    return torch.bmm(dy, x.mT).sum(0, dtype=wide).to(like.dtype)
-
-
-def _bias_grad(dy: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    return dy.sum((0, 2), dtype=torch.promote_types(torch.float32, like.dtype)).to(like.dtype)
-
-
-def _activation_grad(dy: torch.Tensor, z: torch.Tensor, activation: int) -> torch.Tensor:
-    aten = torch.ops.aten
-    return {
-        0: lambda: dy,
-        1: lambda: aten.threshold_backward(dy, z, 0),
-        2: lambda: aten.gelu_backward(dy, z),
-        3: lambda: aten.gelu_backward(dy, z, approximate="tanh"),
-        4: lambda: aten.silu_backward(dy, z),
-    }[activation]()
-
-
-class _TokenMLP(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x, w1, b1, w2, b2, activation: int) -> torch.Tensor:
-        first, second = _aligned(w1, x), _aligned(w2, x)
-        z = _apply(first, x, b1)
-        hidden = apply_activation(z, activation)
-        ctx.activation = activation
-        ctx.save_for_backward(x, z, hidden, first, second, w1, b1, w2, b2)
-        return _apply(second, hidden, b2)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, z, hidden, first, second, w1, b1, w2, b2 = ctx.saved_tensors
-        need_dx, need_dw1, need_db1, need_dw2, need_db2 = ctx.needs_input_grad[:5]
-        dx = dw1 = db1 = dw2 = db2 = None
-        if need_dw2:
-            dw2 = _weight_grad(dy, hidden, w2)
-        if need_db2:
-            db2 = _bias_grad(dy, b2)
-        if need_dx or need_dw1 or need_db1:
-            dz = _activation_grad(_apply(second.mT, dy, None), z, ctx.activation)
-            if need_dw1:
-                dw1 = _weight_grad(dz, x, w1)
-            if need_db1:
-                db1 = _bias_grad(dz, b1)
-            if need_dx:
-                dx = _apply(first.mT, dz, None)
-        return dx, dw1, db1, dw2, db2, None

@@ -35,11 +35,16 @@ struct LowRankParams {
 
 // y = act(x · Bᵀ + t · uᵀ + bias) + residual             (transposed == false)
 // dx = (dz · B + s · v) ⊙ slope                          (transposed == true; ⊙ only if given)
+//
+// With `columns`, tokens are columns: x, slopes and y are [samples][features][columns], contiguous,
+// and their strides are not used; tokens == samples * columns. No low rank and no residual. Slopes
+// in codes then have an order of their own (kernels/product_sm90_columns.cuh).
 struct ProductParams {
   DType dtype;
   bool allow_tf32;
   bool transposed;
   int64_t tokens;
+  int32_t columns;       // 0: tokens are rows
   int32_t in_features;   // contraction features: K, or N when transposed
   int32_t out_features;  // result features: N, or K when transposed
   const void* x;         // [T, in_features]

@@ -5,6 +5,6 @@
 
 struct CUtensorMap {
   uint8_t* data;
-  int64_t rows, cols, stride_bytes;
+  int64_t planes, rows, cols, stride_bytes;  // planes lie one behind the other
   int box_rows, box_cols, element_bytes, swizzle_bytes;
 };

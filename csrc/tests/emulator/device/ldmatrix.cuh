@@ -30,16 +30,24 @@ inline void ldmatrix_x4(uint32_t (&r)[4], uint32_t address) { load_matrices<fals
 inline void ldmatrix_x4_trans(uint32_t (&r)[4], uint32_t address) {
   load_matrices<true>(r, address);
 }
-inline void stmatrix_x4_trans(uint32_t address, const uint32_t (&r)[4]) {
+template <bool kTrans>
+void store_matrices(uint32_t address, const uint32_t (&r)[4]) {
   const auto& rows = emulator::warp_exchange({address});
   const int lane = emulator::lane(), major = lane / 4, minor = lane % 4 * 2;
   for (int m = 0; m < 4; ++m) {
     for (int e = 0; e < 2; ++e) {
-      const uint32_t row = rows[static_cast<size_t>(m * 8 + minor + e)][0];
-      *matrix_element(row, major) = static_cast<uint16_t>(r[m] >> 16 * e);
-      emulator::mark_written(row + static_cast<uint32_t>(major) * 2, 2);
+      const int row = kTrans ? minor + e : major, col = kTrans ? major : minor + e;
+      const uint32_t at = rows[static_cast<size_t>(m * 8 + row)][0];
+      *matrix_element(at, col) = static_cast<uint16_t>(r[m] >> 16 * e);
+      emulator::mark_written(at + static_cast<uint32_t>(col) * 2, 2);
     }
   }
+}
+inline void stmatrix_x4(uint32_t address, const uint32_t (&r)[4]) {
+  store_matrices<false>(address, r);
+}
+inline void stmatrix_x4_trans(uint32_t address, const uint32_t (&r)[4]) {
+  store_matrices<true>(address, r);
 }
 
 }  // namespace pixelfly::device

@@ -1,0 +1,192 @@
+"""An MLP over the tokens of `[B, N, C]`: dense weights, no transposed activations.
+
+On Hopper in 16 bits every product is `pixelfly::column_product` (csrc/kernels/product_sm90.cuh over
+a layout that keeps every block), with bias, activation and slope in its epilogue; elsewhere it is a
+batched matrix product of ATen. Weight gradients are ATen's in both.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+from torch.utils.flop_counter import register_flop_formula
+
+from .._build import build_info
+from ..masks import BlockLayout, dense
+from .activations import NONE, apply_activation, slope_dtype
+from .plan import Header, device_plan, plan_header, traced_constant
+
+BLOCK = 64
+COLUMNS_MULTIPLE = 16  # a row of slope codes is read in vectors
+
+
+def token_layout(out_features: int, in_features: int) -> BlockLayout:
+    """Returns the layout of every block of a dense weight, its sizes rounded up to whole blocks."""
+    rounded = (-(-size // BLOCK) * BLOCK for size in (out_features, in_features))
+    return dense(*rounded, block_size=BLOCK)
+
+
+def token_mlp(
+    x: torch.Tensor,
+    w1: torch.Tensor,
+    b1: torch.Tensor | None,
+    w2: torch.Tensor,
+    b2: torch.Tensor | None,
+    activation: int,
+    layouts: tuple[BlockLayout, BlockLayout],
+) -> torch.Tensor:
+    """Returns `w2 · act(w1 · x + b1) + b2` for every sample of `x [B, N, C]`, in x's dtype.
+
+    Weights may be wider than x; their gradients come in their own dtype. `layouts` are
+    `token_layout`s of w1 and w2.
+    """
+    plans: tuple[Any, ...] = (None, None, None, None)
+    if x.is_cuda and x.shape[2] % COLUMNS_MULTIPLE == 0 and _kernels_serve((x.device, x.dtype)):
+        plans = tuple(
+            part
+            for layout in layouts
+            for part in (device_plan(layout, 0, x.device), plan_header(layout, 0))
+        )
+    return _TokenMLP.apply(x.contiguous(), w1, b1, w2, b2, activation, *plans)
+
+
+@traced_constant
+def _kernels_serve(key: tuple[torch.device, torch.dtype]) -> bool:
+    device, dtype = key
+    hopper = torch.cuda.get_device_capability(device) == (9, 0)
+    return hopper and "9.0" in (build_info()["archs"] or "") and dtype.itemsize == 2
+
+
+def _blocks(weight: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """The blocks of a `token_layout`, in the dtype of `like`, zero beyond the weight."""
+    (n, k), dtype = weight.shape, like.dtype
+    padded = F.pad(weight.to(dtype), (0, -k % BLOCK, 0, -n % BLOCK))
+    tiles = padded.unflatten(1, (-1, BLOCK)).unflatten(0, (-1, BLOCK)).transpose(1, 2)
+    return tiles.reshape(-1, BLOCK, BLOCK)
+
+
+def _aligned(weight: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """The weight in the dtype of `like`, rows a multiple of 16 bytes apart.
+
+    The 196 tokens of a Mixer are not, and cuBLAS then takes kernels of older GPUs.
+    """
+    n, k = weight.shape
+    multiple = 16 // like.element_size()
+    if k % multiple == 0:
+        return weight.to(like.dtype)
+    return like.new_empty(n, -(-k // multiple) * multiple)[:, :k].copy_(weight)
+
+
+def _apply(weight: torch.Tensor, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """`weight · x + bias` for every sample; weight `[N, K]`, x `[B, K, C]`, bias `[N]`."""
+    y = torch.bmm(weight.expand(x.shape[0], -1, -1), x)
+    return y if bias is None else y.add_(bias[:, None])
+
+
+def _weight_grad(dy: torch.Tensor, x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """The gradient of a weight: a product for every sample, summed in float32 or wider."""
+    wide = torch.promote_types(torch.float32, like.dtype)
+    if like.shape[1] % 8 == 0:
+        return torch.bmm(dy, x.mT).sum(0, dtype=wide).to(like.dtype)
+    # cuBLAS wants the rows of its result aligned.
+    return torch.bmm(x, dy.mT).sum(0, dtype=wide).to(like.dtype).mT
+
+
+def _bias_grad(dy: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    return dy.sum((0, 2), dtype=torch.promote_types(torch.float32, like.dtype)).to(like.dtype)
+
+
+def _activation_grad(dy: torch.Tensor, z: torch.Tensor, activation: int) -> torch.Tensor:
+    aten = torch.ops.aten
+    return {
+        0: lambda: dy,
+        1: lambda: aten.threshold_backward(dy, z, 0),
+        2: lambda: aten.gelu_backward(dy, z),
+        3: lambda: aten.gelu_backward(dy, z, approximate="tanh"),
+        4: lambda: aten.silu_backward(dy, z),
+    }[activation]()
+
+
+class _TokenMLP(torch.autograd.Function):
+    """Saves what the activation's derivative needs as `slope`: that or, without kernels, z."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x, w1, b1, w2, b2, activation, plan1, header1, plan2, header2
+    ) -> torch.Tensor:
+        ctx.activation, ctx.headers = activation, (header1, header2)
+        hidden_size, tokens = w1.shape[0], x.shape[1]
+        if plan1 is None:
+            first, second = _aligned(w1, x), _aligned(w2, x)
+            slope = _apply(first, x, b1)
+            hidden = apply_activation(slope, activation)
+            y = _apply(second, hidden, b2)
+        else:
+            first, second = _blocks(w1, x), _blocks(w2, x)
+            b1, b2 = (None if b is None else b.to(x.dtype) for b in (b1, b2))
+            save = activation != NONE and any(ctx.needs_input_grad[:3])
+            hidden, slope = torch.ops.pixelfly.column_product(
+                x, first, b1, None, plan1, header1, hidden_size, activation, save, False
+            )
+            y, _ = torch.ops.pixelfly.column_product(
+                hidden, second, b2, None, plan2, header2, tokens, NONE, False, False
+            )
+        ctx.save_for_backward(x, slope, hidden, first, second, w1, b1, w2, b2, plan1, plan2)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, slope, hidden, first, second, w1, b1, w2, b2, plan1, plan2 = ctx.saved_tensors
+        need_dx, need_dw1, need_db1, need_dw2, need_db2 = ctx.needs_input_grad[:5]
+        dx = dw1 = db1 = dw2 = db2 = None
+        dy = dy.contiguous()
+        if need_dw2:
+            dw2 = _weight_grad(dy, hidden, w2)
+        if need_db2:
+            db2 = _bias_grad(dy, b2)
+        if need_dx or need_dw1 or need_db1:
+            if plan1 is None:
+                dz = _activation_grad(_apply(second.mT, dy, None), slope, ctx.activation)
+            else:
+                dz, _ = torch.ops.pixelfly.column_product(
+                    dy, second, None, slope, plan2, ctx.headers[1], w1.shape[0], NONE, False, True
+                )
+            if need_dw1:
+                dw1 = _weight_grad(dz, x, w1)
+            if need_db1:
+                db1 = _bias_grad(dz, b1)
+            if need_dx and plan1 is None:
+                dx = _apply(first.mT, dz, None)
+            elif need_dx:
+                dx, _ = torch.ops.pixelfly.column_product(
+                    dz, first, None, None, plan1, ctx.headers[0], x.shape[1], NONE, False, True
+                )
+        return dx, dw1, db1, dw2, db2, None, None, None, None, None
+
+
+def _column_product_fake(
+    x, blocks, bias, slope, plan, header, out_features, activation, save_slope, transposed
+):
+    shape = (x.shape[0], out_features, x.shape[2])
+    return x.new_empty(shape), x.new_empty(
+        shape, dtype=slope_dtype(x.dtype)
+    ) if save_slope else None
+
+
+def _column_product_flops(
+    x_shape, blocks_shape, bias_shape, slope_shape, plan_shape, header, *args,
+    out_shape=None, **kwargs,
+) -> int:  # fmt: skip
+    h = Header.parse(header)
+    return 2 * x_shape[0] * x_shape[2] * h.nnz * math.prod(blocks_shape[1:])
+
+
+def register() -> None:
+    """Attaches the operator's fake and FLOP formula; called once, on import."""
+    torch.library.register_fake("pixelfly::column_product", _column_product_fake)
+    register_flop_formula(torch.ops.pixelfly.column_product)(_column_product_flops)
