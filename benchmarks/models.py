@@ -159,7 +159,10 @@ def profile(step: Callable[[], None]) -> tuple[dict[str, float], list[tuple], fl
 
 
 def run(name: str, form: str, mode: str, args: argparse.Namespace) -> dict:
-    """Measures one model in one form: dense, or pixelfly's blocks | factored | global."""
+    """Measures one model in one form: dense, or pixelfly's blocks | factored | global | recompute.
+
+    recompute: blocks, with MLPs that keep nothing of their hidden width.
+    """
     torch.manual_seed(0)
     workload = WORKLOADS[name]
     with torch.device(args.device):  # where drawing the weights of large models takes no time
@@ -168,10 +171,10 @@ def run(name: str, form: str, mode: str, args: argparse.Namespace) -> dict:
         config = PixelflyConfig(
             density=args.density,
             block_size=args.block_size,
-            rank=0 if form == "blocks" else args.rank,
+            rank=args.rank if form in ("factored", "global") else 0,
             lowrank="global" if form == "global" else "factored",
-            fuse_mlp=args.fuse_mlp or args.recompute_mlp,
-            recompute_mlp=args.recompute_mlp,
+            fuse_mlp=args.fuse_mlp or form == "recompute",
+            recompute_mlp=form == "recompute",
             fuse_blocks=args.fuse_blocks,
         )
         report = sparsify_(model, config, workload.chosen)
@@ -199,7 +202,7 @@ def record(
     row = {"model": name, "mode": mode, "form": form, "batch": dense["batch"]}
     row["density"] = args.density
     options = {"density": args.density, "block_size": args.block_size, "rank": args.rank}
-    for side, kind in (("dense", "dense"), ("ours", form)):
+    for side, kind in (("dense", "dense"), ("ours", "blocks" if form == "recompute" else form)):
         costs = ideal(name, kind, **options).values()
         row[f"{side}_ideal_ms"] = 1e3 * sum(cost.seconds for cost in costs)
     for side, figures in (("dense", dense), ("ours", ours)):
@@ -248,7 +251,6 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=64)
     parser.add_argument("--fuse-mlp", action="store_true", help="PixelflyMLP in place of MLPs")
     parser.add_argument("--fuse-blocks", action="store_true", help="fewer passes around layers")
-    parser.add_argument("--recompute-mlp", action="store_true", help="keep their inputs alone")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--out", type=pathlib.Path, default=None)

@@ -66,7 +66,7 @@ def _blocks(weight: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     (n, k), dtype = weight.shape, like.dtype
     padded = F.pad(weight.to(dtype), (0, -k % BLOCK, 0, -n % BLOCK))
     tiles = padded.unflatten(1, (-1, BLOCK)).unflatten(0, (-1, BLOCK)).transpose(1, 2)
-    return tiles.reshape(-1, BLOCK, BLOCK)
+    return tiles.reshape(-1, BLOCK, BLOCK).contiguous()
 
 
 def _aligned(weight: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
@@ -97,7 +97,9 @@ def _weight_grad(dy: torch.Tensor, x: torch.Tensor, like: torch.Tensor) -> torch
 
 
 def _bias_grad(dy: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    return dy.sum((0, 2), dtype=torch.promote_types(torch.float32, like.dtype)).to(like.dtype)
+    # Rows first: torch sums over both at once at a third of the memory's speed.
+    wide = torch.promote_types(torch.float32, like.dtype)
+    return dy.sum(2, dtype=wide).sum(0).to(like.dtype)
 
 
 def _activation_grad(dy: torch.Tensor, z: torch.Tensor, activation: int) -> torch.Tensor:
