@@ -2,6 +2,8 @@
 
 #include <cuda_runtime_api.h>
 
+#include <memory>
+
 #include "launch/cuda_status.h"
 
 namespace pixelfly {
@@ -32,9 +34,42 @@ CUtensorMapDataType type_of(DType dtype) {
   }
 }
 
-// `planes` == 0: a matrix, else so many, one behind the other.
-Status encode_map(CUtensorMap* out, DType dtype, const void* data, int64_t planes, int64_t rows,
-                  int64_t cols, int64_t stride, int box_rows, int box_cols) {
+// What a map is made of. `planes` == 0: a matrix, else so many, one behind the other.
+struct MapKey {
+  const void* data;
+  int64_t planes, rows, cols, stride;
+  int box_rows, box_cols;
+  DType dtype;
+
+  bool operator==(const MapKey& k) const {
+    return data == k.data && planes == k.planes && rows == k.rows && cols == k.cols &&
+           stride == k.stride && box_rows == k.box_rows && box_cols == k.box_cols &&
+           dtype == k.dtype;
+  }
+  size_t hash() const {
+    uint64_t h = reinterpret_cast<uintptr_t>(data);
+    for (const int64_t part : {planes, rows, cols, stride, int64_t{box_rows} << 32 | box_cols}) {
+      h = (h ^ static_cast<uint64_t>(part)) * 0x9e3779b97f4a7c15u;
+      h ^= h >> 29;
+    }
+    return static_cast<size_t>(h);
+  }
+};
+
+// The maps a thread made last: training calls with the same pointers in every step, and the driver
+// takes microseconds for a map. A map says nothing but its key, so none is ever out of date.
+struct MapCache {
+  static constexpr size_t kEntries = 2048;
+  struct Entry {
+    MapKey key{};
+    CUtensorMap map;
+  };
+  std::unique_ptr<Entry[]> entries{new Entry[kEntries]};
+  Entry& of(const MapKey& key) { return entries[key.hash() % kEntries]; }
+};
+
+Status make_map(CUtensorMap* out, const MapKey& key) {
+  const auto [data, planes, rows, cols, stride, box_rows, box_cols, dtype] = key;
   const Encode encode = encoder();
   if (encode == nullptr) return Status::cuda("the driver has no cuTensorMapEncodeTiled (CUDA 12)");
   const cuuint64_t row_bytes = static_cast<cuuint64_t>(stride * size_of(dtype));
@@ -63,16 +98,28 @@ Status encode_map(CUtensorMap* out, DType dtype, const void* data, int64_t plane
                       std::to_string(stride));
 }
 
+Status find_map(CUtensorMap* out, const MapKey& key) {
+  thread_local MapCache cache;
+  MapCache::Entry& entry = cache.of(key);
+  if (!(entry.key == key)) {
+    entry.key = {};  // until the map is there
+    PIXELFLY_RETURN_IF_ERROR(make_map(&entry.map, key));
+    entry.key = key;
+  }
+  *out = entry.map;
+  return Status::success();
+}
+
 }  // namespace
 
 Status encode_tile_map(CUtensorMap* out, DType dtype, const void* data, int64_t rows, int64_t cols,
                        int64_t stride, int box_rows, int box_cols) {
-  return encode_map(out, dtype, data, 0, rows, cols, stride, box_rows, box_cols);
+  return find_map(out, {data, 0, rows, cols, stride, box_rows, box_cols, dtype});
 }
 
 Status encode_plane_map(CUtensorMap* out, DType dtype, const void* data, int64_t planes,
                         int64_t rows, int64_t cols, int box_rows, int box_cols) {
-  return encode_map(out, dtype, data, planes, rows, cols, cols, box_rows, box_cols);
+  return find_map(out, {data, planes, rows, cols, cols, box_rows, box_cols, dtype});
 }
 
 }  // namespace pixelfly
