@@ -100,7 +100,69 @@ def training_table(data: dict) -> str:
     return source(data["meta"]) + markdown(header, rows)
 
 
-TABLES = {"op": operator_table, "models": model_table, "train": training_table}
+def recipe_table(data: dict) -> str:
+    """One row per run, those of a task by their test loss."""
+    tasks = list(dict.fromkeys(r["task"] for r in data["records"]))
+    rows = [
+        [
+            r["task"],
+            r["pattern"],
+            f"{r['params'] / 1e6:.2f} M",
+            f"{100 * r['test_accuracy']:.2f} %",
+            f"{r['test_loss']:.3f}",
+            f"{r['step_ms']:.2f}",
+        ]
+        for task in tasks
+        for r in sorted(data["records"], key=lambda r: r["test_loss"])
+        if r["task"] == task
+    ]
+    header = ["task", "pattern", "parameters", "test accuracy", "test loss", "step ms"]
+    return source(data["meta"]) + markdown(header, rows)
+
+
+def scaling_table(data: dict) -> str:
+    """One row per configuration that has dense beside it."""
+    rows = [
+        [
+            f"{r['model']} {r['form']}",
+            f"{r['processes']} {r['parallel'] or ''}".strip(),
+            f"{r['ms']:.1f}",
+            f"{r['tokens_per_s']:,.0f}",
+            f"{100 * r['efficiency']:.0f} %",
+            f"{r['ratio_to_dense']:.2f}×",
+            f"{r['mem_gb']:.1f} GB",
+        ]
+        for r in data["records"]
+        if r.get("efficiency") and r.get("ratio_to_dense")
+    ]
+    header = ["model", "GPUs", "step ms", "tokens/s", "efficiency", "to dense", "peak memory"]
+    return source(data["meta"]) + markdown(header, rows)
+
+
+def between_table(data: dict) -> str:
+    rows = [
+        [
+            r["case"],
+            r["direction"].replace("_", " + "),
+            ms(r["torch"]["median"]),
+            ms(r["floor_ms"]),
+            ms(r["pixelfly"]["median"]),
+            f"**{r['torch']['median'] / r['pixelfly']['median']:.2f}×**",
+        ]
+        for r in data["records"]
+    ]
+    header = ["case", "direction", "torch ms", "floor", "ours", "speed-up"]
+    return source(data["meta"]) + markdown(header, rows)
+
+
+TABLES = {
+    "op": operator_table,
+    "models": model_table,
+    "train": training_table,
+    "recipe": recipe_table,
+    "scaling": scaling_table,
+    "between": between_table,
+}
 
 
 def render(text: str) -> str:

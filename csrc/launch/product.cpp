@@ -58,6 +58,16 @@ Status launch_product(const ProductParams& p, const DeviceInfo& device, Stream s
   }
 }
 
+Status launch_column_product(const ProductParams& p, const DeviceInfo& device, Stream stream) {
+  if (p.tokens == 0) return Status::success();
+  if (!product_sm90_supports(p, device)) {
+    return Status::unsupported(
+        "needs a Hopper GPU, bfloat16 or float16 aligned to 16 bytes, a number of columns that is "
+        "a multiple of 16, no low rank and blocks of 64 or 128");
+  }
+  return launch_product_sm90(p, device, stream);
+}
+
 std::string explain_product(const ProductParams& p, const DeviceInfo& device) {
   const Choice choice = choose_product(p, device, forced_path());
   return choice.status.ok() ? std::string("product_") + name_of(choice.path)

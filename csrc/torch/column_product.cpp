@@ -1,7 +1,6 @@
 // pixelfly::column_product on CUDA (Hopper): products by blocks where tokens are columns.
 #include <tuple>
 
-#include "launch/product_sm90.h"
 #include "torch/checks.h"
 #include "torch/stream.h"
 
@@ -65,10 +64,7 @@ std::tuple<Tensor, OptionalTensor> column_product(Tensor x, Tensor blocks, Optio
   p.slope_out = pointer(saved);
   p.header = &h;
   p.plan = static_cast<const int32_t*>(plan.data_ptr());
-  STD_TORCH_CHECK(product_sm90_supports(p, device), kOp,
-                  ": needs a Hopper GPU, bfloat16 or float16 aligned to 16 bytes, a number of "
-                  "columns that is a multiple of 16, no low rank and blocks of 64 or 128");
-  raise_if_error(launch_product_sm90(p, device, current_stream(x.get_device_index())), kOp);
+  raise_if_error(launch_column_product(p, device, current_stream(x.get_device_index())), kOp);
   return {y, saved};
 }
 

@@ -2,7 +2,9 @@
 
 On Hopper in 16 bits every product is `pixelfly::column_product` (csrc/kernels/product_sm90.cuh over
 a layout that keeps every block), with bias, activation and slope in its epilogue; elsewhere it is a
-batched matrix product of ATen. Weight gradients are ATen's in both.
+batched matrix product of ATen. Weight gradients are ATen's in both. Compiled code without those
+kernels gets the transposed form: batched products of an expanded weight came out wrong from
+inductor on CUDA (torch 2.11; on the CPU they are right).
 """
 
 from __future__ import annotations
@@ -51,6 +53,9 @@ def token_mlp(
             for layout in layouts
             for part in (device_plan(layout, 0, x.device), plan_header(layout, 0))
         )
+    elif torch.compiler.is_compiling():
+        w1, b1, w2, b2 = (None if w is None else w.to(x.dtype) for w in (w1, b1, w2, b2))
+        return F.linear(apply_activation(F.linear(x.mT, w1, b1), activation), w2, b2).mT
     return _TokenMLP.apply(x.contiguous(), w1, b1, w2, b2, activation, *plans)
 
 

@@ -20,6 +20,8 @@ Status device_info(int32_t device_index, DeviceInfo* out);
 
 Status launch_low_rank(const LowRankParams& p, const DeviceInfo& device, Stream stream);
 Status launch_product(const ProductParams& p, const DeviceInfo& device, Stream stream);
+// The same where tokens are columns (p.columns > 0), for which there are Hopper kernels alone.
+Status launch_column_product(const ProductParams& p, const DeviceInfo& device, Stream stream);
 size_t weight_grad_workspace(const WeightGradParams& p, const DeviceInfo& device);
 Status launch_weight_grad(const WeightGradParams& p, const DeviceInfo& device, Stream stream);
 Status launch_activation_grad(const ActivationGradParams& p, const DeviceInfo& device,
