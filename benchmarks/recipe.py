@@ -261,6 +261,9 @@ def run_all(keys: list[Key], args: argparse.Namespace, ledger: Ledger, begin: fl
 def main(argv: list[str] | None = None) -> int:
     begin = time.perf_counter()
     args = parse(argv)
+    if args.compile:
+        # A graph for every pattern: beyond 8 of them dynamo would train the rest eagerly.
+        torch._dynamo.config.recompile_limit = 8 * len(NAMES)
     ledger, console = Ledger(args.out, args.device), make_console()
     keys = [
         Key(task, pattern, seed, lr)
