@@ -7,7 +7,7 @@ from torch import nn
 from .convert_attention import Places
 from .nn.attention import FullSelfAttention, PixelflySelfAttention, known_kind, obstacle
 from .nn.blocks import FusedBlock, FusedMixerBlock, FusedTransformerBlock
-from .nn.dense import match_activation
+from .nn.dense import has_hooks, match_activation
 from .report import Report
 
 # By the class that defines the forward: a subclass may do something else.
@@ -56,19 +56,19 @@ def _kind(module: nn.Module) -> type[FusedBlock] | None:
 
 def _obstacle(block: nn.Module) -> str | None:
     """Returns why a known block cannot be replaced, or None."""
-    if block._forward_hooks or block._forward_pre_hooks or block._backward_hooks:
+    if has_hooks(block):
         return "it has hooks, which a new module would lose"
     if _kind(block) is FusedTransformerBlock:
         return None
     mlp = block.mlp_tokens
     if (type(mlp).__module__, type(mlp).__name__) != ("timm.layers.mlp", "Mlp"):
         return f"its mlp_tokens is a {type(mlp).__name__}, not timm's Mlp"
-    if mlp._forward_hooks or mlp._forward_pre_hooks or mlp._backward_hooks:
+    if has_hooks(mlp):
         return "its mlp_tokens has hooks, which a new module would lose"
     for layer in (mlp.fc1, mlp.fc2):
         if type(layer) is not nn.Linear:
             return f"its mlp_tokens has a {type(layer).__name__}, not nn.Linear"
-        if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks:
+        if has_hooks(layer):
             return "a layer of its mlp_tokens has hooks, which would not be called"
     if mlp.drop1.p or mlp.drop2.p or not isinstance(mlp.norm, nn.Identity):
         return "its mlp_tokens has dropout or a norm"

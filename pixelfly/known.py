@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from .nn.dense import has_hooks
 from .nn.linear import PixelflyLinear
 
 
@@ -25,7 +26,7 @@ class KnownMLP:
                 return f"its dropout is {getattr(module, name).p:g}, not 0"
         if not isinstance(getattr(module, "norm", None), (nn.Identity, type(None))):
             return "it has a norm between its layers"
-        if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
+        if has_hooks(module):
             return "it has hooks, which a new module would lose"
         return None
 

@@ -17,7 +17,7 @@ from .masks import BLOCK_SIZES, BlockLayout
 from .masks.layout import is_int
 from .nn.attention import AttentionConfig
 from .nn.choice import LOWRANK_FORMS, Choice, choose
-from .nn.dense import dense_parameters, is_conv1d, match_activation
+from .nn.dense import dense_parameters, has_hooks, is_conv1d, match_activation
 from .nn.linear import GATES, PixelflyLinear
 from .nn.mlp import PixelflyMLP
 from .nn.project import fitted_layout
@@ -326,7 +326,7 @@ class _Conversion:
             others = sorted(self.holders[id(parameter)] - {name})
             if others:
                 return f"its weights are tied to {', '.join(others)}"
-        if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
+        if has_hooks(module):
             return "it has hooks, which a new layer would lose"
         for parent, key in self.places[id(module)]:
             # Such a forward would not call the new layer (timm's BEiT, transformers' T5).

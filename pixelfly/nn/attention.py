@@ -13,6 +13,7 @@ from torch import nn
 
 from ..masks.attention import ATTENTION_BLOCK_SIZES, AttentionLayout, butterfly_attention_layout
 from ..ops.attention import butterfly_attention
+from .dense import has_hooks
 
 
 @dataclass(frozen=True)
@@ -373,6 +374,6 @@ def obstacle(module: nn.Module) -> str | None:
         return f"its dropout of attention weights is {dropout.p:g}, not 0"
     if getattr(module, "is_cross_attention", False):
         return "it is cross-attention"
-    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
+    if has_hooks(module):
         return "it has hooks, which a new module would lose"
     return None

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ..ops import add_layer_norm
-from .dense import match_activation
+from .dense import has_hooks, match_activation
 from .token_mlp import TokenMLP
 
 _LAYER_NORMS = {"torch.nn.modules.normalization", "timm.layers.norm"}
@@ -25,7 +25,6 @@ def add_and_norm(
 
 
 def _is_layer_norm(norm: nn.Module, features: int) -> bool:
-    hooks = (norm._forward_hooks, norm._forward_pre_hooks, norm._backward_hooks)
     return (
         type(norm).__name__ == "LayerNorm"
         and type(norm).__module__ in _LAYER_NORMS
@@ -33,7 +32,7 @@ def _is_layer_norm(norm: nn.Module, features: int) -> bool:
         and norm.normalized_shape == (features,)
         and norm.weight is not None
         and norm.bias is not None
-        and not any(hooks)
+        and not has_hooks(norm)
         and "forward" not in vars(norm)
     )
 

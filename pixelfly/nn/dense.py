@@ -8,6 +8,21 @@ from torch import nn
 from ..ops.activations import ACTIVATIONS, apply_activation
 
 
+def has_hooks(module: nn.Module) -> bool:
+    """Tells whether a module has hooks, which another one in its place would not run.
+
+    Example:
+        >>> has_hooks(nn.Linear(8, 8))
+        False
+    """
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
+
+
 def is_conv1d(module: nn.Module) -> bool:
     """Tells transformers' `Conv1D`, a linear layer with a transposed weight, without importing it.
 

@@ -10,6 +10,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from torch.utils.checkpoint import checkpoint
 
 from ..ops import butterfly_mlp
+from .dense import has_hooks
 from .linear import PixelflyLinear
 
 
@@ -132,17 +133,11 @@ class PixelflyMLP(nn.Module):
 
 def _plain(layer: nn.Module) -> bool:
     """Whether calling the layer does no more than its weights say."""
-    hooks = (
-        layer._forward_pre_hooks,
-        layer._forward_hooks,
-        layer._backward_pre_hooks,
-        layer._backward_hooks,
-    )
     # Parametrisations and sharding make subclasses; accelerate's hooks are a forward of the object.
     return (
         type(layer) is PixelflyLinear
         and "forward" not in vars(layer)
         and layer.gate_kind != "token"
-        and not any(hooks)
+        and not has_hooks(layer)
         and not _has_any_global_hook()
     )
