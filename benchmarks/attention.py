@@ -18,12 +18,11 @@ import functools
 import gc
 import json
 import pathlib
-import re
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from timing import Timing, environment, time_all
+from timing import Timing, environment, results_path, time_all
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pixelfly.masks import AttentionLayout, butterfly_attention_layout
@@ -174,9 +173,7 @@ def main() -> None:
     if args.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("benchmarks/attention.py: torch sees no CUDA device; use --device cpu")
     meta = environment(args.device)
-    name = re.sub(r"[^a-z0-9]+", "_", str(meta["device"]).lower().removeprefix("nvidia "))
-    label = name.split("_")[0] if args.device == "cuda" else "cpu"
-    out = args.out or pathlib.Path(__file__).parent / "results" / f"attention_{label}.json"
+    out = args.out or results_path("attention", meta["device"])
     out.parent.mkdir(parents=True, exist_ok=True)
     records: list[dict] = []
     probe = args.device == "cuda" and not args.no_probe

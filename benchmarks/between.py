@@ -14,13 +14,12 @@ from __future__ import annotations
 import argparse
 import json
 import pathlib
-import re
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from display import make_console, print_table
-from timing import Timing, environment, num_buffer_sets, time_all
+from timing import Timing, environment, num_buffer_sets, results_path, time_all
 
 from pixelfly.nn import TokenMLP
 from pixelfly.ops import add_layer_norm
@@ -112,9 +111,7 @@ def main() -> None:
     if args.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("benchmarks/between.py: torch sees no CUDA device; use --device cpu")
     meta = environment(args.device)
-    name = re.sub(r"[^a-z0-9]+", "_", str(meta["device"]).lower().removeprefix("nvidia "))
-    label = name.split("_")[0] if args.device == "cuda" else "cpu"
-    out = args.out or pathlib.Path(__file__).parent / "results" / f"between_{label}.json"
+    out = args.out or results_path("between", meta["device"])
     cases = {
         f"add + norm {args.tokens or tokens} x {features}": norm(
             args.tokens or tokens, features, args.device

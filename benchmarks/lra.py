@@ -17,7 +17,6 @@ import dataclasses
 import gc
 import json
 import pathlib
-import re
 import time
 
 import torch
@@ -25,7 +24,7 @@ from data import DataMissing
 from display import make_console, print_table
 from lra_data import listops, load
 from lra_model import KINDS, SIZES, Size, build
-from timing import environment
+from timing import environment, results_path
 from training import Learner, Settings, train
 
 
@@ -177,10 +176,7 @@ def main(argv: list[str] | None = None) -> None:
     trained = ["listops", "image", "pathfinder"]
     tasks = args.tasks or (trained if args.mode == "train" else [t for t in SIZES if t != "toy"])
     meta = environment(args.device)
-    name = re.sub(r"[^a-z0-9]+", "_", str(meta["device"]).lower().removeprefix("nvidia "))
-    label = name.split("_")[0] if args.device == "cuda" else "cpu"
-    results = pathlib.Path(__file__).parent / "results"
-    out = args.out or results / f"lra_{args.mode}_{label}.json"
+    out = args.out or results_path(f"lra_{args.mode}", meta["device"])
     out.parent.mkdir(parents=True, exist_ok=True)
     records: list[dict] = []
     for task in tasks:

@@ -16,7 +16,6 @@ import argparse
 import gc
 import json
 import pathlib
-import re
 import statistics
 import time
 from collections.abc import Callable
@@ -26,7 +25,7 @@ import torch.nn as nn
 from display import pyplot
 from energy import EnergyCounter
 from ideal import ideal
-from timing import environment
+from timing import environment, results_path
 from workloads import WORKLOADS, Loss
 
 from pixelfly import PixelflyConfig, sparsify_
@@ -257,14 +256,9 @@ def main() -> None:
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("benchmarks/models.py needs a CUDA device; torch sees none")
-    if args.device == "cuda":
-        meta = environment()
-        gpu = re.sub(r"[^a-z0-9]+", "_", str(meta["device"]).lower().removeprefix("nvidia "))
-        label = gpu.split("_")[0]
-    else:
-        meta, label = {"device": "cpu", "torch": torch.__version__}, "cpu"
+    meta = environment(args.device)
     print(meta, flush=True)
-    out = args.out or pathlib.Path(__file__).parent / "results" / f"models_{label}.json"
+    out = args.out or results_path("models", meta["device"])
     out.parent.mkdir(parents=True, exist_ok=True)
     records: list[dict] = []
     for name in args.models:

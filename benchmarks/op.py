@@ -15,13 +15,12 @@ import argparse
 import copy
 import json
 import pathlib
-import re
 
 import torch
 import torch.nn.functional as F
 from cases import DIRECTIONS, KINDS, STUDIES, Case, Group
 from peers import forward_peers
-from timing import Timing, environment, num_buffer_sets, time_all
+from timing import Timing, environment, num_buffer_sets, results_path, time_all
 
 from pixelfly.ops import butterfly_lowrank_mm, butterfly_lowrank_mm_reference
 
@@ -266,9 +265,7 @@ def main() -> None:
         raise SystemExit("benchmarks/op.py: torch sees no CUDA device; use --device cpu")
     meta = environment(args.device)
     print(meta, flush=True)
-    label = re.sub(r"[^a-z0-9]+", "_", meta["device"].lower().removeprefix("nvidia "))
-    label = label.split("_")[0] if args.device == "cuda" else "cpu"
-    out = args.out or pathlib.Path(__file__).parent / "results" / f"op_{label}.json"
+    out = args.out or results_path("op", meta["device"])
     out.parent.mkdir(parents=True, exist_ok=True)
     records: list[dict] = []
     for group in groups_of(args):

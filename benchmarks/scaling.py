@@ -30,7 +30,7 @@ import tempfile
 import torch
 from display import make_console, print_table, pyplot
 from scaling_worker import ENGINES, FORMS, MODELS, add_options
-from timing import environment
+from timing import environment, results_path
 
 HERE = pathlib.Path(__file__).resolve().parent
 
@@ -224,9 +224,7 @@ def main(argv: list[str] | None = None) -> int:
             for key in ("steps", "density", "block_size", "rank", "compile", "batch", "fixed")
         }
     }
-    name = str(meta["device"]).lower().removeprefix("nvidia ")
-    label = "cpu" if args.device == "cpu" else re.sub(r"[^a-z0-9]+", "_", name).split("_")[0]
-    out = args.out or HERE / "results" / f"scaling_{label}.json"
+    out = args.out or results_path("scaling", meta["device"])
     out.parent.mkdir(parents=True, exist_ok=True)
     records: list[dict] = []
     for row in configurations(args):

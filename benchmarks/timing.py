@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import pathlib
 import platform
+import re
 import statistics
 import subprocess
 import time
@@ -173,6 +175,15 @@ def environment(device: str = "cuda") -> dict[str, object]:
         "cuda": torch.version.cuda,
         "sha": git_sha(),
     }
+
+
+def results_path(study: str, device: object) -> pathlib.Path:
+    """Where a study's results go unless told otherwise: by the GPU's short name, or "cpu"."""
+    name = str(device).lower().removeprefix("nvidia ")
+    label = re.split(r"[^a-z0-9]+", name)[0] if str(device).startswith("NVIDIA") else "cpu"
+    folder = pathlib.Path(__file__).resolve().parent / "results"
+    folder.mkdir(exist_ok=True)
+    return folder / f"{study}_{label}.json"
 
 
 def cpu_name() -> str:
