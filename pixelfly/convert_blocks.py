@@ -8,6 +8,8 @@ from .convert_attention import Places
 from .nn.attention import FullSelfAttention, PixelflySelfAttention, known_kind, obstacle
 from .nn.blocks import FusedBlock, FusedMixerBlock, FusedTransformerBlock
 from .nn.dense import has_hooks, match_activation
+from .nn.patches import PatchConv2d
+from .nn.patches import obstacle as patches_obstacle
 from .report import Report
 
 # By the class that defines the forward: a subclass may do something else.
@@ -15,10 +17,14 @@ _KNOWN: dict[tuple[str, str], type[FusedBlock]] = {
     ("timm.models.vision_transformer", "Block"): FusedTransformerBlock,
     ("timm.models.mlp_mixer", "MixerBlock"): FusedMixerBlock,
 }
+_PATCH_EMBED = ("timm.layers.patch_embed", "PatchEmbed")
 
 
 def fuse_blocks(model: nn.Module, places: Places, report: Report) -> None:
-    """Puts fused blocks in the place of timm's, and what suits them in the place of their parts."""
+    """Puts fused blocks in the place of timm's, and what suits them in the place of their parts.
+
+    Patch embeddings in front of them become matrix products.
+    """
     known = [(n, m, _kind(m)) for n, m in model.named_modules() if _kind(m) is not None]
     if not known:
         report.notes.append("blocks not fused: the model has no Block and no MixerBlock of timm")
@@ -37,6 +43,20 @@ def fuse_blocks(model: nn.Module, places: Places, report: Report) -> None:
         for parent, key in places[id(module)]:
             parent._modules[key] = block
         report.fused_blocks.append(name)
+    if report.fused_blocks:
+        _convert_patches(model, places, report)
+
+
+def _convert_patches(model: nn.Module, places: Places, report: Report) -> None:
+    for name, module in list(model.named_modules()):
+        if (type(module).__module__, type(module).__name__) != _PATCH_EMBED:
+            continue
+        conv = module.proj
+        if type(conv) is nn.Conv2d and patches_obstacle(conv) is None and not has_hooks(conv):
+            patches = PatchConv2d.from_conv(conv)
+            for parent, key in places[id(conv)]:
+                parent._modules[key] = patches
+            report.fused_blocks.append(f"{name}.proj")
 
 
 def restore_blocks(model: nn.Module) -> None:
@@ -44,9 +64,10 @@ def restore_blocks(model: nn.Module) -> None:
     restored: dict[int, nn.Module] = {}
     for parent in list(model.modules()):
         for key, child in parent._modules.items():
-            if isinstance(child, FusedBlock):
+            if isinstance(child, FusedBlock | PatchConv2d):
                 if id(child) not in restored:
-                    restored[id(child)] = child.to_original()
+                    back = child.to_original if isinstance(child, FusedBlock) else child.to_conv
+                    restored[id(child)] = back()
                 parent._modules[key] = restored[id(child)]
 
 

@@ -13,6 +13,7 @@ from pixelfly import PixelflyConfig, densify_, sparsify_
 from pixelfly.nn import TokenMLP
 from pixelfly.nn.attention import FullSelfAttention
 from pixelfly.nn.blocks import FusedMixerBlock, FusedTransformerBlock
+from pixelfly.nn.patches import PatchConv2d
 
 timm = pytest.importorskip("timm")
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -56,7 +57,8 @@ def pair(name, device="cpu"):
     report = sparsify_(fused, FUSED, preset)
     sparsify_(plain, PLAIN, preset)
     plain.load_state_dict(fused.state_dict())
-    assert report.fused_blocks == ["blocks.0", "blocks.1"] and not report.notes
+    patches = "stem.proj" if name == "mixer" else "patch_embed.proj"
+    assert report.fused_blocks == ["blocks.0", "blocks.1", patches] and not report.notes
     assert all(type(block) is kind for block in fused.blocks)
     return fused, plain
 
@@ -120,6 +122,42 @@ def test_densify_gives_the_blocks_back(name):
     torch.testing.assert_close(fused(x), before, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("size", [(32, 32), (35, 41)])
+def test_patches_as_a_matrix_product(size):
+    conv = nn.Conv2d(3, 16, kernel_size=(8, 4), stride=(8, 4), dtype=torch.float64)
+    patches = PatchConv2d.from_conv(conv)
+    x = torch.randn(2, 3, *size, dtype=torch.float64, requires_grad=True)
+    y, want = patches(x), conv(x)
+    torch.testing.assert_close(y, want)
+    torch.testing.assert_close(patches(x[0]), conv(x[0]))
+    assert y.flatten(2).mT.is_contiguous()  # the tokens, which timm takes out like that
+    inputs = (x, conv.weight, conv.bias)
+    dy = torch.randn_like(want)
+    torch.testing.assert_close(
+        torch.autograd.grad(y, inputs, dy), torch.autograd.grad(want, inputs, dy)
+    )
+    back = patches.to_conv()
+    assert type(back) is nn.Conv2d and back.weight is conv.weight and back.bias is conv.bias
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"stride": 4}, "kernel_size must be stride"),
+        ({"stride": 8, "padding": 1}, "padding must be 0"),
+        ({"stride": 8, "groups": 2}, "groups must be 1"),
+    ],
+)
+def test_convolutions_over_other_patches(options, message):
+    conv = nn.Conv2d(4, 16, kernel_size=8, **options)
+    with pytest.raises(ValueError, match=message):
+        PatchConv2d.from_conv(conv)
+    model = vit(in_chans=4)
+    model.patch_embed.proj = conv
+    report = sparsify_(model, FUSED, "vit")
+    assert model.patch_embed.proj is conv and report.fused_blocks == ["blocks.0", "blocks.1"]
+
+
 def test_masks_reach_the_attention():
     fused, plain = pair("vit")
     y = torch.randn(2, 17, 64)
@@ -144,7 +182,7 @@ def test_what_is_left(spoil, reason):
     model = mixer()
     spoil(model.blocks[0])
     report = sparsify_(model, FUSED, "mixer")
-    assert report.fused_blocks == ["blocks.1"]
+    assert report.fused_blocks == ["blocks.1", "stem.proj"]
     assert len(report.notes) == 1 and reason in report.notes[0]
 
 
