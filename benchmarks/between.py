@@ -1,12 +1,15 @@
-"""What lies between the sparse layers of a ViT and a Mixer, in eager code under bf16 autocast.
+"""What lies between the sparse layers of a ViT, a Mixer and a GPT-2, in eager code, bf16 autocast.
 
     python benchmarks/between.py                       # all of it, on a GPU
     python benchmarks/between.py --device cpu --tokens 64
 
-Residual addition + LayerNorm (`pixelfly.ops.add_layer_norm`), float32 stream and bf16 branches, and
-a Mixer's MLP over tokens (`pixelfly.nn.TokenMLP`), each beside torch's own operators as timm calls
-them, forward and forward + backward. The floor is bytes at 3.0 TB/s, of a pass that reads and
-writes every operand once. Writes between_<device>.json to benchmarks/results.
+Residual addition + LayerNorm (`pixelfly.ops.add_layer_norm`), float32 stream and bf16 branches, a
+Mixer's MLP over tokens (`pixelfly.nn.TokenMLP`), the patch embedding (`PatchConv2d`) and the last
+layer with its loss (`pixelfly.ops.linear_cross_entropy`), each beside torch's own operators as timm
+and transformers call them, forward and forward + backward. The floor is bytes at 3.0 TB/s, of a
+pass that reads and writes every operand once; for the loss its products at 790 TFLOP/s, one reading
+of the logits and, with the backward, one writing. Writes between_<device>.json to
+benchmarks/results.
 """
 
 from __future__ import annotations
@@ -22,9 +25,10 @@ from display import make_console, print_table
 from timing import Timing, environment, num_buffer_sets, results_path, time_all
 
 from pixelfly.nn import TokenMLP
-from pixelfly.ops import add_layer_norm
+from pixelfly.nn.patches import PatchConv2d
+from pixelfly.ops import add_layer_norm, linear_cross_entropy
 
-BYTES_PER_SECOND = 3.0e12
+BYTES_PER_SECOND, FLOPS_PER_SECOND = 3.0e12, 790e12
 SHAPES = [(25216, 768), (8192, 1024), (8192, 4096)]  # ViT-B/16, GPT-2 medium, a wide model
 Call = Callable[[int], object]
 
@@ -45,7 +49,7 @@ def both_ways(make: Callable[[int], tuple], grads: Callable[[int], tuple]) -> di
 
 
 def norm(tokens: int, features: int, device: str) -> tuple[dict[str, dict[str, Call]], dict, int]:
-    """Candidates by name and direction, the bytes of each direction, and the buffer sets."""
+    """Candidates by name and direction, the floor's bytes of each direction, the buffer sets."""
     elements = tokens * features
     sets = num_buffer_sets(24 * elements) if device == "cuda" else 1
     bf16 = {"device": device, "dtype": torch.bfloat16}
@@ -99,6 +103,61 @@ def token_mlp(batch: int, device: str) -> tuple[dict[str, dict[str, Call]], dict
     return candidates, {"forward": forward, "forward_backward": forward + backward}, sets
 
 
+def patches(batch: int, device: str) -> tuple[dict[str, dict[str, Call]], dict, int]:
+    side, patch, features = 224, 16, 768
+    pixels = batch * 3 * side**2
+    sets = num_buffer_sets(4 * pixels) if device == "cuda" else 1
+    conv = torch.nn.Conv2d(3, features, patch, patch, device=device)
+    product = PatchConv2d.from_conv(conv)
+    tokens = batch * (side // patch) ** 2
+    x = [torch.randn(batch, 3, side, side, device=device) for _ in range(sets)]
+    shape = (batch, tokens // batch, features)
+    dy = [torch.randn(*shape, device=device, dtype=torch.bfloat16) for _ in range(sets)]
+
+    def embed(layer: torch.nn.Module) -> Callable[[int], tuple]:
+        def call(i: int) -> tuple:
+            with torch.autocast(device, torch.bfloat16):
+                return (layer(x[i]).flatten(2).transpose(1, 2).contiguous(),)
+
+        return call
+
+    def grads(i: int) -> tuple:
+        return (*conv.parameters(),), (dy[i],)
+
+    # Forward: images, their patches in 16 bits twice, y; backward: dy, the patches.
+    outputs = 2 * tokens * features
+    forward, backward = (4 + 2 + 2) * pixels + outputs, outputs + 2 * pixels
+    candidates = {
+        "torch": both_ways(embed(conv), grads),
+        "pixelfly": both_ways(embed(product), grads),
+    }
+    return candidates, {"forward": forward, "forward_backward": forward + backward}, sets
+
+
+def loss(tokens: int, device: str) -> tuple[dict[str, dict[str, Call]], dict, int]:
+    features, classes = 1024, 50257
+    x = torch.randn(tokens, features, device=device, requires_grad=True)
+    weight = torch.randn(classes, features, device=device).div_(32).requires_grad_()
+    target = torch.randint(0, classes, (tokens,), device=device)
+
+    def ours(i: int) -> tuple:
+        with torch.autocast(device, torch.bfloat16):
+            return (linear_cross_entropy(x, weight, target),)
+
+    def theirs(i: int) -> tuple:
+        with torch.autocast(device, torch.bfloat16):
+            return (F.cross_entropy(F.linear(x, weight).float(), target),)
+
+    def grads(i: int) -> tuple:
+        return (x, weight), (torch.ones((), device=device),)
+
+    logits = 2 * tokens * classes
+    product = 2 * tokens * classes * features / FLOPS_PER_SECOND * BYTES_PER_SECOND
+    candidates = {"torch": both_ways(theirs, grads), "pixelfly": both_ways(ours, grads)}
+    floors = {"forward": product + logits, "forward_backward": 3 * product + 2 * logits}
+    return candidates, floors, 1
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -119,6 +178,8 @@ def main() -> None:
         for tokens, features in SHAPES
     }
     cases[f"token MLP {args.batch} x 196 x 768"] = token_mlp(args.batch, args.device)
+    cases[f"patches {args.batch} x 3 x 224 x 224"] = patches(args.batch, args.device)
+    cases[f"loss {args.tokens or 8192} x 1024, 50257"] = loss(args.tokens or 8192, args.device)
     records, rows = [], []
     for case, (candidates, floors, sets) in cases.items():
         for direction in ("forward", "forward_backward"):

@@ -175,6 +175,7 @@ def run(name: str, form: str, mode: str, args: argparse.Namespace) -> dict:
             fuse_mlp=args.fuse_mlp or form == "recompute",
             recompute_mlp=form == "recompute",
             fuse_blocks=args.fuse_blocks,
+            fuse_loss=args.fuse_loss,
         )
         report = sparsify_(model, config, workload.chosen)
         if not report.layers:
@@ -250,6 +251,7 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=64)
     parser.add_argument("--fuse-mlp", action="store_true", help="PixelflyMLP in place of MLPs")
     parser.add_argument("--fuse-blocks", action="store_true", help="fewer passes around layers")
+    parser.add_argument("--fuse-loss", action="store_true", help="GPT-2's loss without its logits")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--out", type=pathlib.Path, default=None)

@@ -17,6 +17,7 @@ from torch import nn
 from .convert_attention import restore_attention
 from .convert_blocks import restore_blocks
 from .nn.attention import PixelflySelfAttention
+from .nn.causal_loss import restore_loss
 from .nn.dense import is_conv1d
 from .nn.linear import PixelflyLinear
 from .nn.mlp import PixelflyMLP
@@ -113,6 +114,7 @@ def densify_(model: nn.Module) -> list[str]:
             if id(child) in new:
                 parent._modules[key] = new[id(child)]
     restore_blocks(model)
+    restore_loss(model)
     return [*layers, *restore_attention(model)]
 
 

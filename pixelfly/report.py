@@ -146,7 +146,8 @@ class Report:
         layers: the converted layers.
         skipped: the layers that were wanted but stayed dense.
         fused: names of the MLPs that became a `PixelflyMLP`.
-        fused_blocks: names of the residual blocks that were fused.
+        fused_blocks: names of the residual blocks that were fused, and of their patch embedding.
+        fused_losses: names of the models whose loss was fused.
         attentions: the attentions that became a `PixelflySelfAttention`.
         notes: other remarks.
         params_before: parameters of the whole model before, shared ones counted once.
@@ -162,6 +163,7 @@ class Report:
     skipped: list[SkippedLayer] = field(default_factory=list)
     fused: list[str] = field(default_factory=list)
     fused_blocks: list[str] = field(default_factory=list)
+    fused_losses: list[str] = field(default_factory=list)
     attentions: list[AttentionReport] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     params_before: int = 0
@@ -201,6 +203,8 @@ class Report:
             lines.append(f"fused MLPs: {', '.join(self.fused)}")
         if self.fused_blocks:
             lines.append(f"fused blocks: {', '.join(self.fused_blocks)}")
+        if self.fused_losses:
+            lines.append(f"fused losses: {', '.join(self.fused_losses)}")
         alike: dict[str, list[str]] = {}
         for attention in self.attentions:
             alike.setdefault(attention._what(), []).append(attention.name)

@@ -12,6 +12,7 @@ from torch.nn.parameter import is_lazy
 
 from .convert_attention import attention_config, convert_attention
 from .convert_blocks import fuse_blocks
+from .convert_loss import fuse_losses
 from .known import KNOWN_MLPS, module_places, reads_weight, turn_off_fast_paths
 from .masks import BLOCK_SIZES, BlockLayout
 from .masks.layout import is_int
@@ -62,7 +63,10 @@ class PixelflyConfig:
             again: less memory for a little more time.
         fuse_blocks: runs timm's ViT and Mixer blocks with fewer passes over activations: residual
             additions within the norms' kernels, the MLP over a Mixer's tokens (it stays dense)
-            without transposing copies, one copy for the gradients of q, k and v.
+            without transposing copies, one copy for the gradients of q, k and v; the patch
+            embedding in front of them as a matrix product.
+        fuse_loss: in training, with labels, transformers' GPT-2 computes its loss by
+            `pixelfly.ops.linear_cross_entropy`: the answer's `logits` are None then.
         attention: a `pixelfly.nn.AttentionConfig` makes timm's `Attention` and GPT-2's compute
             these blocks of the scores only, whichever linear layers are converted; None leaves
             them. Their dropout of attention weights must be 0.
@@ -88,6 +92,7 @@ class PixelflyConfig:
     fuse_mlp: bool = False
     recompute_mlp: bool = False
     fuse_blocks: bool = False
+    fuse_loss: bool = False
     attention: AttentionConfig | None = None
 
     def __post_init__(self) -> None:
@@ -233,6 +238,8 @@ def sparsify_(
         convert_attention(model, common.attention, module_places(model), conversion.report)
     if common.fuse_blocks:
         fuse_blocks(model, module_places(model), conversion.report)
+    if common.fuse_loss:
+        fuse_losses(model, conversion.report)
     return conversion.finish()
 
 

@@ -18,7 +18,12 @@ import torch
 
 from pixelfly import masks
 from pixelfly.nn import TokenMLP
-from pixelfly.ops import add_layer_norm, butterfly_lowrank_mm, butterfly_lowrank_mm_reference
+from pixelfly.ops import (
+    add_layer_norm,
+    butterfly_lowrank_mm,
+    butterfly_lowrank_mm_reference,
+    linear_cross_entropy,
+)
 
 N, K = 200, 328
 TOLERANCE = {torch.bfloat16: 3e-2, torch.float16: 5e-3, torch.float32: 5e-3}  # of the largest value
@@ -120,10 +125,29 @@ def token_mlp_calls(dtypes: list[torch.dtype]) -> tuple[int, int]:
     return calls, wrong
 
 
+def loss_calls(dtypes: list[torch.dtype]) -> tuple[int, int]:
+    """Runs linear_cross_entropy, rows kept and read twice; returns the calls and wrong outputs."""
+    calls = wrong = 0
+    for dtype, (tokens, classes) in itertools.product(
+        [d for d in dtypes if d != torch.float32], ((1, 3), (9, 200), (5, 4099), (3, 120001))
+    ):
+        x, weight = (torch.randn(n, 16).to(dtype) for n in (tokens, classes))
+        target = torch.randint(0, classes, (tokens,))
+        target[1::3] = -100
+        results = []
+        for device in ("cuda", "cpu"):
+            leaves = [t.to(device).requires_grad_() for t in (x, weight)]
+            loss = linear_cross_entropy(*leaves, target.to(device), reduction="sum")
+            results.append([loss.detach(), *torch.autograd.grad(loss, leaves)])
+        calls += 1
+        wrong += differs(f"loss {dtype} T={tokens} V={classes}", *results, dtype)
+    return calls, wrong
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--paths", nargs="*", default=["sm80", "auto", "sm90"])
-    parts = ["linear", "layer-norm", "token-mlp"]
+    parts = ["linear", "layer-norm", "token-mlp", "loss"]
     parser.add_argument("--parts", nargs="*", default=parts, choices=parts)
     parser.add_argument("--dtypes", nargs="*", default=["bfloat16", "float16", "float32"])
     parser.add_argument("--block-sizes", nargs="*", type=int, default=[16, 32, 64, 128])
@@ -134,7 +158,8 @@ def main() -> int:
     torch.manual_seed(0)
     dtypes = [getattr(torch, name) for name in args.dtypes]
     calls = wrong = 0
-    for part, run in {"layer-norm": layer_norm_calls, "token-mlp": token_mlp_calls}.items():
+    beside = {"layer-norm": layer_norm_calls, "token-mlp": token_mlp_calls, "loss": loss_calls}
+    for part, run in beside.items():
         if part in args.parts:
             more = run(dtypes)
             calls, wrong = calls + more[0], wrong + more[1]

@@ -261,6 +261,8 @@ int time_all(const std::string& filter) {
     go(c, "gelu");
     c.slope_out = true;
     go(c, "save");
+    c.activation = Activation::kGeluTanh;
+    go(c, "save tanh");
     c = Case{s.T, s.K, s.N};
     c.residual = true;
     c.dense_ms = s.dense;

@@ -56,4 +56,9 @@ STABLE_TORCH_LIBRARY(pixelfly, m) {
       "column_product(Tensor x, Tensor blocks, Tensor? bias, Tensor? slope, Tensor plan, "
       "str header, int out_features, int activation, bool save_slope, bool transposed) "
       "-> (Tensor y, Tensor? slope)");
+  // Cross entropy of rows [T, columns] of which the first `classes` are logits, and in their place
+  // its gradient, softmax - [target], where `write` asks for it. loss [T] is float32.
+  m.def(
+      "softmax_minus_target_(Tensor(a!) logits, Tensor target, int classes, int ignore_index, "
+      "bool write) -> Tensor loss");
 }

@@ -1,13 +1,14 @@
 """The operators: `butterfly_lowrank_mm` with its registrations, `butterfly_attention`, their
-specifications, and `add_layer_norm`."""
+specifications, `add_layer_norm` and `linear_cross_entropy`."""
 
 from __future__ import annotations
 
 import torch
 
 from .. import _C  # noqa: F401 (loading it defines the operators' schemas)
-from . import autograd, cpu, layer_norm, token_mlp
+from . import autograd, cpu, cross_entropy, layer_norm, token_mlp
 from .attention import butterfly_attention, butterfly_attention_reference
+from .cross_entropy import linear_cross_entropy
 from .explain import Explanation, explain
 from .functional import butterfly_lowrank_mm
 from .layer_norm import add_layer_norm
@@ -24,6 +25,7 @@ __all__ = [
     "butterfly_lowrank_mm_reference",
     "butterfly_mlp",
     "explain",
+    "linear_cross_entropy",
 ]
 
 # Registrations live as long as this object.
@@ -32,3 +34,4 @@ cpu.register(_library)
 autograd.register(_library)
 layer_norm.register(_library)
 token_mlp.register()
+cross_entropy.register(_library)

@@ -30,6 +30,8 @@ Status launch_add_layer_norm(const AddLayerNormParams& p, const DeviceInfo& devi
 size_t add_layer_norm_grad_workspace(const AddLayerNormGradParams& p, const DeviceInfo& device);
 Status launch_add_layer_norm_grad(const AddLayerNormGradParams& p, const DeviceInfo& device,
                                   Stream stream);
+Status launch_softmax_minus_target(const SoftmaxMinusTargetParams& p, const DeviceInfo& device,
+                                   Stream stream);
 
 // Names of the kernels that would serve a call, for ops.explain: e.g. "product_sm90<b=64,
 // resident>".

@@ -155,4 +155,20 @@ struct AddLayerNormGradParams {
   void* workspace;     // add_layer_norm_grad_workspace() bytes, 256-byte aligned, uninitialised
 };
 
+// loss = log Σ exp(logits) - logits[target], 0 where the target is ignore_index, NaN where it is
+// another number that is no class; logits := softmax(logits) - [target], or zeros, or NaN. Columns
+// from `classes` on are padding: they are not read, and zero is written.
+struct SoftmaxMinusTargetParams {
+  DType dtype;  // of logits: 16 bits
+  int64_t tokens;
+  int32_t columns;  // a multiple of 8
+  int32_t classes;
+  int64_t ignore_index;
+  bool write;             // whether logits are replaced
+  void* logits;           // [T, columns]
+  int64_t stride;         // of its rows, a multiple of 8
+  const int64_t* target;  // [T]
+  float* loss;            // [T]
+};
+
 }  // namespace pixelfly
