@@ -213,6 +213,16 @@ def record(
     return row
 
 
+def earlier(path: pathlib.Path, meta: dict) -> list[dict]:
+    """The rows of an earlier run, each measured beside its own dense model; [] without a file."""
+    if not path.exists():
+        return []
+    data = json.loads(path.read_text())
+    if data["meta"] != meta:
+        raise SystemExit(f"{path} is of {data['meta']}, not of {meta}: its rows cannot be kept")
+    return data["records"]
+
+
 def plot(path: pathlib.Path, records: list[dict]) -> None:
     """Stacked bars: where the time of each step goes."""
     rows = [r for r in records if r.get("ours_profile_ms")]
@@ -255,6 +265,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--out", type=pathlib.Path, default=None)
+    parser.add_argument("--add", action="store_true", help="keep the rows of --out, of this commit")
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("benchmarks/models.py needs a CUDA device; torch sees none")
@@ -262,7 +273,7 @@ def main() -> None:
     print(meta, flush=True)
     out = args.out or results_path("models", meta["device"])
     out.parent.mkdir(parents=True, exist_ok=True)
-    records: list[dict] = []
+    records = earlier(out, meta) if args.add else []
     for name in args.models:
         for mode in args.modes:
             dense = run(name, "dense", mode, args)

@@ -27,6 +27,12 @@ __device__ __forceinline__ float normal_density(float x) {
   return exp2_approx(fmaf(x, -0.5f * kLog2E * x, kLog2InvSqrt2Pi));
 }
 
+// GELU is x P(X < x) = max(x, 0) - |x| P(X > |x|); past 8 nothing changes.
+__device__ __forceinline__ float gelu_size(float x) { return min_nan(fabsf(x), 8.f); }
+__device__ __forceinline__ float gelu_value(float x, float size, float tail) {
+  return fmaf(-size, tail, fmaxf(x, 0.f));
+}
+
 constexpr float kSqrtHalf = 0.70710678118654752f;
 constexpr float kInvSqrt2Pi = 0.39894228040143268f;
 constexpr float kSqrt2OverPi = 0.79788456080286536f;
@@ -48,11 +54,10 @@ __device__ __forceinline__ ValueAndSlope activate_with_slope(float x) {
     const float below = 0.5f * (1.f + erff(x * kSqrtHalf));
     return {x * below, fmaf(x, kInvSqrt2Pi * expf(-0.5f * x * x), below)};
   } else if constexpr (kActivation == Activation::kGelu) {
-    // x P(X < x) = max(x, 0) - |x| P(X > |x|), and the slope at x is one minus that at -x. Past 8
-    // nothing changes.
-    const float size = min_nan(fabsf(x), 8.f), tail = normal_tail(size);
+    // The slope at x is one minus that at -x.
+    const float size = gelu_size(x), tail = normal_tail(size);
     const float below = fmaf(-size, normal_density(size), tail);
-    return {fmaf(-size, tail, fmaxf(x, 0.f)), x > 0.f ? 1.f - below : below};
+    return {gelu_value(x, size, tail), x > 0.f ? 1.f - below : below};
   } else if constexpr (kActivation == Activation::kGeluTanh) {
     const float square = x * x, half = 0.5f * x;
     const float inner = x * fmaf(kSqrt2OverPi * kGeluCubic, square, kSqrt2OverPi);

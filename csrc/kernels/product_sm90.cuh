@@ -40,8 +40,8 @@
 // (row_groups.cpp): L2 serves such loads at about twice the rate of distinct ones.
 #pragma once
 
+#include "device/activation_codes.cuh"
 #include "device/convert.cuh"
-#include "device/epilogue_math.cuh"
 #include "device/ldmatrix.cuh"
 #include "device/mbarrier.cuh"
 #include "device/register_budget.cuh"
@@ -216,21 +216,24 @@ struct Consumer {
           constexpr Activation kKind = decltype(tag)::value;
 #pragma unroll
           for (int i = 0; i < 8; ++i) {
-            float slope[4];
-#pragma unroll
-            for (int e = 0; e < 4; ++e) {
-              float& x = chunk[4 * i + e];
-              const auto a = device::activate_with_slope<kKind, false>(x);
-              x = a.value;
-              slope[e] = a.slope;
-            }
-            if constexpr (kCodes && kColumns) {
-              columns::encode(slopes, i, slope);
-            } else if constexpr (kCodes) {
-              slopes[i / 4][i % 4] = encode_fragment(slope);
+            float* x = chunk + 4 * i;
+            if constexpr (kCodes) {
+              const uint32_t pairs[2] = {device::activate_with_codes<kKind>(x[0], x[1]),
+                                         device::activate_with_codes<kKind>(x[2], x[3])};
+              if constexpr (kColumns) {
+                columns::add_codes(slopes, i, pairs);
+              } else {
+                slopes[i / 4][i % 4] = join_codes(pairs);
+              }
             } else {
-              slopes[i / 2][i % 2 * 2] = device::pack2<T>(slope[0], slope[1]);
-              slopes[i / 2][i % 2 * 2 + 1] = device::pack2<T>(slope[2], slope[3]);
+#pragma unroll
+              for (int e = 0; e < 2; ++e) {
+                const auto p = device::activate_with_slope<kKind, false>(x[2 * e]);
+                const auto q = device::activate_with_slope<kKind, false>(x[2 * e + 1]);
+                x[2 * e] = p.value;
+                x[2 * e + 1] = q.value;
+                slopes[i / 2][i % 2 * 2 + e] = device::pack2<T>(p.slope, q.slope);
+              }
             }
           }
         });

@@ -32,11 +32,10 @@ __device__ inline uint32_t code_address(uint32_t tile, int i) {
   return tile + feature * 64 + ((chunk ^ (feature >> 1 & 3)) << 4);
 }
 
-// Adds the slopes of the i-th 8 tokens of 64, as the accumulators lie: two of this lane's feature,
+// Adds the codes of the i-th 8 tokens of 64, as the accumulators lie: two of this lane's feature,
 // two of that 8 below. Register 2 k + h of the words: the k-th 16 tokens, feature + 8 h.
-__device__ __forceinline__ void encode(uint32_t (&words)[2][4], int i, const float (&slopes)[4]) {
-  const uint32_t pairs[2] = {device::encode_slopes(slopes[0], slopes[1]),
-                             device::encode_slopes(slopes[2], slopes[3])};
+__device__ __forceinline__ void add_codes(uint32_t (&words)[2][4], int i,
+                                          const uint32_t (&pairs)[2]) {
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
     uint32_t& word = words[i / 4][i / 2 % 2 * 2 + h];

@@ -23,9 +23,8 @@ __device__ inline uint32_t code_address(uint32_t tile, int i) {
 
 // The codes of 8 tokens as the accumulators lie: feature l / 4 in bytes 0 and 1, feature l / 4 + 8
 // in bytes 2 and 3.
-__device__ __forceinline__ uint32_t encode_fragment(const float (&slopes)[4]) {
-  return __byte_perm(device::encode_slopes(slopes[0], slopes[1]),
-                     device::encode_slopes(slopes[2], slopes[3]), 0x6420);
+__device__ __forceinline__ uint32_t join_codes(const uint32_t (&pairs)[2]) {
+  return __byte_perm(pairs[0], pairs[1], 0x6420);
 }
 
 // From there to stmatrix's order.

@@ -8,6 +8,7 @@
 
 #include "cuda_bf16.h"
 #include "cuda_fp16.h"
+#include "device/activation_codes.cuh"
 #include "device/epilogue_math.cuh"
 #include "kernel_cases.h"
 #include "planner/plan.h"
@@ -305,6 +306,34 @@ void check_gelu() {
   std::printf("FAILED gelu: off by %.1e\n", worst);
 }
 
+// The codes of GELU's slopes, formed two at a time in fp16, and the values beside them.
+void check_gelu_codes() {
+  const auto gelu = device::activate_with_slope<Activation::kGelu, false>;
+  double worst = 0;
+  bool good = true;
+  auto code = [&](float x, int place) {
+    float pair[2] = {1.f, 1.f};
+    pair[place] = x;
+    const uint32_t codes = device::activate_with_codes<Activation::kGelu>(pair[0], pair[1]);
+    const float value = gelu(x).value;
+    good &= pair[place] == value || std::isnan(value);
+    good &= std::fabs((codes >> 16 * (1 - place) & 0xff) - 26 - 200 * gelu(1.f).slope) < 0.64;
+    return static_cast<int>(codes >> 16 * place & 0xff);
+  };
+  for (int i = -90000; i <= 90000; ++i) {
+    const auto x = static_cast<float>(i * 1e-4);
+    worst = std::max(worst, std::fabs(code(x, i & 1) - 26 - 200.0 * gelu(x).slope));
+  }
+  constexpr float kInfinity = std::numeric_limits<float>::infinity();
+  for (int place = 0; place < 2; ++place) {
+    good &= code(kInfinity, place) == 226 && code(-kInfinity, place) == 26;
+    good &= code(NAN, place) == device::kCodeOfNan && code(70000.f, place) == 226;
+  }
+  if (worst < 0.64 && good) return;
+  ++g_failures;
+  std::printf("FAILED codes of gelu's slopes: off by %.2f of a step\n", worst);
+}
+
 // Every code, and slopes between codes.
 void check_codes() {
   bool good = true;
@@ -372,6 +401,7 @@ int main(int argc, char** argv) {
   }
   check_gelu();
   check_codes();
+  check_gelu_codes();
   const struct {
     const char* name;
     Eagerness eagerness;

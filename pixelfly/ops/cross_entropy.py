@@ -6,7 +6,6 @@ it. Products are ATen's.
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from .device import check_device
 from .functional import _autocast_dtype
+from .plan import traced_constant
 from .validation import DTYPES
 
 OP = "linear_cross_entropy"
@@ -115,13 +115,19 @@ def _check(x: Any, weight: Any, target: Any, reduction: str) -> None:
         raise ValueError(f"{OP}: reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
 
 
-@functools.cache
+_served: dict[torch.device, bool] = {}
+
+
+@traced_constant
 def _has_kernels(device: torch.device) -> bool:
-    try:
-        check_device(device)
-    except RuntimeError:
-        return False
-    return True
+    if device not in _served:
+        try:
+            check_device(device)
+        except RuntimeError:
+            _served[device] = False
+        else:
+            _served[device] = True
+    return _served[device]
 
 
 def _kernels_serve(x: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype) -> bool:
