@@ -13,8 +13,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from .autograd import needs_grad
 from .device import check_device
-from .functional import _autocast_dtype, _needs_grad
+from .functional import _autocast_dtype
 from .validation import DTYPES
 
 OP = "add_layer_norm"
@@ -83,7 +84,7 @@ def add_layer_norm(
     if torch.compiler.is_compiling() or not _kernels_serve(x, delta, weight, bias, dtype):
         _check(x, delta, weight, bias, dtype)
         return _plain(x, delta, weight, bias, eps, dtype)
-    if _needs_grad(x, delta, weight, bias):
+    if needs_grad(x, delta, weight, bias):
         return _AddLayerNorm.apply(x, delta, weight, bias, eps, dtype)
     y, h, _, _ = torch.ops.pixelfly.add_layer_norm(x, delta, weight, bias, eps, dtype)
     return y, x if h is None else h

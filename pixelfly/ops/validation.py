@@ -2,14 +2,92 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
 from ..masks import BlockLayout
-from .activations import check_activation
+from .activations import ACTIVATIONS, check_activation
 
 BLOCK_SIZES = (16, 32, 64, 128)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 OP = "butterfly_lowrank_mm"
+
+
+class Call(NamedTuple):
+    """What a call with one layout, rank, dtype and device needs, and the sizes it comes with."""
+
+    plan: torch.Tensor
+    header: str
+    rank: int
+    out_features: int
+    in_features: int
+    block_size: int
+    nnz: int
+
+
+def known_call(
+    x: torch.Tensor,
+    blocks: torch.Tensor,
+    layout: BlockLayout,
+    u: torch.Tensor | None,
+    v: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    activation: str | None,
+    rounds: bool,
+) -> Call | None:
+    """Returns the `Call` of arguments that all checks below would let pass, or None.
+
+    One look-up among `layout.calls`, the calls that were checked, and no messages: whatever it is
+    not sure of, the checks explain.
+    """
+    if not (
+        type(layout) is BlockLayout
+        and isinstance(x, torch.Tensor)
+        and isinstance(blocks, torch.Tensor)
+        and (activation is None or (isinstance(activation, str) and activation in ACTIVATIONS))
+    ):
+        return None
+    rank, dtype, device, weights = 0, x.dtype, x.device, blocks.dtype
+    if u is not None or v is not None:
+        if not (isinstance(u, torch.Tensor) and isinstance(v, torch.Tensor) and u.dim() == 2):
+            return None
+        rank = u.shape[1]
+        if rank == 0:
+            return None
+    call = layout.calls.get((rank, dtype, device))
+    if call is None or not (weights == dtype or (rounds and weights == torch.float32)):
+        return None
+    _, _, _, n, k, b, nnz = call
+    shape = x.shape
+    fits = (
+        shape[-1:] == (k,)
+        and blocks.shape == (nnz, b, b)
+        and blocks.device == device
+        and (
+            u is None
+            or u.shape == (n, rank)
+            and v.shape == (rank, k)
+            and u.dtype == weights == v.dtype
+            and u.device == device == v.device
+        )
+        and (
+            bias is None
+            or isinstance(bias, torch.Tensor)
+            and bias.shape == (n,)
+            and bias.dtype == weights
+            and bias.device == device
+        )
+        and (
+            residual is None
+            or isinstance(residual, torch.Tensor)
+            and residual.shape == (*shape[:-1], n)
+            and residual.dtype == dtype
+            and residual.device == device
+        )
+    )
+    return call if fits else None
 
 
 def check_types(
