@@ -84,7 +84,10 @@ def needs_grad(*tensors: torch.Tensor | None) -> bool:
     """Whether autograd is to differentiate a function of these tensors."""
     if not torch.is_grad_enabled():
         return False
-    return any(t is not None and t.requires_grad for t in tensors)
+    for t in tensors:
+        if t is not None and t.requires_grad:
+            return True
+    return False
 
 
 def as_rows(x: torch.Tensor) -> torch.Tensor:

@@ -124,12 +124,7 @@ def linear(
             x, blocks, layout, u, v, bias, residual, activation, dtype
         )
     kind = ACTIVATIONS[activation]
-    differentiated = torch.is_grad_enabled() and (
-        x.requires_grad
-        or blocks.requires_grad
-        or (bias is not None and bias.requires_grad)
-        or (u is not None and (u.requires_grad or v.requires_grad))
-    )
+    differentiated = needs_grad(x, blocks, u, v, bias)
     save_slope = differentiated and (give_slope or _derivative_needs_slope(kind, residual))
     allow_tf32 = x.dtype == torch.float32 and x.is_cuda and matmul_allows_tf32()
     options = (call.plan, call.header, kind, save_slope, allow_tf32, x_slope, give_slope)

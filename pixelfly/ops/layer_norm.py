@@ -32,6 +32,9 @@ _SERVED = frozenset(
         for y in (torch.float32, half)
     ]
 )
+# Overloads, not packets, which choose one at every call.
+_forward_op = torch.ops.pixelfly.add_layer_norm.default
+_backward_op = torch.ops.pixelfly.add_layer_norm_backward.default
 # Subclasses bring operators of their own: DTensor, fakes.
 _TENSORS = (torch.Tensor, torch.nn.Parameter)
 
@@ -86,7 +89,7 @@ def add_layer_norm(
         return _plain(x, delta, weight, bias, eps, dtype)
     if needs_grad(x, delta, weight, bias):
         return _AddLayerNorm.apply(x, delta, weight, bias, eps, dtype)
-    y, h, _, _ = torch.ops.pixelfly.add_layer_norm(x, delta, weight, bias, eps, dtype)
+    y, h, _, _ = _forward_op(x, delta, weight, bias, eps, dtype)
     return y, x if h is None else h
 
 
@@ -99,7 +102,12 @@ def _plain(x, delta, weight, bias, eps, dtype) -> tuple[torch.Tensor, torch.Tens
 
 
 @functools.cache
-def _has_kernels(device: torch.device) -> bool:
+def _has_kernels(device, stream, branch, weights, dtype, features) -> bool:
+    """Whether there are kernels for a device, dtypes of x, delta, weight and y, and C."""
+    if (stream, branch, dtype) not in _SERVED or weights not in (torch.float32, stream):
+        return False
+    if features % 8 or not 0 < features <= MAX_FEATURES:
+        return False
     try:
         check_device(device)
     except RuntimeError:
@@ -121,21 +129,17 @@ def _kernels_serve(x, delta, weight, bias, dtype) -> bool:
         if not delta.is_contiguous():
             return False
         branch = delta.dtype
-    features, weights = shape[-1], weight.dtype
+    weights = weight.dtype
     return (
         isinstance(dtype, torch.dtype)
-        and (stream, branch, dtype) in _SERVED
-        and x.is_contiguous()
-        and features % 8 == 0
-        and 0 < features <= MAX_FEATURES
-        and weight.shape == (features,) == bias.shape
+        and weight.shape == shape[-1:] == bias.shape
         and weights == bias.dtype
-        and (weights == torch.float32 or weights == stream)
         and weight.device == device == bias.device
+        and x.is_contiguous()
         and weight.is_contiguous()
         and bias.is_contiguous()
         and not torch._C._are_functorch_transforms_active()
-        and _has_kernels(device)
+        and _has_kernels(device, stream, branch, weights, dtype, shape[-1])
     )
 
 
@@ -189,7 +193,7 @@ class _AddLayerNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, delta, weight, bias, eps, dtype):
-        y, h, mean, rstd = torch.ops.pixelfly.add_layer_norm(x, delta, weight, bias, eps, dtype)
+        y, h, mean, rstd = _forward_op(x, delta, weight, bias, eps, dtype)
         if h is None:
             h = x
         # An unused output's gradient then comes as None instead of as a tensor of zeros.
@@ -208,8 +212,8 @@ class _AddLayerNorm(torch.autograd.Function):
         needs = ctx.needs_input_grad
         narrow = branch if needs[1] and branch != h.dtype else None
         # Under create_graph=True the gradients must refuse to be differentiated.
-        run = torch.ops.pixelfly.add_layer_norm_backward
-        dx, ddelta, dweight, dbias = (_Backward.apply if torch.is_grad_enabled() else run)(
+        backward = _Backward.apply if torch.is_grad_enabled() else _backward_op
+        dx, ddelta, dweight, dbias = backward(
             dy.contiguous(), None if dh is None else dh.contiguous(), h, weight, mean, rstd, narrow,
             needs[2] or needs[3],
         )  # fmt: skip
@@ -223,7 +227,7 @@ class _Backward(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[torch.Tensor | None, ...]:
-        return torch.ops.pixelfly.add_layer_norm_backward(*args)
+        return _backward_op(*args)
 
     @staticmethod
     def backward(ctx: Any, *_: Any) -> None:
