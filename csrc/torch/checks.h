@@ -75,6 +75,24 @@ inline void check_rows(const char* op, const char* name, const Tensor& t, const 
                   " must be contiguous in its last dimension");
 }
 
+// The same of what the kernels compute with.
+inline int32_t number_of(DType dtype) {
+  return dtype == DType::kFloat32    ? aoti_torch_dtype_float32()
+         : dtype == DType::kBFloat16 ? aoti_torch_dtype_bfloat16()
+                                     : aoti_torch_dtype_float16();
+}
+
+inline DType kernel_dtype(ScalarType dtype, const char* op, const char* name) {
+  switch (dtype) {
+    case ScalarType::Float: return DType::kFloat32;
+    case ScalarType::BFloat16: return DType::kBFloat16;
+    case ScalarType::Half: return DType::kFloat16;
+    default: break;
+  }
+  STD_TORCH_CHECK(false, op, ": ", name, " must be float32, bfloat16 or float16");
+  return DType::kFloat32;
+}
+
 // Checks one operand against another, which may be itself: the same, and the same dtype.
 inline void check_operand(const char* op, const char* name, const Tensor& t, const Tensor& other,
                           std::initializer_list<int64_t> shape) {
@@ -150,6 +168,16 @@ inline Tensor empty(const Tensor& x, std::initializer_list<int64_t> shape, int32
 }
 inline Tensor empty(const Tensor& x, std::initializer_list<int64_t> shape) {
   return empty(x, shape, dtype_number(x));
+}
+
+// A contiguous tensor of x's shape, which is contiguous too.
+inline Tensor empty_beside(const Tensor& x, DType dtype) {
+  const auto sizes = x.sizes(), strides = x.strides();
+  AtenTensorHandle handle;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(x.dim(), sizes.data(), strides.data(),
+                                                  number_of(dtype), aoti_torch_device_type_cuda(),
+                                                  x.get_device_index(), &handle));
+  return Tensor(handle);
 }
 
 // A [rows, cols] tensor on x's device whose row stride is a multiple of some elements.

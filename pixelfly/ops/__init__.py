@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 
 from .. import _C  # noqa: F401 (loading it defines the operators' schemas)
-from . import autograd, cpu, layer_norm, token_mlp
+from . import autograd, cpu, layer_norm, rounding, token_mlp
 from .attention import butterfly_attention, butterfly_attention_reference
 from .explain import Explanation, explain
 from .functional import butterfly_lowrank_mm
@@ -31,4 +31,5 @@ _library = torch.library.Library("pixelfly", "IMPL")
 cpu.register(_library)
 autograd.register(_library)
 layer_norm.register(_library)
+rounding.register(_library)
 token_mlp.register()

@@ -15,6 +15,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from .activations import NONE, RELU, empty_slope
 from .plan import Header
+from .rounding import round_weights
 
 
 def _round_up(value: int, multiple: int) -> int:
@@ -105,13 +106,6 @@ def unflatten_rows(y: torch.Tensor, shape: torch.Size) -> torch.Tensor:
         return y
     # Not a view, as far as autograd and FSDP are concerned: nobody else sees y.
     return _unsafe_view(y, (*shape[:-1], y.shape[1]))
-
-
-def round_weights(
-    dtype: torch.dtype, *weights: torch.Tensor | None
-) -> tuple[torch.Tensor | None, ...]:
-    """The weights in `dtype`, contiguous."""
-    return tuple(None if w is None else w.to(dtype).contiguous() for w in weights)
 
 
 class _Linear(torch.autograd.Function):

@@ -21,7 +21,9 @@ from .._build import build_info
 from ..masks import BlockLayout, dense
 from .activations import NONE, apply_activation, slope_dtype
 from .plan import Header, device_plan, plan_header, traced_constant
+from .rounding import round_weights
 
+_column_product = torch.ops.pixelfly.column_product.default
 BLOCK = 64
 COLUMNS_MULTIPLE = 16  # a row of slope codes is read in vectors
 
@@ -46,17 +48,21 @@ def token_mlp(
     Weights may be wider than x; their gradients come in their own dtype. `layouts` are
     `token_layout`s of w1 and w2.
     """
+    compiling = torch.compiler.is_compiling()
     plans: tuple[Any, ...] = (None, None, None, None)
     if x.is_cuda and x.shape[2] % COLUMNS_MULTIPLE == 0 and _kernels_serve((x.device, x.dtype)):
-        plans = tuple(
-            part
-            for layout in layouts
-            for part in (device_plan(layout, 0, x.device), plan_header(layout, 0))
-        )
-    elif torch.compiler.is_compiling():
-        w1, b1, w2, b2 = (None if w is None else w.to(x.dtype) for w in (w1, b1, w2, b2))
-        return F.linear(apply_activation(F.linear(x.mT, w1, b1), activation), w2, b2).mT
-    return _TokenMLP.apply(x.contiguous(), w1, b1, w2, b2, activation, *plans)
+        first, second = layouts
+        plans = (
+            device_plan(first, 0, x.device), plan_header(first, 0),
+            device_plan(second, 0, x.device), plan_header(second, 0),
+        )  # fmt: skip
+        if not compiling:  # these operators know no autocast: nothing to switch off
+            return _TokenMLP.apply(x.contiguous(), w1, b1, w2, b2, activation, *plans)
+    with torch.autocast(x.device.type, enabled=False):
+        if compiling and plans[0] is None:
+            w1, b1, w2, b2 = (None if w is None else w.to(x.dtype) for w in (w1, b1, w2, b2))
+            return F.linear(apply_activation(F.linear(x.mT, w1, b1), activation), w2, b2).mT
+        return _TokenMLP.apply(x.contiguous(), w1, b1, w2, b2, activation, *plans)
 
 
 @traced_constant
@@ -64,14 +70,6 @@ def _kernels_serve(key: tuple[torch.device, torch.dtype]) -> bool:
     device, dtype = key
     hopper = torch.cuda.get_device_capability(device) == (9, 0)
     return hopper and "9.0" in (build_info()["archs"] or "") and dtype.itemsize == 2
-
-
-def _blocks(weight: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """The blocks of a `token_layout`, in the dtype of `like`, zero beyond the weight."""
-    (n, k), dtype = weight.shape, like.dtype
-    padded = F.pad(weight.to(dtype), (0, -k % BLOCK, 0, -n % BLOCK))
-    tiles = padded.unflatten(1, (-1, BLOCK)).unflatten(0, (-1, BLOCK)).transpose(1, 2)
-    return tiles.reshape(-1, BLOCK, BLOCK).contiguous()
 
 
 def _aligned(weight: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
@@ -133,14 +131,13 @@ class _TokenMLP(torch.autograd.Function):
             hidden = apply_activation(slope, activation)
             y = _apply(second, hidden, b2)
         else:
-            first, second = _blocks(w1, x), _blocks(w2, x)
-            b1, b2 = (None if b is None else b.to(x.dtype) for b in (b1, b2))
+            first, rounded1, second, rounded2 = round_weights(x.dtype, w1, b1, w2, b2, tile=BLOCK)
             save = activation != NONE and any(ctx.needs_input_grad[:3])
-            hidden, slope = torch.ops.pixelfly.column_product(
-                x, first, b1, None, plan1, header1, hidden_size, activation, save, False
+            hidden, slope = _column_product(
+                x, first, rounded1, None, plan1, header1, hidden_size, activation, save, False
             )
-            y, _ = torch.ops.pixelfly.column_product(
-                hidden, second, b2, None, plan2, header2, tokens, NONE, False, False
+            y, _ = _column_product(
+                hidden, second, rounded2, None, plan2, header2, tokens, NONE, False, False
             )
         ctx.save_for_backward(x, slope, hidden, first, second, w1, b1, w2, b2, plan1, plan2)
         return y
@@ -160,7 +157,7 @@ class _TokenMLP(torch.autograd.Function):
             if plan1 is None:
                 dz = _activation_grad(_apply(second.mT, dy, None), slope, ctx.activation)
             else:
-                dz, _ = torch.ops.pixelfly.column_product(
+                dz, _ = _column_product(
                     dy, second, None, slope, plan2, ctx.headers[1], w1.shape[0], NONE, False, True
                 )
             if need_dw1:
@@ -170,7 +167,7 @@ class _TokenMLP(torch.autograd.Function):
             if need_dx and plan1 is None:
                 dx = _apply(first.mT, dz, None)
             elif need_dx:
-                dx, _ = torch.ops.pixelfly.column_product(
+                dx, _ = _column_product(
                     dz, first, None, None, plan1, ctx.headers[0], x.shape[1], NONE, False, True
                 )
         return dx, dw1, db1, dw2, db2, None, None, None, None, None
