@@ -76,9 +76,15 @@ def _backward_fake(
 FORWARD_ARGUMENTS = 11
 
 # Overloads, not packets, which choose one at every call.
-_forward_op = torch.ops.pixelfly.forward.default
+forward_operator = torch.ops.pixelfly.forward.default
 _backward_op = torch.ops.pixelfly.backward.default
 _unsafe_view = torch.ops.aten._unsafe_view.default
+
+
+def backward_operator() -> Callable[..., Any]:
+    """`pixelfly::backward`; under create_graph=True with gradients that refuse to be
+    differentiated."""
+    return _Backward.apply if torch.is_grad_enabled() else _backward_op
 
 
 def needs_grad(*tensors: torch.Tensor | None) -> bool:
@@ -123,7 +129,7 @@ class _Linear(torch.autograd.Function):
         float32_grads = x.dtype != torch.float32 == blocks.dtype
         rows = as_rows(x)
         blocks, u, v, bias = round_weights(x.dtype, blocks, u, v, bias)
-        y, t, slope = _forward_op(
+        y, t, slope = forward_operator(
             rows, blocks, u, v, bias, None if residual is None else as_rows(residual), plan,
             header, activation, save_slope, allow_tf32,
         )  # fmt: skip
@@ -167,10 +173,8 @@ class _Linear(torch.autograd.Function):
         x, blocks, u, v, t, slope, plan, x_slope = ctx.saved_tensors
         needs = ctx.needs_input_grad[:5]
         if any(needs):
-            # Under create_graph=True the gradients must refuse to be differentiated.
-            backward = _Backward.apply if torch.is_grad_enabled() else _backward_op
             # Gradients arrive expanded (from a sum) or transposed: the kernels want rows.
-            grads[:5] = backward(
+            grads[:5] = backward_operator()(
                 as_rows(dy), x, blocks, u, v, t, None if slope is None else as_rows(slope), plan,
                 *ctx.options, torch.are_deterministic_algorithms_enabled(), *needs, x_slope,
                 ctx.float32_grads,
@@ -205,7 +209,7 @@ def run_linear(*args: Any, needs_grad: bool) -> tuple[torch.Tensor, torch.Tensor
     """
     if not needs_grad:
         x, *weights, residual = args[:6]
-        y, _, _ = _forward_op(
+        y, _, _ = forward_operator(
             as_rows(x), *round_weights(x.dtype, *weights),
             None if residual is None else as_rows(residual), *args[6:FORWARD_ARGUMENTS],
         )  # fmt: skip

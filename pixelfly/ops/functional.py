@@ -31,6 +31,17 @@ def _autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(device_type)
 
 
+def autocast_input(x: torch.Tensor) -> tuple[torch.Tensor, torch.dtype | None]:
+    """Returns x in autocast's dtype, and that dtype; x as it is and None where there is none."""
+    dtype = _autocast_dtype(x) if isinstance(x, torch.Tensor) else None
+    return (x if dtype is None or x.dtype == dtype else x.to(dtype)), dtype
+
+
+def allows_tf32(x: torch.Tensor) -> bool:
+    """Whether products of x may use TF32."""
+    return x.dtype == torch.float32 and x.is_cuda and matmul_allows_tf32()
+
+
 def _constant_int(size: int) -> int:
     """Returns a size as a plain integer, which tracing may have made symbolic."""
     if torch.compiler.is_compiling():
@@ -111,23 +122,23 @@ def linear(
     `[T, N]` rows, unless nothing is differentiated. Whoever uses y then must pass on y's gradient
     times that: a layer that is given it as x_slope `[T, K]` does so to its x.
     """
-    dtype = _autocast_dtype(x) if isinstance(x, torch.Tensor) else None
-    if dtype is not None and x.dtype != dtype:
-        x = x.to(dtype)
+    x, dtype = autocast_input(x)
     compiling = torch.compiler.is_compiling()
     call = None
     if not compiling:
-        operands = (x, blocks, layout, u, v, bias, residual, activation)
-        call = validation.known_call(*operands, rounds=dtype is not None)
-    if call is None:
+        call = validation.known_call(x, blocks, layout, u, v, bias, dtype is not None)
+    if (
+        call is None
+        or not validation.known_ends(x, call.in_features, residual, call.out_features)
+        or not validation.known_activation(activation)
+    ):
         blocks, u, v, bias, residual, call = _checked(
             x, blocks, layout, u, v, bias, residual, activation, dtype
         )
     kind = ACTIVATIONS[activation]
     differentiated = needs_grad(x, blocks, u, v, bias)
     save_slope = differentiated and (give_slope or _derivative_needs_slope(kind, residual))
-    allow_tf32 = x.dtype == torch.float32 and x.is_cuda and matmul_allows_tf32()
-    options = (call.plan, call.header, kind, save_slope, allow_tf32, x_slope, give_slope)
+    options = (call.plan, call.header, kind, save_slope, allows_tf32(x), x_slope, give_slope)
     if not compiling:
         return run_linear(
             x, blocks, u, v, bias, residual, *options,

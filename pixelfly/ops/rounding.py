@@ -32,12 +32,12 @@ def round_weights(
     changed = [w for w in weights if w is not None and (tile or w.dtype != dtype)]
     if changed and _kernel_serves(dtype, changed):
         rounded = iter(_round_op([w.contiguous() for w in changed], dtype, tile))
-        weights = tuple(
-            next(rounded) if w is not None and (tile or w.dtype != dtype) else w for w in weights
-        )
-    elif tile:
-        return [None if w is None else _tiled(w.to(dtype), tile) for w in weights]
-    return [None if w is None else w.to(dtype).contiguous() for w in weights]
+    else:
+        rounded = (_tiled(w.to(dtype), tile) for w in changed)
+    return [
+        None if w is None else next(rounded) if tile or w.dtype != dtype else w.contiguous()
+        for w in weights
+    ]
 
 
 def _kernel_serves(dtype: torch.dtype, weights: list[torch.Tensor]) -> bool:
@@ -53,7 +53,7 @@ def _kernel_serves(dtype: torch.dtype, weights: list[torch.Tensor]) -> bool:
 
 
 def _tiled(weight: torch.Tensor, tile: int) -> torch.Tensor:
-    if weight.dim() != 2:
+    if not tile or weight.dim() != 2:
         return weight.contiguous()
     n, k = weight.shape
     padded = F.pad(weight, (0, -k % tile, 0, -n % tile))
@@ -74,7 +74,7 @@ def _fake(weights, dtype, tile):
 def _cpu(weights, dtype, tile):
     # An operator's results are fresh tensors, even where there is nothing to do.
     rounded = [w.to(dtype, copy=True) for w in weights]
-    return [_tiled(w, tile) if tile else w.contiguous() for w in rounded]
+    return [_tiled(w, tile) for w in rounded]
 
 
 def register(library: torch.library.Library) -> None:

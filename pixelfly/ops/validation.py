@@ -33,20 +33,17 @@ def known_call(
     u: torch.Tensor | None,
     v: torch.Tensor | None,
     bias: torch.Tensor | None,
-    residual: torch.Tensor | None,
-    activation: str | None,
     rounds: bool,
 ) -> Call | None:
-    """Returns the `Call` of arguments that all checks below would let pass, or None.
+    """Returns the `Call` of weights that all checks below would let pass, or None.
 
     One look-up among `layout.calls`, the calls that were checked, and no messages: whatever it is
-    not sure of, the checks explain.
+    not sure of, the checks explain. Of x this takes dtype and device alone: see `known_ends`.
     """
     if not (
         type(layout) is BlockLayout
         and isinstance(x, torch.Tensor)
         and isinstance(blocks, torch.Tensor)
-        and (activation is None or (isinstance(activation, str) and activation in ACTIVATIONS))
     ):
         return None
     rank, dtype, device, weights = 0, x.dtype, x.device, blocks.dtype
@@ -60,10 +57,8 @@ def known_call(
     if call is None or not (weights == dtype or (rounds and weights == torch.float32)):
         return None
     _, _, _, n, k, b, nnz = call
-    shape = x.shape
     fits = (
-        shape[-1:] == (k,)
-        and blocks.shape == (nnz, b, b)
+        blocks.shape == (nnz, b, b)
         and blocks.device == device
         and (
             u is None
@@ -79,15 +74,27 @@ def known_call(
             and bias.dtype == weights
             and bias.device == device
         )
-        and (
-            residual is None
-            or isinstance(residual, torch.Tensor)
-            and residual.shape == (*shape[:-1], n)
-            and residual.dtype == dtype
-            and residual.device == device
-        )
     )
     return call if fits else None
+
+
+def known_activation(activation: str | None) -> bool:
+    """Whether there is such an activation."""
+    return activation is None or (isinstance(activation, str) and activation in ACTIVATIONS)
+
+
+def known_ends(
+    x: torch.Tensor, in_features: int, residual: torch.Tensor | None, out_features: int
+) -> bool:
+    """Whether the checks below would let x and the residual pass beside known weights."""
+    shape = x.shape
+    return shape[-1:] == (in_features,) and (
+        residual is None
+        or isinstance(residual, torch.Tensor)
+        and residual.shape == (*shape[:-1], out_features)
+        and residual.dtype == x.dtype
+        and residual.device == x.device
+    )
 
 
 def check_types(
