@@ -14,6 +14,7 @@
 #include <cstring>
 #include <optional>
 #include <string>
+#include <unordered_map>
 #include <vector>
 
 #include "pixelfly/launch.h"
@@ -118,8 +119,12 @@ inline DType check_slope(const char* op, const char* name, const Tensor& t, cons
 }
 
 // The header travels as decimal integers in a string: a list of integers is converted one by one,
-// three times, on its way from Python to here.
-inline PlanHeader parse_header(const std::string& text, const Tensor& plan, const char* op) {
+// three times, on its way from Python to here. A thread takes every text apart once: there are as
+// many as layouts and ranks.
+inline const PlanHeader& header_of(const std::string& text, const char* op) {
+  thread_local std::unordered_map<std::string, PlanHeader> known;
+  const auto found = known.find(text);
+  if (found != known.end()) return found->second;
   int32_t raw[kPlanHeaderSize];
   const char *at = text.data(), *end = at + text.size();
   int count = 0;
@@ -134,7 +139,12 @@ inline PlanHeader parse_header(const std::string& text, const Tensor& plan, cons
   std::memcpy(&header, raw, sizeof(header));
   STD_TORCH_CHECK(header.magic == kPlanMagic && header.version == kPlanVersion, op,
                   ": header was not written by this version's planner");
-  STD_TORCH_CHECK(plan.is_cuda() && plan.scalar_type() == ScalarType::Int &&
+  return known[text] = header;
+}
+
+inline const PlanHeader& parse_header(const std::string& text, const Tensor& plan, const char* op) {
+  const PlanHeader& header = header_of(text, op);
+  STD_TORCH_CHECK(plan.is_cuda() && dtype_number(plan) == aoti_torch_dtype_int32() &&
                       plan.numel() == header.size && plan.is_contiguous(),
                   op, ": plan must be a contiguous int32 CUDA tensor of ", header.size,
                   " elements, got ", plan.numel());
