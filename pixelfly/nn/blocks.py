@@ -81,10 +81,11 @@ class FusedTransformerBlock(FusedBlock):
 
     def forward(self, x: torch.Tensor, **options: Any) -> torch.Tensor:
         """Applies the block to `[B, N, C]`; `options` are those of the attention."""
-        y, x = add_and_norm(self.norm1, x, None)
-        y = self.drop_path1(self.ls1(self.attn(y, **options)))
-        y, x = add_and_norm(self.norm2, x, y)
-        return x + self.drop_path2(self.ls2(self.mlp(y)))
+        part = self._modules  # looked up there, not by way of nn.Module.__getattr__
+        y, x = add_and_norm(part["norm1"], x, None)
+        y = part["drop_path1"](part["ls1"](part["attn"](y, **options)))
+        y, x = add_and_norm(part["norm2"], x, y)
+        return x + part["drop_path2"](part["ls2"](part["mlp"](y)))
 
 
 class FusedMixerBlock(FusedBlock):
@@ -116,6 +117,7 @@ class FusedMixerBlock(FusedBlock):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Applies the block to `[B, N, C]`."""
         # timm's patches come transposed, and the whole stream would stay so.
-        y, x = add_and_norm(self.norm1, x.contiguous(), None)
-        y, x = add_and_norm(self.norm2, x, self.drop_path(self.mlp_tokens(y)))
-        return x + self.drop_path(self.mlp_channels(y))
+        part, drop_path = self._modules, self._modules["drop_path"]
+        y, x = add_and_norm(part["norm1"], x.contiguous(), None)
+        y, x = add_and_norm(part["norm2"], x, drop_path(part["mlp_tokens"](y)))
+        return x + drop_path(part["mlp_channels"](y))

@@ -88,7 +88,7 @@ class TokenMLP(nn.Module):
         Returns:
             `[B, N, C]`, under autocast in its dtype.
         """
-        fc1, fc2 = self.fc1, self.fc2
+        fc1, fc2 = self._modules["fc1"], self._modules["fc2"]
         weight = fc1.weight
         if x.dim() != 3 or x.shape[1] != fc1.in_features:
             raise ValueError(f"TokenMLP: x must be [B, {fc1.in_features}, C], got {list(x.shape)}")
