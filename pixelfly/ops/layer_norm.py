@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from .autograd import needs_grad
-from .device import check_device
+from .device import PLAIN, check_device
 from .functional import _autocast_dtype
 from .validation import DTYPES
 
@@ -35,8 +35,6 @@ _SERVED = frozenset(
 # Overloads, not packets, which choose one at every call.
 _forward_op = torch.ops.pixelfly.add_layer_norm.default
 _backward_op = torch.ops.pixelfly.add_layer_norm_backward.default
-# Subclasses bring operators of their own: DTensor, fakes.
-_TENSORS = (torch.Tensor, torch.nn.Parameter)
 
 
 def add_layer_norm(
@@ -117,14 +115,14 @@ def _has_kernels(device, stream, branch, weights, dtype, features) -> bool:
 
 def _kernels_serve(x, delta, weight, bias, dtype) -> bool:
     """Whether the kernels take a call. A wrong one they do not: it is checked at leisure."""
-    if type(x) not in _TENSORS or not x.is_cuda or x.dim() == 0:
+    if type(x) not in PLAIN or not x.is_cuda or x.dim() == 0:
         return False
-    if type(weight) not in _TENSORS or type(bias) not in _TENSORS:
+    if type(weight) not in PLAIN or type(bias) not in PLAIN:
         return False
     shape, stream, device = x.shape, x.dtype, x.device
     branch = stream
     if delta is not None:
-        if type(delta) not in _TENSORS or delta.shape != shape or delta.device != device:
+        if type(delta) not in PLAIN or delta.shape != shape or delta.device != device:
             return False
         if not delta.is_contiguous():
             return False

@@ -9,9 +9,9 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from .device import plain_on_cuda
+
 _HALVES = (torch.bfloat16, torch.float16)
-# Subclasses bring operators of their own, and what they stand for while tracing is fused later.
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
 _round_op = torch.ops.pixelfly.round_weights.default
 
 
@@ -41,15 +41,13 @@ def round_weights(
 
 
 def _kernel_serves(dtype: torch.dtype, weights: list[torch.Tensor]) -> bool:
-    if torch.compiler.is_compiling() or dtype not in _HALVES:
+    if dtype not in _HALVES or not plain_on_cuda(weights):
         return False
     device = weights[0].device
     for w in weights:
-        if type(w) not in _PLAIN or not w.is_cuda or w.device != device:
+        if w.device != device or (w.dtype != torch.float32 and w.dtype != dtype):
             return False
-        if w.dtype != torch.float32 and w.dtype != dtype:
-            return False
-    return not torch._C._are_functorch_transforms_active()
+    return True
 
 
 def _tiled(weight: torch.Tensor, tile: int) -> torch.Tensor:

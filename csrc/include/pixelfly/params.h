@@ -116,6 +116,21 @@ struct RoundWeightsParams {
   RoundedWeight weights[kMaxRoundedWeights];
 };
 
+// out[f] = Σ x over samples and columns, fp32.
+struct FeatureSum {
+  const void* x;  // [samples][features][columns], contiguous, aligned to 16 bytes
+  float* out;     // [features]
+  int64_t samples;
+  int64_t columns;  // a multiple of 8
+  int32_t features;
+};
+constexpr int kMaxFeatureSums = 4;
+struct FeatureSumsParams {
+  DType dtype;  // of x
+  int32_t count;
+  FeatureSum sums[kMaxFeatureSums];
+};
+
 // dz = dy ⊙ slope, elementwise over [T, N]; for ReLU, dz = dy where slope > 0: it may be y itself.
 struct ActivationGradParams {
   DType dtype;
