@@ -132,7 +132,7 @@ def linear(
         or not validation.known_ends(x, call.in_features, residual, call.out_features)
         or not validation.known_activation(activation)
     ):
-        blocks, u, v, bias, residual, call = _checked(
+        blocks, u, v, bias, residual, call = check_call(
             x, blocks, layout, u, v, bias, residual, activation, dtype
         )
     kind = ACTIVATIONS[activation]
@@ -150,7 +150,7 @@ def linear(
     return unflatten_rows(y, x.shape), slope
 
 
-def _checked(
+def check_call(
     x: torch.Tensor,
     blocks: torch.Tensor,
     layout: BlockLayout,

@@ -9,7 +9,7 @@ import torch
 from ..masks import BlockLayout
 from .activations import ACTIVATIONS, NONE, RELU
 from .autograd import as_rows, backward_operator, forward_operator, needs_grad, unflatten_rows
-from .functional import allows_tf32, autocast_input, linear
+from .functional import allows_tf32, autocast_input, check_call, linear
 from .rounding import round_weights
 from .validation import known_activation, known_call, known_ends
 
@@ -65,7 +65,7 @@ def butterfly_mlp(
         torch.Size([3, 128])
     """
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        y = _known_mlp(x, first, second, activation, residual)
+        y = _differentiable(x, first, second, activation, residual)
         if y is not None:
             return y
     # ReLU's derivative is read off its output instead: nothing but that output is kept.
@@ -74,30 +74,39 @@ def butterfly_mlp(
     return linear(hidden, *second, None, residual, x_slope=slope)[0]
 
 
-def _known_mlp(
+def _differentiable(
     x: torch.Tensor,
     first: Weights,
     second: Weights,
     activation: str | None,
     residual: torch.Tensor | None,
 ) -> torch.Tensor | None:
-    """Eager training's way, once both layers' calls were checked: one function of autograd.
+    """Eager training's way: one function of autograd for both layers.
 
-    None where the calls are not known, nothing is differentiated, or torch.func is at work.
+    None where nothing is differentiated or torch.func is at work. What is saved for the backward
+    must not depend on earlier calls: checkpointing compares.
     """
     x, dtype = autocast_input(x)
     up = known_call(x, *first, dtype is not None)
     down = known_call(x, *second, dtype is not None)
-    if up is None or down is None or up.out_features != down.in_features:
-        return None
-    if not known_ends(x, up.in_features, residual, down.out_features):
-        return None
-    if not known_activation(activation) or torch._C._are_functorch_transforms_active():
-        return None
-    blocks1, _, u1, v1, bias1 = first
-    blocks2, _, u2, v2, bias2 = second
-    tensors = (x, blocks1, u1, v1, bias1, blocks2, u2, v2, bias2, residual)
-    if not needs_grad(*tensors):
+    blocks1, layout1, *factors1 = first
+    blocks2, layout2, *factors2 = second
+    if (
+        up is None
+        or down is None
+        or up.out_features != down.in_features
+        or not known_ends(x, up.in_features, residual, down.out_features)
+        or not known_activation(activation)
+    ):
+        blocks1, *factors1, _, up = check_call(
+            x, blocks1, layout1, *factors1, None, activation, dtype
+        )
+        hidden = x.new_empty(1).expand(*x.shape[:-1], up.out_features)
+        blocks2, *factors2, residual, down = check_call(
+            hidden, blocks2, layout2, *factors2, residual, None, dtype
+        )
+    tensors = (x, blocks1, *factors1, blocks2, *factors2, residual)
+    if not needs_grad(*tensors) or torch._C._are_functorch_transforms_active():
         return None
     plans = ((up.plan, down.plan), (up.header, down.header))
     return _MLP.apply(*tensors, *plans, ACTIVATIONS[activation], allows_tf32(x))

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from pixelfly.ops import Weights, butterfly_lowrank_mm, butterfly_mlp
+from pixelfly.ops.functional import linear
 
 from .helpers import DEVICES, make_layout, xor_grid
 
@@ -59,12 +60,19 @@ def test_mlp(device, frozen, activation, autocast):
         def call(x=x, first=first, second=second, r=residual if with_residual else None):
             return butterfly_mlp(x, first, second, activation=activation, residual=r)
 
+        def two_calls(x=x, first=first, second=second, r=residual if with_residual else None):
+            """What compiled code does."""
+            give = activation not in (None, "relu")
+            hidden, slope = linear(x, *first, activation, give_slope=give)
+            return linear(hidden, *second, None, r, x_slope=slope)[0]
+
         with cast:
-            start, *others = (outputs(call, leaves) for _ in range(3))
+            ours = [outputs(call, leaves) for _ in range(2)]
+            expected = outputs(two_calls, leaves)
             assert type(call().grad_fn).__name__ == "_MLPBackward"
-        for other, (i, ours) in itertools.product(others, enumerate(start)):
-            torch.testing.assert_close(other[i], ours, atol=1e-6, rtol=1e-5)
-            assert other[i].dtype == ours.dtype and other[i].shape == ours.shape
+        for results in ours:
+            for a, b in zip(results, expected, strict=True):
+                torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
 
 
 def test_mlp_keeps_what_its_backward_needs():
@@ -86,6 +94,29 @@ def test_mlp_keeps_what_its_backward_needs():
     assert kept("gelu") == [(6, 128)]
     assert kept("relu") == [(6, 128)]
     assert kept(None) == []
+
+
+def test_mlp_names_what_is_wrong_in_either_layer():
+    first, second = (weights(*size, 8, torch.float32, "cpu") for size in ((8, 4), (4, 8)))
+    x, y = torch.randn(3, 64), torch.randn(3, 64)
+    bad = [
+        (first._replace(bias=y), second, y, ValueError, "bias.shape .*features=128"),
+        (first, second._replace(v=None), y, ValueError, "u without v"),
+        (first, second._replace(u=second.u.double()), y, TypeError, "u.dtype"),
+        (first, first, y, ValueError, "x.shape.* must be in_features=64, got 128"),
+        (first, second, y[:2], ValueError, r"residual.shape .*\[3, 64\]"),
+        (first, second, 1.0, TypeError, "residual must be a Tensor or None"),
+    ]
+    for again in range(2):
+        for up, down, residual, error, message in bad:
+            with pytest.raises(error, match=message):
+                butterfly_mlp(x, up, down, activation="gelu", residual=residual)
+        with pytest.raises(ValueError, match="activation must be one of"):
+            butterfly_mlp(x, first, second, activation="tanh")
+        with pytest.raises(TypeError, match="x must be a Tensor"):
+            butterfly_mlp([1.0], first, second, activation=None)
+        if not again:
+            butterfly_mlp(x, first, second, activation="gelu")
 
 
 def test_derivatives_that_are_refused():
