@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import math
 import os
 import sys
 
@@ -144,10 +145,26 @@ def loss_calls(dtypes: list[torch.dtype]) -> tuple[int, int]:
     return calls, wrong
 
 
+def rounding_calls(dtypes: list[torch.dtype]) -> tuple[int, int]:
+    """Runs round_weights, flat and tiled; returns the calls and the wrong outputs."""
+    calls = wrong = 0
+    for dtype, tile in itertools.product([d for d in dtypes if d != torch.float32], (0, 16, 64)):
+        for source, offset in ((torch.float32, 0), (torch.float32, 1), (dtype, 0), (dtype, 1)):
+            shapes = ((200, 328), (3, 64, 64), (37,), (8,), (70, 130))
+            flat = [torch.randn(offset + math.prod(s), device="cuda").to(source) for s in shapes]
+            weights = [w[offset:].view(s) for w, s in zip(flat, shapes, strict=True)]
+            # The operator itself: where nothing is to be rounded round_weights passes weights on.
+            ours = torch.ops.pixelfly.round_weights(weights, dtype, tile)
+            exact = torch.ops.pixelfly.round_weights([w.cpu() for w in weights], dtype, tile)
+            calls += 1
+            wrong += differs(f"round_weights {source} {dtype} tile={tile}", ours, exact, dtype)
+    return calls, wrong
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--paths", nargs="*", default=["sm80", "auto", "sm90"])
-    parts = ["linear", "layer-norm", "token-mlp", "loss"]
+    parts = ["linear", "layer-norm", "token-mlp", "loss", "rounding"]
     parser.add_argument("--parts", nargs="*", default=parts, choices=parts)
     parser.add_argument("--dtypes", nargs="*", default=["bfloat16", "float16", "float32"])
     parser.add_argument("--block-sizes", nargs="*", type=int, default=[16, 32, 64, 128])
@@ -158,8 +175,13 @@ def main() -> int:
     torch.manual_seed(0)
     dtypes = [getattr(torch, name) for name in args.dtypes]
     calls = wrong = 0
-    beside = {"layer-norm": layer_norm_calls, "token-mlp": token_mlp_calls, "loss": loss_calls}
-    for part, run in beside.items():
+    runs = {
+        "layer-norm": layer_norm_calls,
+        "token-mlp": token_mlp_calls,
+        "loss": loss_calls,
+        "rounding": rounding_calls,
+    }
+    for part, run in runs.items():
         if part in args.parts:
             more = run(dtypes)
             calls, wrong = calls + more[0], wrong + more[1]

@@ -6,6 +6,8 @@ import dataclasses
 import itertools
 import math
 import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -153,6 +155,16 @@ def test_every_generator_on_any_shape(name, n, k, block):
     assert layout.transpose().transpose() == layout
     again = pickle.loads(pickle.dumps(layout))
     assert again == layout and hash(again) == hash(layout) and again.density == layout.density
+
+
+def test_a_layout_pickled_elsewhere_is_equal():
+    """Python hashes bytes differently in every process; a pickle must not bring such a hash."""
+    make = "masks.flat_block_butterfly(64, 64, block_size=16)"
+    program = f"import pickle; from pixelfly import masks; print(pickle.dumps({make}).hex())"
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    layout = masks.flat_block_butterfly(64, 64, block_size=16)
+    again = pickle.loads(bytes.fromhex(result.stdout))
+    assert again == layout and hash(again) == hash(layout)
 
 
 def test_patterns_by_name():

@@ -14,7 +14,7 @@ std::tuple<OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor, Optio
     OptionalTensor t, OptionalTensor slope, const Tensor& plan, const std::string& header_text,
     bool relu, bool allow_tf32, bool deterministic, bool need_dx, bool need_dblocks, bool need_du,
     bool need_dv, bool need_dbias, OptionalTensor x_slope, bool float32_grads) {
-  const PlanHeader h = parse_header(header_text, plan, kOp);
+  const PlanHeader& h = parse_header(header_text, plan, kOp);
   const DType dtype = dtype_of(dy, kOp);
   STD_TORCH_CHECK(dy.dim() == 2, kOp, ": dy must be [T, out_features], got ", shape_string(dy));
   const int64_t tokens = dy.size(0), k = h.in_features, n = h.out_features, b = h.block_size;

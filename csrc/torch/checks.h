@@ -14,6 +14,7 @@
 #include <cstring>
 #include <optional>
 #include <string>
+#include <unordered_map>
 #include <vector>
 
 #include "pixelfly/launch.h"
@@ -75,6 +76,24 @@ inline void check_rows(const char* op, const char* name, const Tensor& t, const 
                   " must be contiguous in its last dimension");
 }
 
+// The same of what the kernels compute with.
+inline int32_t number_of(DType dtype) {
+  return dtype == DType::kFloat32    ? aoti_torch_dtype_float32()
+         : dtype == DType::kBFloat16 ? aoti_torch_dtype_bfloat16()
+                                     : aoti_torch_dtype_float16();
+}
+
+inline DType kernel_dtype(ScalarType dtype, const char* op, const char* name) {
+  switch (dtype) {
+    case ScalarType::Float: return DType::kFloat32;
+    case ScalarType::BFloat16: return DType::kBFloat16;
+    case ScalarType::Half: return DType::kFloat16;
+    default: break;
+  }
+  STD_TORCH_CHECK(false, op, ": ", name, " must be float32, bfloat16 or float16");
+  return DType::kFloat32;
+}
+
 // Checks one operand against another, which may be itself: the same, and the same dtype.
 inline void check_operand(const char* op, const char* name, const Tensor& t, const Tensor& other,
                           std::initializer_list<int64_t> shape) {
@@ -100,8 +119,12 @@ inline DType check_slope(const char* op, const char* name, const Tensor& t, cons
 }
 
 // The header travels as decimal integers in a string: a list of integers is converted one by one,
-// three times, on its way from Python to here.
-inline PlanHeader parse_header(const std::string& text, const Tensor& plan, const char* op) {
+// three times, on its way from Python to here. A thread takes every text apart once: there are as
+// many as layouts and ranks.
+inline const PlanHeader& header_of(const std::string& text, const char* op) {
+  thread_local std::unordered_map<std::string, PlanHeader> known;
+  const auto found = known.find(text);
+  if (found != known.end()) return found->second;
   int32_t raw[kPlanHeaderSize];
   const char *at = text.data(), *end = at + text.size();
   int count = 0;
@@ -116,7 +139,12 @@ inline PlanHeader parse_header(const std::string& text, const Tensor& plan, cons
   std::memcpy(&header, raw, sizeof(header));
   STD_TORCH_CHECK(header.magic == kPlanMagic && header.version == kPlanVersion, op,
                   ": header was not written by this version's planner");
-  STD_TORCH_CHECK(plan.is_cuda() && plan.scalar_type() == ScalarType::Int &&
+  return known[text] = header;
+}
+
+inline const PlanHeader& parse_header(const std::string& text, const Tensor& plan, const char* op) {
+  const PlanHeader& header = header_of(text, op);
+  STD_TORCH_CHECK(plan.is_cuda() && dtype_number(plan) == aoti_torch_dtype_int32() &&
                       plan.numel() == header.size && plan.is_contiguous(),
                   op, ": plan must be a contiguous int32 CUDA tensor of ", header.size,
                   " elements, got ", plan.numel());
@@ -150,6 +178,16 @@ inline Tensor empty(const Tensor& x, std::initializer_list<int64_t> shape, int32
 }
 inline Tensor empty(const Tensor& x, std::initializer_list<int64_t> shape) {
   return empty(x, shape, dtype_number(x));
+}
+
+// A contiguous tensor of x's shape, which is contiguous too.
+inline Tensor empty_beside(const Tensor& x, DType dtype) {
+  const auto sizes = x.sizes(), strides = x.strides();
+  AtenTensorHandle handle;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(x.dim(), sizes.data(), strides.data(),
+                                                  number_of(dtype), aoti_torch_device_type_cuda(),
+                                                  x.get_device_index(), &handle));
+  return Tensor(handle);
 }
 
 // A [rows, cols] tensor on x's device whose row stride is a multiple of some elements.

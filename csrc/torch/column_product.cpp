@@ -14,7 +14,7 @@ std::tuple<Tensor, OptionalTensor> column_product(Tensor x, Tensor blocks, Optio
                                                   const std::string& header_text,
                                                   int64_t out_features, int64_t activation,
                                                   bool save_slope, bool transposed) {
-  const PlanHeader h = parse_header(header_text, plan, kOp);
+  const PlanHeader& h = parse_header(header_text, plan, kOp);
   const DType dtype = dtype_of(x, kOp);
   STD_TORCH_CHECK(x.dim() == 3, kOp, ": x must be [S, in_features, C], got ", shape_string(x));
   const int64_t samples = x.size(0), in = x.size(1), columns = x.size(2), b = h.block_size;

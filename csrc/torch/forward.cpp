@@ -13,7 +13,7 @@ std::tuple<Tensor, OptionalTensor, OptionalTensor> forward(
     Tensor x, Tensor blocks, OptionalTensor u, OptionalTensor v, OptionalTensor bias,
     OptionalTensor residual, const Tensor& plan, const std::string& header_text, int64_t activation,
     bool save_slope, bool allow_tf32) {
-  const PlanHeader h = parse_header(header_text, plan, kOp);
+  const PlanHeader& h = parse_header(header_text, plan, kOp);
   const DType dtype = dtype_of(x, kOp);
   STD_TORCH_CHECK(x.dim() == 2, kOp, ": x must be [T, in_features], got ", shape_string(x));
   const int64_t tokens = x.size(0), k = h.in_features, n = h.out_features, b = h.block_size;

@@ -10,33 +10,6 @@ namespace {
 constexpr const char* kOp = "pixelfly::add_layer_norm";
 constexpr const char* kBackwardOp = "pixelfly::add_layer_norm_backward";
 
-int32_t number_of(DType dtype) {
-  return dtype == DType::kFloat32    ? aoti_torch_dtype_float32()
-         : dtype == DType::kBFloat16 ? aoti_torch_dtype_bfloat16()
-                                     : aoti_torch_dtype_float16();
-}
-
-DType kernel_dtype(ScalarType dtype, const char* op, const char* name) {
-  switch (dtype) {
-    case ScalarType::Float: return DType::kFloat32;
-    case ScalarType::BFloat16: return DType::kBFloat16;
-    case ScalarType::Half: return DType::kFloat16;
-    default: break;
-  }
-  STD_TORCH_CHECK(false, op, ": ", name, " must be float32, bfloat16 or float16");
-  return DType::kFloat32;
-}
-
-// A contiguous tensor of x's shape, which is contiguous too.
-Tensor empty_beside(const Tensor& x, DType dtype) {
-  const auto sizes = x.sizes(), strides = x.strides();
-  AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(x.dim(), sizes.data(), strides.data(),
-                                                  number_of(dtype), aoti_torch_device_type_cuda(),
-                                                  x.get_device_index(), &handle));
-  return Tensor(handle);
-}
-
 // Checks that t lies as other does: same device, same shape, contiguous.
 void check_like(const char* op, const char* name, const Tensor& t, const Tensor& other) {
   const int32_t device = other.get_device_index();

@@ -48,6 +48,12 @@ STABLE_TORCH_LIBRARY(pixelfly, m) {
       "add_layer_norm_backward(Tensor dy, Tensor? dh, Tensor h, Tensor weight, Tensor mean, "
       "Tensor rstd, ScalarType? ddelta_dtype, bool need_weights) "
       "-> (Tensor dx, Tensor? ddelta, Tensor? dweight, Tensor? dbias)");
+  // The weights in a 16-bit dtype, rounded from float32 or copied, in one launch: eager code's
+  // (inductor fuses its own casts). With a tile, matrices come as a layout of every block has them:
+  // [ceil(n / tile) * ceil(k / tile), tile, tile], zero beyond the matrix.
+  m.def("round_weights(Tensor[] weights, ScalarType dtype, int tile) -> Tensor[]");
+  // Sums over samples and columns of tensors [S, features, C], in float32 and in one launch.
+  m.def("feature_sums(Tensor[] tensors) -> Tensor[]");
   // weight · x for every sample, or weightᵀ · x: x [S, in, C], y [S, out, C], and weight in the
   // blocks of a layout whose sizes are out and in rounded up (what lies beyond them is zero). The
   // slope is act'(weight · x + bias), in an order that only this operator reads: with transposed,

@@ -102,6 +102,7 @@ class BlockLayout:
     grid: torch.Tensor
     nominal_density: float
     device: torch.device
+    calls: dict[Any, Any]  # pixelfly.ops.validation's: calls with this layout that were checked
 
     # Not a dataclass: dynamo has its own idea of frozen ones and cannot pass them as constants.
     def __init__(
@@ -122,6 +123,7 @@ class BlockLayout:
             block_size=block_size,
             grid=grid,
             device=torch.device("cpu") if device is None else device,
+            calls={},
         )
         # Whoever needs these may be tracing, where a tensor has no data: compute them now.
         _ = self.row_indices, self.col_indices, self.nnz, self._hash
@@ -134,6 +136,14 @@ class BlockLayout:
 
     def __delattr__(self, name: str) -> NoReturn:
         raise FrozenInstanceError(f"BlockLayout is immutable: cannot delete {name}")
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Hashes of bytes differ between processes, plans live on this one's devices.
+        return {k: v for k, v in self.__dict__.items() if k not in ("_hash", "calls")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, calls={})
+        self.__dict__["_hash"] = hash(self._key)
 
     @classmethod
     def from_grid(

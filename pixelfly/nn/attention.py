@@ -260,12 +260,13 @@ class PixelflySelfAttention(nn.Module):
 
     def _output(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """What follows the heads `y [B, H, N, D]`."""
+        parts = self._modules  # to miss one there costs no search and no message
         y = self._merge(y)
-        if hasattr(self, "norm"):
-            y = self.norm(y)
-        if hasattr(self, "gate"):
-            y = y * self.gate(x).sigmoid()
-        return self.proj_drop(self.proj(y))
+        if "norm" in parts:
+            y = parts["norm"](y)
+        if "gate" in parts:
+            y = y * parts["gate"](x).sigmoid()
+        return parts["proj_drop"](parts["proj"](y))
 
     def _check(self, x: torch.Tensor) -> None:
         if x.dim() != 3:
@@ -273,12 +274,13 @@ class PixelflySelfAttention(nn.Module):
 
     def _project(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """q, k and v, each `[B, H, N, D]`."""
-        qkv = getattr(self, self.names[0])(x)
+        parts = self._modules
+        qkv = parts[self.names[0]](x)
         # Taken apart in memory's order: the gradients then meet in one copy.
-        qkv = qkv.unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(2)
+        qkv = qkv.reshape(*qkv.shape[:-1], 3, self.num_heads, self.head_dim).unbind(2)
         q, k, v = (part.transpose(1, 2) for part in qkv)
-        if hasattr(self, "q_norm"):  # a norm under autocast may widen its output
-            q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
+        if "q_norm" in parts:  # a norm under autocast may widen its output
+            q, k = parts["q_norm"](q).to(v.dtype), parts["k_norm"](k).to(v.dtype)
         return q, k, v
 
     def _attend(self, q, k, v, causal: bool, hidden: torch.Tensor | None) -> torch.Tensor:

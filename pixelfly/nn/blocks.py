@@ -11,29 +11,31 @@ from ..ops import add_layer_norm
 from .dense import has_hooks, match_activation
 from .token_mlp import TokenMLP
 
-_LAYER_NORMS = {"torch.nn.modules.normalization", "timm.layers.norm"}
-
 
 def add_and_norm(
     norm: nn.Module, x: torch.Tensor, delta: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns `norm(x + delta)` and `x + delta`, in one pass where norm is a LayerNorm."""
-    if _is_layer_norm(norm, x.shape[-1]):
-        return add_layer_norm(x, delta, norm.weight, norm.bias, norm.eps)
+    # Looked up there, what is missing costs no search and no message.
+    attributes = vars(norm)
+    if (
+        _is_layer_norm(type(norm))
+        and not attributes.get("_fast_norm", False)
+        and norm.normalized_shape == x.shape[-1:]
+        and not has_hooks(norm)
+        and "forward" not in attributes
+    ):
+        weight, bias = norm.weight, norm.bias
+        if weight is not None and bias is not None:
+            return add_layer_norm(x, delta, weight, bias, norm.eps)
     x = x if delta is None else x + delta
     return norm(x), x
 
 
-def _is_layer_norm(norm: nn.Module, features: int) -> bool:
-    return (
-        type(norm).__name__ == "LayerNorm"
-        and type(norm).__module__ in _LAYER_NORMS
-        and not getattr(norm, "_fast_norm", False)
-        and norm.normalized_shape == (features,)
-        and norm.weight is not None
-        and norm.bias is not None
-        and not has_hooks(norm)
-        and "forward" not in vars(norm)
+def _is_layer_norm(kind: type[nn.Module]) -> bool:
+    """Tells torch's and timm's LayerNorm; timm's without importing it."""
+    return kind is nn.LayerNorm or (
+        kind.__name__ == "LayerNorm" and kind.__module__ == "timm.layers.norm"
     )
 
 
@@ -79,10 +81,11 @@ class FusedTransformerBlock(FusedBlock):
 
     def forward(self, x: torch.Tensor, **options: Any) -> torch.Tensor:
         """Applies the block to `[B, N, C]`; `options` are those of the attention."""
-        y, x = add_and_norm(self.norm1, x, None)
-        y = self.drop_path1(self.ls1(self.attn(y, **options)))
-        y, x = add_and_norm(self.norm2, x, y)
-        return x + self.drop_path2(self.ls2(self.mlp(y)))
+        part = self._modules  # looked up there, not by way of nn.Module.__getattr__
+        y, x = add_and_norm(part["norm1"], x, None)
+        y = part["drop_path1"](part["ls1"](part["attn"](y, **options)))
+        y, x = add_and_norm(part["norm2"], x, y)
+        return x + part["drop_path2"](part["ls2"](part["mlp"](y)))
 
 
 class FusedMixerBlock(FusedBlock):
@@ -114,6 +117,7 @@ class FusedMixerBlock(FusedBlock):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Applies the block to `[B, N, C]`."""
         # timm's patches come transposed, and the whole stream would stay so.
-        y, x = add_and_norm(self.norm1, x.contiguous(), None)
-        y, x = add_and_norm(self.norm2, x, self.drop_path(self.mlp_tokens(y)))
-        return x + self.drop_path(self.mlp_channels(y))
+        part, drop_path = self._modules, self._modules["drop_path"]
+        y, x = add_and_norm(part["norm1"], x.contiguous(), None)
+        y, x = add_and_norm(part["norm2"], x, drop_path(part["mlp_tokens"](y)))
+        return x + drop_path(part["mlp_channels"](y))

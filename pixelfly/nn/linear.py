@@ -389,6 +389,10 @@ class PixelflyLinear(nn.Module):
                 " (a copy), `blocks` for device and dtype, or this layer left dense (filter_fn of "
                 "sparsify_)"
             )
+        # What nn.Module does, without its detour: every call asks for blocks and bias.
+        parameters = self.__dict__.get("_parameters")
+        if parameters is not None and name in parameters:
+            return parameters[name]
         return super().__getattr__(name)
 
     def extra_repr(self) -> str:

@@ -124,7 +124,8 @@ class PixelflyMLP(nn.Module):
         return self._apply_layers(x, residual)
 
     def _apply_layers(self, x: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
-        first, second = (getattr(self, name) for name in self.names)
+        first, second = self.names
+        first, second = self._modules[first], self._modules[second]
         if _plain(first) and _plain(second) and second.activation is None:
             weights = (first._weights(), second._weights())
             return butterfly_mlp(x, *weights, activation=first.activation, residual=residual)

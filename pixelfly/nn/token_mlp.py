@@ -88,19 +88,18 @@ class TokenMLP(nn.Module):
         Returns:
             `[B, N, C]`, under autocast in its dtype.
         """
-        if x.dim() != 3 or x.shape[1] != self.fc1.in_features:
-            raise ValueError(
-                f"TokenMLP: x must be [B, {self.fc1.in_features}, C], got {list(x.shape)}"
-            )
+        fc1, fc2 = self._modules["fc1"], self._modules["fc2"]
+        weight = fc1.weight
+        if x.dim() != 3 or x.shape[1] != fc1.in_features:
+            raise ValueError(f"TokenMLP: x must be [B, {fc1.in_features}, C], got {list(x.shape)}")
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        elif x.dtype != self.fc1.weight.dtype:
+        elif x.dtype != weight.dtype:
             raise TypeError(
-                f"TokenMLP: x must have the weights' dtype {self.fc1.weight.dtype}, got {x.dtype}"
+                f"TokenMLP: x must have the weights' dtype {weight.dtype}, got {x.dtype}"
             )
-        with torch.autocast(x.device.type, enabled=False):
-            layers = (self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
-            return token_mlp(x, *layers, ACTIVATIONS[self.activation], self._layouts)
+        layers = (weight, fc1.bias, fc2.weight, fc2.bias)
+        return token_mlp(x, *layers, ACTIVATIONS[self.activation], self._layouts)
 
     def extra_repr(self) -> str:
         return f"activation={self.activation!r}"

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 
 from .. import _C  # noqa: F401 (loading it defines the operators' schemas)
-from . import autograd, cpu, cross_entropy, layer_norm, token_mlp
+from . import autograd, cpu, cross_entropy, layer_norm, rounding, token_mlp
 from .attention import butterfly_attention, butterfly_attention_reference
 from .cross_entropy import linear_cross_entropy
 from .explain import Explanation, explain
@@ -33,5 +33,6 @@ _library = torch.library.Library("pixelfly", "IMPL")
 cpu.register(_library)
 autograd.register(_library)
 layer_norm.register(_library)
-token_mlp.register()
+rounding.register(_library)
+token_mlp.register(_library)
 cross_entropy.register(_library)

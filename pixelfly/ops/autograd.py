@@ -15,6 +15,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from .activations import NONE, RELU, empty_slope
 from .plan import Header
+from .rounding import round_weights
 
 
 def _round_up(value: int, multiple: int) -> int:
@@ -74,14 +75,51 @@ def _backward_fake(
 # Of linear's arguments, what forward takes: x_slope and dy_is_dz say where gradients go.
 FORWARD_ARGUMENTS = 11
 
+# Overloads, not packets, which choose one at every call.
+forward_operator = torch.ops.pixelfly.forward.default
+_backward_op = torch.ops.pixelfly.backward.default
+_unsafe_view = torch.ops.aten._unsafe_view.default
 
-def _rounded(x: torch.Tensor, *weights: torch.Tensor | None) -> list[torch.Tensor | None]:
-    """The weights in x's dtype."""
-    return [None if w is None else w.to(x.dtype) for w in weights]
+
+def backward_operator() -> Callable[..., Any]:
+    """`pixelfly::backward`; under create_graph=True with gradients that refuse to be
+    differentiated."""
+    return _Backward.apply if torch.is_grad_enabled() else _backward_op
+
+
+def needs_grad(*tensors: torch.Tensor | None) -> bool:
+    """Whether autograd is to differentiate a function of these tensors."""
+    if not torch.is_grad_enabled():
+        return False
+    for t in tensors:
+        if t is not None and t.requires_grad:
+            return True
+    return False
+
+
+def as_rows(x: torch.Tensor) -> torch.Tensor:
+    """Flattens the leading dims; copies only if the last dim is strided or rows overlap."""
+    if x.dim() != 2:
+        x = x.reshape(-1, x.shape[-1])
+    if x.stride(1) != 1 or x.stride(0) < x.shape[1]:
+        return x.contiguous()
+    return x
+
+
+def unflatten_rows(y: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """Gives fresh rows the leading dims of `shape`."""
+    if len(shape) == 2:
+        return y
+    # Not a view, as far as autograd and FSDP are concerned: nobody else sees y.
+    return _unsafe_view(y, (*shape[:-1], y.shape[1]))
 
 
 class _Linear(torch.autograd.Function):
-    """`pixelfly::forward` with its derivative; returns y, and the slope where dy_is_dz."""
+    """`pixelfly::forward` with its derivative; returns y, and the slope where dy_is_dz.
+
+    x, the residual and y may have any leading dims, slopes are rows: what shapes there are
+    between costs no nodes of autograd's graph.
+    """
 
     @staticmethod
     def forward(
@@ -89,30 +127,34 @@ class _Linear(torch.autograd.Function):
         x_slope, dy_is_dz,
     ):  # fmt: skip
         float32_grads = x.dtype != torch.float32 == blocks.dtype
-        blocks, u, v, bias = _rounded(x, blocks, u, v, bias)
-        y, t, slope = torch.ops.pixelfly.forward(
-            x, blocks, u, v, bias, residual, plan, header, activation, save_slope, allow_tf32
-        )
+        rows = as_rows(x)
+        blocks, u, v, bias = round_weights(x.dtype, blocks, u, v, bias)
+        y, t, slope = forward_operator(
+            rows, blocks, u, v, bias, None if residual is None else as_rows(residual), plan,
+            header, activation, save_slope, allow_tf32,
+        )  # fmt: skip
+        y = unflatten_rows(y, x.shape)
         # Unused outputs then come as None instead of as tensors of zeros.
         ctx.set_materialize_grads(False)
         given = slope if dy_is_dz else None
         if given is not None:
             ctx.mark_non_differentiable(given)
+        needs = ctx.needs_input_grad
         if activation == NONE or dy_is_dz:
             slope = None
         elif activation == RELU and residual is None:
             slope = y  # positive where the slope is, and somebody keeps it anyway
-        elif not save_slope and any(ctx.needs_input_grad[:5]):
+        elif not save_slope and any(needs[:5]):
             raise RuntimeError(
                 "pixelfly::linear: save_slope must be True when an activation is to be "
                 "differentiated, got False"
             )
-        if dy_is_dz and ctx.needs_input_grad[5]:
+        if dy_is_dz and needs[5]:
             raise RuntimeError("pixelfly::linear: with dy_is_dz the residual gets no gradient")
-        if not any(ctx.needs_input_grad[1:5]):
-            x = t = None  # frozen weights: dx needs neither
-        ctx.save_for_backward(x, blocks, u, v, t, slope, plan, x_slope)
-        ctx.header, ctx.relu, ctx.allow_tf32 = header, activation == RELU, allow_tf32
+        if not any(needs[1:5]):
+            rows = t = None  # frozen weights: dx needs neither
+        ctx.save_for_backward(rows, blocks, u, v, t, slope, plan, x_slope)
+        ctx.x_shape, ctx.options = x.shape, (header, activation == RELU, allow_tf32)
         ctx.float32_grads = float32_grads
         return y, given
 
@@ -132,15 +174,13 @@ class _Linear(torch.autograd.Function):
         needs = ctx.needs_input_grad[:5]
         if any(needs):
             # Gradients arrive expanded (from a sum) or transposed: the kernels want rows.
-            rows = dy
-            if rows.stride(1) != 1 or rows.stride(0) < rows.shape[1]:
-                rows = rows.contiguous()
-            # Under create_graph=True the gradients must refuse to be differentiated.
-            backward = _Backward.apply if torch.is_grad_enabled() else torch.ops.pixelfly.backward
-            grads[:5] = backward(
-                rows, x, blocks, u, v, t, slope, plan, ctx.header, ctx.relu, ctx.allow_tf32,
-                torch.are_deterministic_algorithms_enabled(), *needs, x_slope, ctx.float32_grads,
+            grads[:5] = backward_operator()(
+                as_rows(dy), x, blocks, u, v, t, None if slope is None else as_rows(slope), plan,
+                *ctx.options, torch.are_deterministic_algorithms_enabled(), *needs, x_slope,
+                ctx.float32_grads,
             )  # fmt: skip
+            if needs[0] and len(ctx.x_shape) != 2:
+                grads[0] = grads[0].view(ctx.x_shape)
         if ctx.needs_input_grad[5]:
             grads[5] = dy
         return tuple(grads)
@@ -151,7 +191,7 @@ class _Backward(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[torch.Tensor | None, ...]:
-        return torch.ops.pixelfly.backward(*args)
+        return _backward_op(*args)
 
     @staticmethod
     def backward(ctx: Any, *_: Any) -> None:
@@ -162,18 +202,18 @@ class _Backward(torch.autograd.Function):
         )
 
 
-def call_linear(*args: Any, needs_grad: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Calls what `pixelfly::linear` stands for: eager code need not go through the dispatcher."""
-    if torch.compiler.is_compiling():
-        return torch.ops.pixelfly.linear(*args)
-    return _run_linear(*args, needs_grad=needs_grad)
+def run_linear(*args: Any, needs_grad: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Computes `pixelfly::linear`; x, the residual and y may have any leading dims.
 
-
-def _run_linear(*args: Any, needs_grad: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+    Eager code calls it as it is and need not go through the dispatcher.
+    """
     if not needs_grad:
-        x, *weights = args[:5]
-        rest = args[5:FORWARD_ARGUMENTS]
-        return torch.ops.pixelfly.forward(x, *_rounded(x, *weights), *rest)[0], None
+        x, *weights, residual = args[:6]
+        y, _, _ = forward_operator(
+            as_rows(x), *round_weights(x.dtype, *weights),
+            None if residual is None else as_rows(residual), *args[6:FORWARD_ARGUMENTS],
+        )  # fmt: skip
+        return unflatten_rows(y, x.shape), None
     if torch._C._are_functorch_transforms_active():
         raise RuntimeError(
             "butterfly_lowrank_mm: derivatives by torch.func are not implemented; use "
@@ -185,7 +225,7 @@ def _run_linear(*args: Any, needs_grad: bool) -> tuple[torch.Tensor, torch.Tenso
 def _linear(*args: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
     tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
     needs_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-    return _run_linear(*args, needs_grad=needs_grad)
+    return run_linear(*args, needs_grad=needs_grad)
 
 
 def _kept_weights(header: str, rank: int) -> int:

@@ -26,6 +26,20 @@ def _built_for(archs: str, capability: tuple[int, int]) -> bool:
     return False
 
 
+# Subclasses bring operators of their own, or stand for something while code is traced.
+PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+def plain_on_cuda(tensors: list[torch.Tensor]) -> bool:
+    """Whether eager code may give tensors to a kernel that compiled code has no use for."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
+    for t in tensors:
+        if type(t) not in PLAIN or not t.is_cuda:
+            return False
+    return True
+
+
 def check_device(device: torch.device) -> None:
     """Raises RuntimeError if this build has no kernels for `device`."""
     if device.type in ("cpu", "meta"):

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 
 from ..masks import BlockLayout
 from . import validation
 from .activations import ACTIVATIONS, NONE, RELU
-from .autograd import call_linear
+from .autograd import as_rows, needs_grad, run_linear, unflatten_rows
 from .plan import device_plan, layout_sizes, plan_header, traced_constant
 
 
@@ -29,12 +31,15 @@ def _autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(device_type)
 
 
-def _rows(x: torch.Tensor) -> torch.Tensor:
-    """Flattens the leading dims; copies only if the last dim is strided or rows overlap."""
-    x = x.reshape(-1, x.shape[-1])
-    if x.stride(1) != 1 or x.stride(0) < x.shape[1]:
-        return x.contiguous()
-    return x
+def autocast_input(x: torch.Tensor) -> tuple[torch.Tensor, torch.dtype | None]:
+    """Returns x in autocast's dtype, and that dtype; x as it is and None where there is none."""
+    dtype = _autocast_dtype(x) if isinstance(x, torch.Tensor) else None
+    return (x if dtype is None or x.dtype == dtype else x.to(dtype)), dtype
+
+
+def allows_tf32(x: torch.Tensor) -> bool:
+    """Whether products of x may use TF32."""
+    return x.dtype == torch.float32 and x.is_cuda and matmul_allows_tf32()
 
 
 def _constant_int(size: int) -> int:
@@ -117,20 +122,61 @@ def linear(
     `[T, N]` rows, unless nothing is differentiated. Whoever uses y then must pass on y's gradient
     times that: a layer that is given it as x_slope `[T, K]` does so to its x.
     """
+    x, dtype = autocast_input(x)
+    compiling = torch.compiler.is_compiling()
+    call = None
+    if not compiling:
+        call = validation.known_call(x, blocks, layout, u, v, bias, dtype is not None)
+    if (
+        call is None
+        or not validation.known_ends(x, call.in_features, residual, call.out_features)
+        or not validation.known_activation(activation)
+    ):
+        blocks, u, v, bias, residual, call = check_call(
+            x, blocks, layout, u, v, bias, residual, activation, dtype
+        )
+    kind = ACTIVATIONS[activation]
+    differentiated = needs_grad(x, blocks, u, v, bias)
+    save_slope = differentiated and (give_slope or _derivative_needs_slope(kind, residual))
+    options = (call.plan, call.header, kind, save_slope, allows_tf32(x), x_slope, give_slope)
+    if not compiling:
+        return run_linear(
+            x, blocks, u, v, bias, residual, *options,
+            needs_grad=differentiated or needs_grad(residual),
+        )  # fmt: skip
+    weights = (None if w is None else w.contiguous() for w in (blocks, u, v, bias))
+    residual = None if residual is None else as_rows(residual)
+    y, slope = torch.ops.pixelfly.linear(as_rows(x), *weights, residual, *options)
+    return unflatten_rows(y, x.shape), slope
+
+
+def check_call(
+    x: torch.Tensor,
+    blocks: torch.Tensor,
+    layout: BlockLayout,
+    u: torch.Tensor | None,
+    v: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    activation: str | None,
+    autocast: torch.dtype | None,
+) -> tuple[Any, ...]:
+    """Checks the arguments of `linear`, whose x is in autocast's dtype already.
+
+    Returns blocks, u, v, bias and residual as `pixelfly::linear` takes them, and their `Call`.
+    """
     optional = {"u": u, "v": v, "bias": bias, "residual": residual}
     validation.check_types(x, blocks, layout, optional, activation)
-    dtype = _autocast_dtype(x)
-    if dtype is not None:
-        x = x.to(dtype)
+    if autocast is not None:
         weights = [t for t in (blocks, u, v, bias) if t is not None]
         # Float32 weights are rounded by the operator, whose gradients of them then are not.
         keep = all(t.dtype == torch.float32 for t in weights)
-        blocks = blocks if keep else blocks.to(dtype)
+        blocks = blocks if keep else blocks.to(autocast)
         optional = {
-            k: t if t is None or (keep and k != "residual") else t.to(dtype)
+            k: t if t is None or (keep and k != "residual") else t.to(autocast)
             for k, t in optional.items()
         }
-    validation.check_dtypes_and_devices(x, blocks, optional, rounds=dtype is not None)
+    validation.check_dtypes_and_devices(x, blocks, optional, rounds=autocast is not None)
     sizes = layout_sizes(layout)
     validation.check_shapes(x, blocks, sizes, optional)
     u, v, bias, residual = optional.values()
@@ -143,31 +189,12 @@ def linear(
         pad = -rank % 8
         u, v = F.pad(u, (0, pad)), F.pad(v, (0, 0, 0, pad))
         rank += pad
-    plan = device_plan(layout, rank, x.device)
-    header = plan_header(layout, rank)
-    kind = ACTIVATIONS[activation]
-    operands = (x, blocks, u, v, bias)
-    differentiated = _needs_grad(*operands)
-    y, slope = call_linear(
-        _rows(x),
-        blocks.contiguous(),
-        None if u is None else u.contiguous(),
-        None if v is None else v.contiguous(),
-        None if bias is None else bias.contiguous(),
-        None if residual is None else _rows(residual),
-        plan,
-        header,
-        kind,
-        differentiated and (give_slope or _derivative_needs_slope(kind, residual)),
-        x.dtype == torch.float32 and x.is_cuda and matmul_allows_tf32(),
-        x_slope,
-        give_slope,
-        needs_grad=differentiated or _needs_grad(residual),
+    call = validation.Call(
+        device_plan(layout, rank, x.device), plan_header(layout, rank), rank, *sizes
     )
-    if x.dim() != 2:
-        # Not a view, as far as autograd and FSDP are concerned: nobody else sees y.
-        y = torch.ops.aten._unsafe_view(y, (*x.shape[:-1], sizes[0]))
-    return y, slope
+    if not torch.compiler.is_compiling():
+        layout.calls[rank, x.dtype, x.device] = call
+    return blocks, u, v, bias, residual, call
 
 
 def check_arguments(
@@ -187,9 +214,3 @@ def check_arguments(
 def _derivative_needs_slope(activation: int, residual: torch.Tensor | None) -> bool:
     # ReLU's derivative can be read off its output, unless a residual hides it.
     return activation != NONE and not (activation == RELU and residual is None)
-
-
-def _needs_grad(*tensors: torch.Tensor | None) -> bool:
-    if not torch.is_grad_enabled():
-        return False
-    return any(t is not None and t.requires_grad for t in tensors)

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from .device import check_device
-from .functional import _autocast_dtype, _needs_grad
+from .autograd import needs_grad
+from .device import PLAIN, check_device
+from .functional import _autocast_dtype
 from .validation import DTYPES
 
 OP = "add_layer_norm"
@@ -31,8 +32,9 @@ _SERVED = frozenset(
         for y in (torch.float32, half)
     ]
 )
-# Subclasses bring operators of their own: DTensor, fakes.
-_TENSORS = (torch.Tensor, torch.nn.Parameter)
+# Overloads, not packets, which choose one at every call.
+_forward_op = torch.ops.pixelfly.add_layer_norm.default
+_backward_op = torch.ops.pixelfly.add_layer_norm_backward.default
 
 
 def add_layer_norm(
@@ -83,9 +85,9 @@ def add_layer_norm(
     if torch.compiler.is_compiling() or not _kernels_serve(x, delta, weight, bias, dtype):
         _check(x, delta, weight, bias, dtype)
         return _plain(x, delta, weight, bias, eps, dtype)
-    if _needs_grad(x, delta, weight, bias):
+    if needs_grad(x, delta, weight, bias):
         return _AddLayerNorm.apply(x, delta, weight, bias, eps, dtype)
-    y, h, _, _ = torch.ops.pixelfly.add_layer_norm(x, delta, weight, bias, eps, dtype)
+    y, h, _, _ = _forward_op(x, delta, weight, bias, eps, dtype)
     return y, x if h is None else h
 
 
@@ -98,7 +100,12 @@ def _plain(x, delta, weight, bias, eps, dtype) -> tuple[torch.Tensor, torch.Tens
 
 
 @functools.cache
-def _has_kernels(device: torch.device) -> bool:
+def _has_kernels(device, stream, branch, weights, dtype, features) -> bool:
+    """Whether there are kernels for a device, dtypes of x, delta, weight and y, and C."""
+    if (stream, branch, dtype) not in _SERVED or weights not in (torch.float32, stream):
+        return False
+    if features % 8 or not 0 < features <= MAX_FEATURES:
+        return False
     try:
         check_device(device)
     except RuntimeError:
@@ -108,33 +115,29 @@ def _has_kernels(device: torch.device) -> bool:
 
 def _kernels_serve(x, delta, weight, bias, dtype) -> bool:
     """Whether the kernels take a call. A wrong one they do not: it is checked at leisure."""
-    if type(x) not in _TENSORS or not x.is_cuda or x.dim() == 0:
+    if type(x) not in PLAIN or not x.is_cuda or x.dim() == 0:
         return False
-    if type(weight) not in _TENSORS or type(bias) not in _TENSORS:
+    if type(weight) not in PLAIN or type(bias) not in PLAIN:
         return False
     shape, stream, device = x.shape, x.dtype, x.device
     branch = stream
     if delta is not None:
-        if type(delta) not in _TENSORS or delta.shape != shape or delta.device != device:
+        if type(delta) not in PLAIN or delta.shape != shape or delta.device != device:
             return False
         if not delta.is_contiguous():
             return False
         branch = delta.dtype
-    features, weights = shape[-1], weight.dtype
+    weights = weight.dtype
     return (
         isinstance(dtype, torch.dtype)
-        and (stream, branch, dtype) in _SERVED
-        and x.is_contiguous()
-        and features % 8 == 0
-        and 0 < features <= MAX_FEATURES
-        and weight.shape == (features,) == bias.shape
+        and weight.shape == shape[-1:] == bias.shape
         and weights == bias.dtype
-        and (weights == torch.float32 or weights == stream)
         and weight.device == device == bias.device
+        and x.is_contiguous()
         and weight.is_contiguous()
         and bias.is_contiguous()
         and not torch._C._are_functorch_transforms_active()
-        and _has_kernels(device)
+        and _has_kernels(device, stream, branch, weights, dtype, shape[-1])
     )
 
 
@@ -188,7 +191,7 @@ class _AddLayerNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, delta, weight, bias, eps, dtype):
-        y, h, mean, rstd = torch.ops.pixelfly.add_layer_norm(x, delta, weight, bias, eps, dtype)
+        y, h, mean, rstd = _forward_op(x, delta, weight, bias, eps, dtype)
         if h is None:
             h = x
         # An unused output's gradient then comes as None instead of as a tensor of zeros.
@@ -207,8 +210,8 @@ class _AddLayerNorm(torch.autograd.Function):
         needs = ctx.needs_input_grad
         narrow = branch if needs[1] and branch != h.dtype else None
         # Under create_graph=True the gradients must refuse to be differentiated.
-        run = torch.ops.pixelfly.add_layer_norm_backward
-        dx, ddelta, dweight, dbias = (_Backward.apply if torch.is_grad_enabled() else run)(
+        backward = _Backward.apply if torch.is_grad_enabled() else _backward_op
+        dx, ddelta, dweight, dbias = backward(
             dy.contiguous(), None if dh is None else dh.contiguous(), h, weight, mean, rstd, narrow,
             needs[2] or needs[3],
         )  # fmt: skip
@@ -222,7 +225,7 @@ class _Backward(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[torch.Tensor | None, ...]:
-        return torch.ops.pixelfly.add_layer_norm_backward(*args)
+        return _backward_op(*args)
 
     @staticmethod
     def backward(ctx: Any, *_: Any) -> None:

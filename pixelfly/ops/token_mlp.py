@@ -20,8 +20,12 @@ from torch.utils.flop_counter import register_flop_formula
 from .._build import build_info
 from ..masks import BlockLayout, dense
 from .activations import NONE, apply_activation, slope_dtype
+from .device import plain_on_cuda
 from .plan import Header, device_plan, plan_header, traced_constant
+from .rounding import round_weights
 
+_column_product = torch.ops.pixelfly.column_product.default
+_feature_sums = torch.ops.pixelfly.feature_sums.default
 BLOCK = 64
 COLUMNS_MULTIPLE = 16  # a row of slope codes is read in vectors
 
@@ -46,17 +50,21 @@ def token_mlp(
     Weights may be wider than x; their gradients come in their own dtype. `layouts` are
     `token_layout`s of w1 and w2.
     """
+    compiling = torch.compiler.is_compiling()
     plans: tuple[Any, ...] = (None, None, None, None)
     if x.is_cuda and x.shape[2] % COLUMNS_MULTIPLE == 0 and _kernels_serve((x.device, x.dtype)):
-        plans = tuple(
-            part
-            for layout in layouts
-            for part in (device_plan(layout, 0, x.device), plan_header(layout, 0))
-        )
-    elif torch.compiler.is_compiling():
-        w1, b1, w2, b2 = (None if w is None else w.to(x.dtype) for w in (w1, b1, w2, b2))
-        return F.linear(apply_activation(F.linear(x.mT, w1, b1), activation), w2, b2).mT
-    return _TokenMLP.apply(x.contiguous(), w1, b1, w2, b2, activation, *plans)
+        first, second = layouts
+        plans = (
+            device_plan(first, 0, x.device), plan_header(first, 0),
+            device_plan(second, 0, x.device), plan_header(second, 0),
+        )  # fmt: skip
+        if not compiling:  # these operators know no autocast: nothing to switch off
+            return _TokenMLP.apply(x.contiguous(), w1, b1, w2, b2, activation, *plans)
+    with torch.autocast(x.device.type, enabled=False):
+        if compiling and plans[0] is None:
+            w1, b1, w2, b2 = (None if w is None else w.to(x.dtype) for w in (w1, b1, w2, b2))
+            return F.linear(apply_activation(F.linear(x.mT, w1, b1), activation), w2, b2).mT
+        return _TokenMLP.apply(x.contiguous(), w1, b1, w2, b2, activation, *plans)
 
 
 @traced_constant
@@ -64,14 +72,6 @@ def _kernels_serve(key: tuple[torch.device, torch.dtype]) -> bool:
     device, dtype = key
     hopper = torch.cuda.get_device_capability(device) == (9, 0)
     return hopper and "9.0" in (build_info()["archs"] or "") and dtype.itemsize == 2
-
-
-def _blocks(weight: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """The blocks of a `token_layout`, in the dtype of `like`, zero beyond the weight."""
-    (n, k), dtype = weight.shape, like.dtype
-    padded = F.pad(weight.to(dtype), (0, -k % BLOCK, 0, -n % BLOCK))
-    tiles = padded.unflatten(1, (-1, BLOCK)).unflatten(0, (-1, BLOCK)).transpose(1, 2)
-    return tiles.reshape(-1, BLOCK, BLOCK).contiguous()
 
 
 def _aligned(weight: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
@@ -101,10 +101,17 @@ def _weight_grad(dy: torch.Tensor, x: torch.Tensor, like: torch.Tensor) -> torch
     return torch.bmm(x, dy.mT).sum(0, dtype=wide).to(like.dtype).mT
 
 
-def _bias_grad(dy: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    # Rows first: torch sums over both at once at a third of the memory's speed.
-    wide = torch.promote_types(torch.float32, like.dtype)
-    return dy.sum(2, dtype=wide).sum(0).to(like.dtype)
+def _bias_grads(
+    dys: list[torch.Tensor], likes: list[torch.Tensor], kernels: bool
+) -> list[torch.Tensor]:
+    """The gradients of biases, summed in float32 or wider; with the kernels in one launch."""
+    wides = [torch.promote_types(torch.float32, like.dtype) for like in likes]
+    if dys and kernels and wides[0] == wides[-1] == torch.float32 and plain_on_cuda(dys):
+        sums = _feature_sums(dys)
+    else:
+        # Rows first: torch sums over both at once at a third of the memory's speed.
+        sums = [dy.sum(2, dtype=wide).sum(0) for dy, wide in zip(dys, wides, strict=True)]
+    return [s.to(like.dtype) for s, like in zip(sums, likes, strict=True)]
 
 
 def _activation_grad(dy: torch.Tensor, z: torch.Tensor, activation: int) -> torch.Tensor:
@@ -133,14 +140,13 @@ class _TokenMLP(torch.autograd.Function):
             hidden = apply_activation(slope, activation)
             y = _apply(second, hidden, b2)
         else:
-            first, second = _blocks(w1, x), _blocks(w2, x)
-            b1, b2 = (None if b is None else b.to(x.dtype) for b in (b1, b2))
+            first, rounded1, second, rounded2 = round_weights(x.dtype, w1, b1, w2, b2, tile=BLOCK)
             save = activation != NONE and any(ctx.needs_input_grad[:3])
-            hidden, slope = torch.ops.pixelfly.column_product(
-                x, first, b1, None, plan1, header1, hidden_size, activation, save, False
+            hidden, slope = _column_product(
+                x, first, rounded1, None, plan1, header1, hidden_size, activation, save, False
             )
-            y, _ = torch.ops.pixelfly.column_product(
-                hidden, second, b2, None, plan2, header2, tokens, NONE, False, False
+            y, _ = _column_product(
+                hidden, second, rounded2, None, plan2, header2, tokens, NONE, False, False
             )
         ctx.save_for_backward(x, slope, hidden, first, second, w1, b1, w2, b2, plan1, plan2)
         return y
@@ -150,29 +156,31 @@ class _TokenMLP(torch.autograd.Function):
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, slope, hidden, first, second, w1, b1, w2, b2, plan1, plan2 = ctx.saved_tensors
         need_dx, need_dw1, need_db1, need_dw2, need_db2 = ctx.needs_input_grad[:5]
-        dx = dw1 = db1 = dw2 = db2 = None
+        dx = dw1 = dw2 = None
         dy = dy.contiguous()
         if need_dw2:
             dw2 = _weight_grad(dy, hidden, w2)
-        if need_db2:
-            db2 = _bias_grad(dy, b2)
+        dys, biases = ([dy], [b2]) if need_db2 else ([], [])
         if need_dx or need_dw1 or need_db1:
             if plan1 is None:
                 dz = _activation_grad(_apply(second.mT, dy, None), slope, ctx.activation)
             else:
-                dz, _ = torch.ops.pixelfly.column_product(
+                dz, _ = _column_product(
                     dy, second, None, slope, plan2, ctx.headers[1], w1.shape[0], NONE, False, True
                 )
             if need_dw1:
                 dw1 = _weight_grad(dz, x, w1)
             if need_db1:
-                db1 = _bias_grad(dz, b1)
+                dys, biases = [*dys, dz], [*biases, b1]
             if need_dx and plan1 is None:
                 dx = _apply(first.mT, dz, None)
             elif need_dx:
-                dx, _ = torch.ops.pixelfly.column_product(
+                dx, _ = _column_product(
                     dz, first, None, None, plan1, ctx.headers[0], x.shape[1], NONE, False, True
                 )
+        sums = iter(_bias_grads(dys, biases, plan1 is not None))
+        db2 = next(sums) if need_db2 else None
+        db1 = next(sums) if need_db1 else None
         return dx, dw1, db1, dw2, db2, None, None, None, None, None
 
 
@@ -185,6 +193,14 @@ def _column_product_fake(
     ) if save_slope else None
 
 
+def _feature_sums_fake(tensors):
+    return [x.new_empty(x.shape[1], dtype=torch.float32) for x in tensors]
+
+
+def _feature_sums_cpu(tensors):
+    return [x.sum(2, dtype=torch.float32).sum(0) for x in tensors]
+
+
 def _column_product_flops(
     x_shape, blocks_shape, bias_shape, slope_shape, plan_shape, header, *args,
     out_shape=None, **kwargs,
@@ -193,7 +209,9 @@ def _column_product_flops(
     return 2 * x_shape[0] * x_shape[2] * h.nnz * math.prod(blocks_shape[1:])
 
 
-def register() -> None:
-    """Attaches the operator's fake and FLOP formula; called once, on import."""
+def register(library: torch.library.Library) -> None:
+    """Attaches fakes, a FLOP formula and a CPU kernel; called once, on import."""
     torch.library.register_fake("pixelfly::column_product", _column_product_fake)
+    torch.library.register_fake("pixelfly::feature_sums", _feature_sums_fake)
+    library.impl("feature_sums", _feature_sums_cpu, "CPU")
     register_flop_formula(torch.ops.pixelfly.column_product)(_column_product_flops)

@@ -2,14 +2,99 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
 from ..masks import BlockLayout
-from .activations import check_activation
+from .activations import ACTIVATIONS, check_activation
 
 BLOCK_SIZES = (16, 32, 64, 128)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 OP = "butterfly_lowrank_mm"
+
+
+class Call(NamedTuple):
+    """What a call with one layout, rank, dtype and device needs, and the sizes it comes with."""
+
+    plan: torch.Tensor
+    header: str
+    rank: int
+    out_features: int
+    in_features: int
+    block_size: int
+    nnz: int
+
+
+def known_call(
+    x: torch.Tensor,
+    blocks: torch.Tensor,
+    layout: BlockLayout,
+    u: torch.Tensor | None,
+    v: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    rounds: bool,
+) -> Call | None:
+    """Returns the `Call` of weights that all checks below would let pass, or None.
+
+    One look-up among `layout.calls`, the calls that were checked, and no messages: whatever it is
+    not sure of, the checks explain. Of x this takes dtype and device alone: see `known_ends`.
+    """
+    if not (
+        type(layout) is BlockLayout
+        and isinstance(x, torch.Tensor)
+        and isinstance(blocks, torch.Tensor)
+    ):
+        return None
+    rank, dtype, device, weights = 0, x.dtype, x.device, blocks.dtype
+    if u is not None or v is not None:
+        if not (isinstance(u, torch.Tensor) and isinstance(v, torch.Tensor) and u.dim() == 2):
+            return None
+        rank = u.shape[1]
+        if rank == 0:
+            return None
+    call = layout.calls.get((rank, dtype, device))
+    if call is None or not (weights == dtype or (rounds and weights == torch.float32)):
+        return None
+    _, _, _, n, k, b, nnz = call
+    fits = (
+        blocks.shape == (nnz, b, b)
+        and blocks.device == device
+        and (
+            u is None
+            or u.shape == (n, rank)
+            and v.shape == (rank, k)
+            and u.dtype == weights == v.dtype
+            and u.device == device == v.device
+        )
+        and (
+            bias is None
+            or isinstance(bias, torch.Tensor)
+            and bias.shape == (n,)
+            and bias.dtype == weights
+            and bias.device == device
+        )
+    )
+    return call if fits else None
+
+
+def known_activation(activation: str | None) -> bool:
+    """Whether there is such an activation."""
+    return activation is None or (isinstance(activation, str) and activation in ACTIVATIONS)
+
+
+def known_ends(
+    x: torch.Tensor, in_features: int, residual: torch.Tensor | None, out_features: int
+) -> bool:
+    """Whether the checks below would let x and the residual pass beside known weights."""
+    shape = x.shape
+    return shape[-1:] == (in_features,) and (
+        residual is None
+        or isinstance(residual, torch.Tensor)
+        and residual.shape == (*shape[:-1], out_features)
+        and residual.dtype == x.dtype
+        and residual.device == x.device
+    )
 
 
 def check_types(

@@ -218,3 +218,14 @@ def test_bad_input():
     first, second = PixelflyLinear(64, 128, block_size=16), PixelflyLinear(64, 64, block_size=16)
     with pytest.raises(ValueError, match="second.in_features must be first.out_features=128"):
         PixelflyMLP.from_layers(first, second)
+
+
+@pytest.mark.parametrize("activation", [None, "relu", "gelu"])
+def test_recompute_of_a_first_call(activation):
+    """What is saved must be the same when the layers' calls are known and when they are not."""
+    mlp = PixelflyMLP(
+        64, 128, density=0.5, block_size=16, rank=0, recompute=True, activation=activation
+    )
+    x = torch.randn(2, 3, 64, requires_grad=True)
+    for _ in range(2):
+        mlp(x).sum().backward()

@@ -119,6 +119,16 @@ def test_operator_refuses():
             call(**options)
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_sums_over_samples_and_columns(device, dtype):
+    tensors = [torch.randn(s, device=device).to(dtype) for s in ((3, 20, 16), (9, 5, 776))]
+    tensors += [torch.randn(0, 4, 8, device=device).to(dtype)]
+    torch.library.opcheck(torch.ops.pixelfly.feature_sums.default, (tensors,))
+    for ours, x in zip(torch.ops.pixelfly.feature_sums(tensors), tensors, strict=True):
+        torch.testing.assert_close(ours, x.double().sum((0, 2)).float(), atol=1e-3, rtol=1e-5)
+
+
 def test_empty_batch():
     x = torch.randn(0, 8, 4, requires_grad=True)
     mlp = TokenMLP(8, 16)

@@ -76,9 +76,12 @@ CASES = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("after_a_good_call", [False, True])
 @pytest.mark.parametrize("case", CASES)
-def test_names_argument_expected_and_got(arguments, case):
+def test_names_argument_expected_and_got(arguments, case, after_a_good_call):
     changes, exception, fragments = CASES[case]
+    if after_a_good_call:
+        butterfly_lowrank_mm(**arguments)
     with pytest.raises(exception, match="^butterfly_lowrank_mm: ") as info:
         butterfly_lowrank_mm(**{**arguments, **changes})
     for fragment in fragments:

@@ -26,6 +26,8 @@ size_t weight_grad_workspace(const WeightGradParams& p, const DeviceInfo& device
 Status launch_weight_grad(const WeightGradParams& p, const DeviceInfo& device, Stream stream);
 Status launch_activation_grad(const ActivationGradParams& p, const DeviceInfo& device,
                               Stream stream);
+Status launch_round_weights(const RoundWeightsParams& p, const DeviceInfo& device, Stream stream);
+Status launch_feature_sums(const FeatureSumsParams& p, const DeviceInfo& device, Stream stream);
 Status launch_add_layer_norm(const AddLayerNormParams& p, const DeviceInfo& device, Stream stream);
 size_t add_layer_norm_grad_workspace(const AddLayerNormGradParams& p, const DeviceInfo& device);
 Status launch_add_layer_norm_grad(const AddLayerNormGradParams& p, const DeviceInfo& device,

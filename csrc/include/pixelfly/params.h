@@ -97,6 +97,40 @@ struct WeightGradParams {
   const int32_t* plan;
 };
 
+// A weight in the dtype of a product: rounded from fp32, or copied.
+struct RoundedWeight {
+  const void* source;  // contiguous
+  void* target;        // contiguous, aligned to 16 bytes
+  bool wide;           // source is fp32; else it has the target's dtype
+  int64_t size;        // elements of the target
+  // 0: the target lies as the source does. Else source is [rows, columns] and target its tiles,
+  // [ceil(rows / tile) · ceil(columns / tile), tile, tile], zero beyond the source.
+  int32_t tile;
+  int64_t rows;
+  int64_t columns;
+};
+constexpr int kMaxRoundedWeights = 8;
+struct RoundWeightsParams {
+  DType dtype;  // of the targets: 16-bit
+  int32_t count;
+  RoundedWeight weights[kMaxRoundedWeights];
+};
+
+// out[f] = Σ x over samples and columns, fp32.
+struct FeatureSum {
+  const void* x;  // [samples][features][columns], contiguous, aligned to 16 bytes
+  float* out;     // [features]
+  int64_t samples;
+  int64_t columns;  // a multiple of 8
+  int32_t features;
+};
+constexpr int kMaxFeatureSums = 4;
+struct FeatureSumsParams {
+  DType dtype;  // of x
+  int32_t count;
+  FeatureSum sums[kMaxFeatureSums];
+};
+
 // dz = dy ⊙ slope, elementwise over [T, N]; for ReLU, dz = dy where slope > 0: it may be y itself.
 struct ActivationGradParams {
   DType dtype;
