@@ -11,10 +11,14 @@ ACTIVATIONS: dict[str | None, int] = {None: 0, "relu": 1, "gelu": 2, "gelu_tanh"
 NONE, RELU, GELU, GELU_TANH, SILU = range(5)
 
 
+def known_activation(activation: object) -> bool:
+    """Whether there is such an activation."""
+    return activation is None or (isinstance(activation, str) and activation in ACTIVATIONS)
+
+
 def check_activation(prefix: str, activation: object) -> None:
     """Raises ValueError, its message after `prefix`, if there is no such activation."""
-    known = activation is None or isinstance(activation, str) and activation in ACTIVATIONS
-    if not known:
+    if not known_activation(activation):
         raise ValueError(
             f"{prefix}activation must be one of {', '.join(map(repr, ACTIVATIONS))}, "
             f"got {activation!r}"

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from ..masks import BlockLayout
 from . import validation
-from .activations import ACTIVATIONS, NONE, RELU
+from .activations import ACTIVATIONS, NONE, RELU, known_activation
 from .autograd import as_rows, needs_grad, run_linear, unflatten_rows
 from .plan import device_plan, layout_sizes, plan_header, traced_constant
 
@@ -130,7 +130,7 @@ def linear(
     if (
         call is None
         or not validation.known_ends(x, call.in_features, residual, call.out_features)
-        or not validation.known_activation(activation)
+        or not known_activation(activation)
     ):
         blocks, u, v, bias, residual, call = check_call(
             x, blocks, layout, u, v, bias, residual, activation, dtype

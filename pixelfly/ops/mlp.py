@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 import torch
 
 from ..masks import BlockLayout
-from .activations import ACTIVATIONS, NONE, RELU
+from .activations import ACTIVATIONS, NONE, RELU, known_activation
 from .autograd import as_rows, backward_operator, forward_operator, needs_grad, unflatten_rows
 from .functional import allows_tf32, autocast_input, check_call, linear
 from .rounding import round_weights
-from .validation import known_activation, known_call, known_ends
+from .validation import known_call, known_ends
 
 
 class Weights(NamedTuple):

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from ..masks import BlockLayout
-from .activations import ACTIVATIONS, check_activation
+from .activations import check_activation
 
 BLOCK_SIZES = (16, 32, 64, 128)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -76,11 +76,6 @@ def known_call(
         )
     )
     return call if fits else None
-
-
-def known_activation(activation: str | None) -> bool:
-    """Whether there is such an activation."""
-    return activation is None or (isinstance(activation, str) and activation in ACTIVATIONS)
 
 
 def known_ends(
