@@ -55,7 +55,9 @@ def fastest(
     """Returns the plan of largest utility a second that fits the budget, or None.
 
     From every group's fastest candidate on, the step that adds most utility for its time is taken
-    while the budget lasts: the optimum along the convex hull of time and utility.
+    while the budget lasts: the optimum along the convex hull of time and utility. What is then left
+    of the budget goes to candidates off the hull. With few groups the paper's rule may fill the
+    budget better; the better one is returned.
     """
     for allow_dense in (True, False):
         hulls = [_hull(group, allow_dense) for group in groups]
@@ -81,7 +83,37 @@ def fastest(
             selection = trial
         else:
             closed.add(i)
-    return selection
+    fair = proportional(groups, measure, budget)
+    filled = [_fill(groups, measure, budget, s) for s in (selection, fair) if s is not None]
+    return max(filled, key=lambda s: _worth(groups, s))
+
+
+def _fill(
+    groups: Sequence[Group], measure: Measure, budget: float, selection: Selection
+) -> Selection:
+    """Changes one group after another, the one that gains most first, while the budget lasts."""
+    while True:
+        gains = sorted(
+            (
+                (utility(group, c) - utility(group, chosen), i, place)
+                for i, (group, chosen) in enumerate(zip(groups, selection, strict=True))
+                for place, c in enumerate(group.candidates)
+            ),
+            reverse=True,
+        )
+        for gain, i, place in gains:
+            if gain <= 0:
+                return selection
+            trial = [*selection[:i], groups[i].candidates[place], *selection[i + 1 :]]
+            if measure(trial) <= budget * _SLACK:
+                selection = trial
+                break
+        else:
+            return selection
+
+
+def _worth(groups: Sequence[Group], selection: Selection) -> float:
+    return sum(utility(group, c) for group, c in zip(groups, selection, strict=True))
 
 
 def _slope(group: Group, low: Candidate, high: Candidate) -> float:
