@@ -58,11 +58,18 @@ def operator_table(data: dict) -> str:
     return source(data["meta"]) + markdown(header, rows)
 
 
+def model_order(record: dict) -> tuple[int, int, str]:
+    """Where a row of models.py stands: by model, then mode, then form."""
+    models = ("vit", "mixer", "gpt2", "stack2048", "stack4096")
+    modes = ("eager", "compile", "reduce-overhead")
+    return models.index(record["model"]), modes.index(record["mode"]), record["form"]
+
+
 def model_table(data: dict) -> str:
     """One row per model, mode and form. "In a graph": the whole step replayed as a CUDA graph;
     "ideal": the floor of benchmarks/ideal.py."""
     rows = []
-    for r in data["records"]:
+    for r in sorted(data["records"], key=model_order):
         graph = r.get("graph_ratio")
         joules = [r.get("dense_joules"), r.get("ours_joules")]
         rows.append(

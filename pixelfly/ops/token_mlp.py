@@ -54,9 +54,11 @@ def token_mlp(
     plans: tuple[Any, ...] = (None, None, None, None)
     if x.is_cuda and x.shape[2] % COLUMNS_MULTIPLE == 0 and _kernels_serve((x.device, x.dtype)):
         first, second = layouts
+        # Equal layouts have one plan, and a traced function must not be given a tensor twice.
+        equal = -(-w1.shape[0] // BLOCK) == -(-w1.shape[1] // BLOCK)
         plans = (
             device_plan(first, 0, x.device), plan_header(first, 0),
-            device_plan(second, 0, x.device), plan_header(second, 0),
+            None if equal else device_plan(second, 0, x.device), plan_header(second, 0),
         )  # fmt: skip
         if not compiling:  # these operators know no autocast: nothing to switch off
             return _TokenMLP.apply(x.contiguous(), w1, b1, w2, b2, activation, *plans)
@@ -142,11 +144,12 @@ class _TokenMLP(torch.autograd.Function):
         else:
             first, rounded1, second, rounded2 = round_weights(x.dtype, w1, b1, w2, b2, tile=BLOCK)
             save = activation != NONE and any(ctx.needs_input_grad[:3])
+            last = plan1 if plan2 is None else plan2
             hidden, slope = _column_product(
                 x, first, rounded1, None, plan1, header1, hidden_size, activation, save, False
             )
             y, _ = _column_product(
-                hidden, second, rounded2, None, plan2, header2, tokens, NONE, False, False
+                hidden, second, rounded2, None, last, header2, tokens, NONE, False, False
             )
         ctx.save_for_backward(x, slope, hidden, first, second, w1, b1, w2, b2, plan1, plan2)
         return y
@@ -165,8 +168,9 @@ class _TokenMLP(torch.autograd.Function):
             if plan1 is None:
                 dz = _activation_grad(_apply(second.mT, dy, None), slope, ctx.activation)
             else:
+                last = plan1 if plan2 is None else plan2
                 dz, _ = _column_product(
-                    dy, second, None, slope, plan2, ctx.headers[1], w1.shape[0], NONE, False, True
+                    dy, second, None, slope, last, ctx.headers[1], w1.shape[0], NONE, False, True
                 )
             if need_dw1:
                 dw1 = _weight_grad(dz, x, w1)

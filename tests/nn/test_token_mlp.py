@@ -129,6 +129,19 @@ def test_sums_over_samples_and_columns(device, dtype):
         torch.testing.assert_close(ours, x.double().sum((0, 2)).float(), atol=1e-3, rtol=1e-5)
 
 
+@pytest.mark.gpu
+def test_both_layers_share_a_plan_in_compiled_code():
+    torch._dynamo.reset()
+    mlp = TokenMLP(40, 60, device="cuda")  # one block each way
+    x = torch.randn(3, 40, 64, device="cuda", requires_grad=True)
+    results = []
+    for f in (mlp, torch.compile(mlp, fullgraph=True)):
+        with torch.autocast("cuda", torch.bfloat16):
+            y = f(x)
+        results.append([y, *torch.autograd.grad(y.float().square().sum(), [x, *mlp.parameters()])])
+    torch.testing.assert_close(*results, rtol=2e-2, atol=2e-2)
+
+
 def test_empty_batch():
     x = torch.randn(0, 8, 4, requires_grad=True)
     mlp = TokenMLP(8, 16)
