@@ -13,7 +13,7 @@ from torch import nn
 
 from ..masks.attention import ATTENTION_BLOCK_SIZES, AttentionLayout, butterfly_attention_layout
 from ..ops.attention import butterfly_attention
-from .dense import has_hooks
+from .dense import call_linear, has_hooks
 
 
 @dataclass(frozen=True)
@@ -266,7 +266,7 @@ class PixelflySelfAttention(nn.Module):
             y = parts["norm"](y)
         if "gate" in parts:
             y = y * parts["gate"](x).sigmoid()
-        return parts["proj_drop"](parts["proj"](y))
+        return parts["proj_drop"](call_linear(parts["proj"], y))
 
     def _check(self, x: torch.Tensor) -> None:
         if x.dim() != 3:

@@ -9,6 +9,7 @@ from torch import nn
 
 from ..ops import add_layer_norm
 from .dense import has_hooks, match_activation
+from .mlp import PixelflyMLP
 from .token_mlp import TokenMLP
 
 
@@ -30,6 +31,25 @@ def add_and_norm(
             return add_layer_norm(x, delta, weight, bias, norm.eps)
     x = x if delta is None else x + delta
     return norm(x), x
+
+
+def add_mlp(x: torch.Tensor, mlp: nn.Module, y: torch.Tensor, *after: nn.Module) -> torch.Tensor:
+    """Returns `x + after(mlp(y))`, the addition in the MLP's last kernel where that can be.
+
+    Not in compiled code: inductor adds in the norm that follows, which reads the sum anyway.
+    """
+    if (
+        type(mlp) is PixelflyMLP
+        and x.dtype == y.dtype
+        and not torch.compiler.is_compiling()
+        and all(type(module) is nn.Identity for module in after)
+        and not has_hooks(mlp)
+    ):
+        return mlp(y, x)
+    y = mlp(y)
+    for module in after:
+        y = module(y)
+    return x + y
 
 
 def _is_layer_norm(kind: type[nn.Module]) -> bool:
@@ -85,7 +105,7 @@ class FusedTransformerBlock(FusedBlock):
         y, x = add_and_norm(part["norm1"], x, None)
         y = part["drop_path1"](part["ls1"](part["attn"](y, **options)))
         y, x = add_and_norm(part["norm2"], x, y)
-        return x + part["drop_path2"](part["ls2"](part["mlp"](y)))
+        return add_mlp(x, part["mlp"], y, part["ls2"], part["drop_path2"])
 
 
 class FusedMixerBlock(FusedBlock):
@@ -120,4 +140,4 @@ class FusedMixerBlock(FusedBlock):
         part, drop_path = self._modules, self._modules["drop_path"]
         y, x = add_and_norm(part["norm1"], x.contiguous(), None)
         y, x = add_and_norm(part["norm2"], x, drop_path(part["mlp_tokens"](y)))
-        return x + drop_path(part["mlp_channels"](y))
+        return add_mlp(x, part["mlp_channels"], y, drop_path)
