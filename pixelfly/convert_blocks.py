@@ -8,6 +8,7 @@ from .convert_attention import Places
 from .nn.attention import FullSelfAttention, PixelflySelfAttention, known_kind, obstacle
 from .nn.blocks import FusedBlock, FusedMixerBlock, FusedTransformerBlock
 from .nn.dense import has_hooks, match_activation
+from .nn.gpt2_block import fuse_gpt2_block, is_gpt2_block, restore_gpt2_block
 from .nn.patches import PatchConv2d
 from .nn.patches import obstacle as patches_obstacle
 from .report import Report
@@ -23,11 +24,20 @@ _PATCH_EMBED = ("timm.layers.patch_embed", "PatchEmbed")
 def fuse_blocks(model: nn.Module, places: Places, report: Report) -> None:
     """Puts fused blocks in the place of timm's, and what suits them in the place of their parts.
 
-    Patch embeddings in front of them become matrix products.
+    Patch embeddings in front of them become matrix products. GPT-2's blocks change in place.
     """
     known = [(n, m, _kind(m)) for n, m in model.named_modules() if _kind(m) is not None]
-    if not known:
-        report.notes.append("blocks not fused: the model has no Block and no MixerBlock of timm")
+    gpt2 = [(n, m) for n, m in model.named_modules() if is_gpt2_block(m)]
+    if not known and not gpt2:
+        report.notes.append(
+            "blocks not fused: the model has no Block and no MixerBlock of timm and no GPT2Block"
+        )
+    for name, module in gpt2:
+        if "forward" in vars(module):
+            report.notes.append(f"{name}: block not fused: its forward was replaced")
+        else:
+            fuse_gpt2_block(module)
+            report.fused_blocks.append(name)
     for name, module, kind in known:
         reason = _obstacle(module)
         if id(module) not in places:
@@ -43,7 +53,7 @@ def fuse_blocks(model: nn.Module, places: Places, report: Report) -> None:
         for parent, key in places[id(module)]:
             parent._modules[key] = block
         report.fused_blocks.append(name)
-    if report.fused_blocks:
+    if known and report.fused_blocks:
         _convert_patches(model, places, report)
 
 
@@ -60,9 +70,10 @@ def _convert_patches(model: nn.Module, places: Places, report: Report) -> None:
 
 
 def restore_blocks(model: nn.Module) -> None:
-    """Puts the blocks back that `fuse_blocks` replaced."""
+    """Undoes `fuse_blocks`."""
     restored: dict[int, nn.Module] = {}
     for parent in list(model.modules()):
+        restore_gpt2_block(parent)
         for key, child in parent._modules.items():
             if isinstance(child, FusedBlock | PatchConv2d):
                 if id(child) not in restored:

@@ -61,10 +61,10 @@ class PixelflyConfig:
             are converted and dropout is 0.
         recompute_mlp: fused MLPs keep their input alone for the backward, which runs their forward
             again: less memory for a little more time.
-        fuse_blocks: runs timm's ViT and Mixer blocks with fewer passes over activations: residual
-            additions within the norms' kernels, the MLP over a Mixer's tokens (it stays dense)
-            without transposing copies, one copy for the gradients of q, k and v; the patch
-            embedding in front of them as a matrix product.
+        fuse_blocks: runs timm's ViT and Mixer blocks and transformers' GPT-2 blocks with fewer
+            passes over activations: residual additions within the norms' kernels, the MLP over a
+            Mixer's tokens (it stays dense) without transposing copies, one copy for the gradients
+            of q, k and v; the patch embedding in front of them as a matrix product.
         fuse_loss: in training, with labels, transformers' GPT-2 computes its loss by
             `pixelfly.ops.linear_cross_entropy`: the answer's `logits` are None then.
         attention: a `pixelfly.nn.AttentionConfig` makes timm's `Attention` and GPT-2's compute

@@ -61,7 +61,7 @@ def _forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         or len(args) > 1  # the base model's second argument may not be the model's
         or not isinstance(kwargs.get("logits_to_keep", 0), int)
         or kwargs.get("logits_to_keep", 0) != 0
-        or kwargs.get("return_dict") is False
+        or kwargs.get("return_dict", getattr(self.config, "return_dict", True)) is False
     )
     if whole:
         return type(self).forward(self, *args, **kwargs)

@@ -1,4 +1,4 @@
-"""GPT-2's loss without its logits: the same loss and gradients, and everything else as before."""
+"""Fused blocks and losses of GPT-2: the same function, and everything else as before."""
 
 from __future__ import annotations
 
@@ -12,20 +12,24 @@ from pixelfly import PixelflyConfig, densify_, sparsify_
 
 transformers = pytest.importorskip("transformers")
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
-CONFIG = PixelflyConfig(density=0.5, block_size=16, rank=0, fuse_mlp=True, fuse_loss=True)
+CONFIG = PixelflyConfig(
+    density=0.5, block_size=16, rank=0, fuse_mlp=True, fuse_blocks=True, fuse_loss=True
+)
 
 
-def pair(device="cpu"):
-    """A GPT-2 with a fused loss and the same one without."""
+def pair(device="cpu", **options):
+    """A GPT-2 with fused blocks and loss, and the same one without."""
     config = transformers.GPT2Config(
         vocab_size=101, n_positions=32, n_embd=64, n_layer=2, n_head=2,
-        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, use_cache=False,
+        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, **{"use_cache": False, **options},
     )  # fmt: skip
     fused = transformers.GPT2LMHeadModel(config).to(device).train()
     report = sparsify_(fused, CONFIG, "gpt2")
     assert report.fused_losses == ["the model"] and "fused losses" in str(report)
+    assert report.fused_blocks == ["transformer.h.0", "transformer.h.1"]
     plain = copy.deepcopy(fused)
-    del plain.forward
+    for module in (plain, *plain.transformer.h):
+        del module.forward
     return fused, plain, torch.randint(0, 101, (2, 32), device=device)
 
 
@@ -82,6 +86,31 @@ def test_everything_else_is_the_class_own():
     assert fused(ids, labels=ids).logits.shape == (2, 32, 101)
 
 
+def test_gradient_checkpointing():
+    fused, plain, ids = pair()
+    exact = step(plain, ids)[1]
+    fused.gradient_checkpointing_enable()
+    runs = []
+    hook = fused.transformer.h[0].ln_1.register_forward_hook(lambda *_: runs.append(1))
+    for name, grad in step(fused, ids)[1].items():
+        torch.testing.assert_close(grad, exact[name], rtol=1e-3, atol=1e-5)
+    assert len(runs) == 2  # forward, and again in the backward
+    hook.remove()
+
+
+def test_decoding_with_a_cache_and_cross_attention():
+    fused, plain, ids = pair(use_cache=True, add_cross_attention=True)
+    for model in (fused.eval(), plain.eval()):
+        model.generation_config.pad_token_id = 0
+    options = {"max_new_tokens": 5, "do_sample": False}
+    assert torch.equal(fused.generate(ids[:, :9], **options), plain.generate(ids[:, :9], **options))
+    context = torch.randn(2, 7, 64)
+    torch.testing.assert_close(
+        fused(ids, encoder_hidden_states=context).logits,
+        plain(ids, encoder_hidden_states=context).logits,
+    )
+
+
 def test_copies_and_densify():
     fused, plain, ids = pair()
     twin = copy.deepcopy(fused)
@@ -93,7 +122,8 @@ def test_copies_and_densify():
     torch.testing.assert_close(out.loss, torch.tensor(101.0).log())
     assert list(fused.state_dict()) == list(plain.state_dict())
     densify_(fused)
-    assert "forward" not in vars(fused) and fused(input_ids=ids, labels=ids).logits is not None
+    assert not [m for m in fused.modules() if "forward" in vars(m)]
+    assert fused(input_ids=ids, labels=ids).logits is not None
 
 
 @pytest.mark.parametrize(
