@@ -233,14 +233,14 @@ class Report:
 
     def _missed(self) -> list[str]:
         """Says which densities were taken where the requested one cannot be reached."""
-        missed: Counter[tuple[float, float]] = Counter()
+        missed: Counter[tuple[float, float, int]] = Counter()
         for layer in self.layers:
             if layer.requested is not None and layer.density < layer.requested * (1 - 1e-6):
-                missed[layer.requested, layer.density] += 1
+                missed[layer.requested, layer.density, layer.rank] += 1
         return [
-            f"density {asked:g} cannot be met exactly in {count} layers: {taken:.4f} is the "
-            "nearest not above it"
-            for (asked, taken), count in sorted(missed.items())
+            f"density {asked:g} is not met exactly in {count} layers: {taken:.4f} is the nearest "
+            "not above it" + (f" with rank {rank}" if rank else "")
+            for (asked, taken, rank), count in sorted(missed.items())
         ]
 
     def __str__(self) -> str:

@@ -328,7 +328,8 @@ def test_report_says_what_was_missed_and_groups_what_stayed():
     model.append(nn.Linear(384, 10))
     report = sparsify_(model, PixelflyConfig(block_size=32))
     text = str(report)
-    assert "density 0.25 cannot be met exactly in 2 layers: 0.2188 is the nearest not above" in text
+    missed = "density 0.25 is not met exactly in 2 layers: 0.2188 is the nearest not above it with"
+    assert f"{missed} rank {report.layers[0].rank}" in text
     assert "left dense: 2, 3 (384->10)" in text
     assert {layer.requested for layer in report.layers} == {0.25}
     rich = pytest.importorskip("rich.console")

@@ -107,7 +107,8 @@ def choose(
         layout: kept blocks, instead of a butterfly; excludes `density` and `max_stride`.
 
     Returns:
-        The choice; its density is the requested one or the nearest reachable not above it.
+        The choice; its density is the requested one or the nearest not above it that blocks reach
+        beside its rank. Another rank, or none, may come nearer.
 
     Raises:
         TypeError: an argument has the wrong type.
@@ -298,6 +299,12 @@ class _Search:
             message += f", rank={rank}"
         if self.max_stride is not None:
             message += f", max_stride={self.max_stride}"
+        if choice.density > 1:
+            room = (density * self.dense - kept_weights(self.butterfly(1, 1))) / (
+                self.out_features + self.in_features
+            )
+            fitting = max(0, int(room) // self.unit * self.unit)
+            return message + f"; the largest rank that leaves room for blocks is {fitting}"
         message += f"; the nearest reachable is {choice.density:.4g}"
         if self.block_size > RANK_UNIT and self.max_stride is None:
             finer = _Search(

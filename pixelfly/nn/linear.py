@@ -40,7 +40,7 @@ class PixelflyLinear(nn.Module):
         max_stride: the butterfly's largest stride, a power of two; None leaves it to `density`, or
             takes the full butterfly.
         density: weights of the layer / weights of a dense layer, in (0, 1], low rank included.
-            Reached exactly where it can be, else the nearest reachable density below it.
+            Reached exactly where blocks beside that rank can, else the nearest below it is taken.
         rank: r, width of the low-rank term; 0 is none. None picks it by the paper's rule: a quarter
             to a third of the weights (see `pixelfly.nn.choose`).
         lowrank: "factored" (`u` and `v`) or "global" (the first `rank` outputs and inputs dense in

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
 from .activations import NONE, RELU, empty_slope
@@ -202,11 +203,19 @@ class _Backward(torch.autograd.Function):
         )
 
 
+_NO_TORCH_FUNC = (
+    "butterfly_lowrank_mm: derivatives by torch.func are not implemented, nor are forward-mode "
+    "ones; use torch.autograd, or pixelfly.ops.butterfly_lowrank_mm_reference inside torch.func"
+)
+
+
 def run_linear(*args: Any, needs_grad: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Computes `pixelfly::linear`; x, the residual and y may have any leading dims.
 
     Eager code calls it as it is and need not go through the dispatcher.
     """
+    if forward_ad._current_level >= 0:
+        _refuse_tangents(args)
     if not needs_grad:
         x, *weights, residual = args[:6]
         y, _, _ = forward_operator(
@@ -215,11 +224,18 @@ def run_linear(*args: Any, needs_grad: bool) -> tuple[torch.Tensor, torch.Tensor
         )  # fmt: skip
         return unflatten_rows(y, x.shape), None
     if torch._C._are_functorch_transforms_active():
-        raise RuntimeError(
-            "butterfly_lowrank_mm: derivatives by torch.func are not implemented; use "
-            "torch.autograd, or pixelfly.ops.butterfly_lowrank_mm_reference inside torch.func"
-        )
+        raise RuntimeError(_NO_TORCH_FUNC)
     return _Linear.apply(*args)
+
+
+def _refuse_tangents(args: tuple[Any, ...]) -> None:
+    """Forward-mode derivatives, which the operator would drop without a word."""
+    x = args[0]
+    # Outside torch.func the CPU's kernels are torch's operators, which carry tangents.
+    if x.is_cuda or torch._C._are_functorch_transforms_active():
+        for arg in args:
+            if isinstance(arg, torch.Tensor) and forward_ad.unpack_dual(arg).tangent is not None:
+                raise RuntimeError(_NO_TORCH_FUNC)
 
 
 def _linear(*args: Any) -> tuple[torch.Tensor, torch.Tensor | None]:

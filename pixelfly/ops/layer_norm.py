@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.autograd import forward_ad
 
 from .autograd import needs_grad
 from .device import PLAIN, check_device
@@ -137,6 +138,7 @@ def _kernels_serve(x, delta, weight, bias, dtype) -> bool:
         and weight.is_contiguous()
         and bias.is_contiguous()
         and not torch._C._are_functorch_transforms_active()
+        and forward_ad._current_level < 0  # tangents would be dropped without a word
         and _has_kernels(device, stream, branch, weights, dtype, shape[-1])
     )
 

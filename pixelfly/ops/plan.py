@@ -9,10 +9,11 @@ layouts share one compiled graph.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import threading
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -103,6 +104,19 @@ class Header(NamedTuple):
         return header
 
 
+@contextlib.contextmanager
+def _outside_transforms() -> Iterator[None]:
+    """Makes plain tensors with data, whatever the caller is in: exporting, torch.func's levels."""
+    from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+
+    with _disable_current_modes(), torch.inference_mode(False):
+        if torch._C._are_functorch_transforms_active():
+            with temporarily_clear_interpreter_stack():
+                yield
+        else:
+            yield
+
+
 @functools.cache
 def _planner_stamp() -> tuple[int, int]:
     """Magic number and version of the plans that this build makes and reads."""
@@ -114,8 +128,7 @@ def _planner_stamp() -> tuple[int, int]:
 @functools.cache
 def host_plan(layout: BlockLayout, rank: int) -> np.ndarray:
     """Returns the planner's int32 array for a layout and a rank."""
-    # While exporting, a fake-tensor mode would turn the layout's indices into tensors without data.
-    with _disable_current_modes():
+    with _outside_transforms():
         rows, cols = (
             torch.as_tensor(index, device="cpu").numpy().astype(np.int32)
             for index in (layout.row_indices, layout.col_indices)
@@ -136,9 +149,8 @@ def _upload(layout: BlockLayout, rank: int, device: torch.device) -> torch.Tenso
             "layout's plan, which a CUDA graph cannot capture; make one warm-up call before the "
             f"capture (layout {layout.out_features}x{layout.in_features}, rank {rank}, {device})"
         )
-    # Whatever mode the caller is in (fake tensors while exporting, inference mode), the plan is a
-    # plain tensor that later calls in other modes can use.
-    with _disable_current_modes(), torch.inference_mode(False):
+    # The plan must be a tensor that later calls in other modes can use.
+    with _outside_transforms():
         plan = torch.from_numpy(host_plan(layout, rank).copy()).to(device)
         # The address never changes, so torch.compile's CUDA graphs need not copy the plan at each
         # replay. This is torch._dynamo.mark_static_address(guard=False) without importing dynamo.

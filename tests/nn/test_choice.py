@@ -158,6 +158,16 @@ def test_bad_features_and_layouts():
         choose(64, 64, layout=layout, max_stride=2)
 
 
+@pytest.mark.parametrize("density", [0.25, 1.0])
+def test_a_rank_that_takes_more_than_a_dense_layer(density):
+    with pytest.raises(ValueError, match="the largest rank that leaves room for blocks is") as e:
+        choose(512, 512, density=density, rank=512)
+    rank = int(str(e.value).split()[-1])
+    assert choose(512, 512, density=density, rank=rank).density <= density
+    with pytest.raises(ValueError, match="nearest reachable|largest rank"):
+        choose(512, 512, density=density, rank=rank + 16)
+
+
 def test_nearest_reachable_is_reachable():
     with pytest.raises(ValueError, match="nearest reachable is 0.08333"):
         choose(768, 768, density=0.05)

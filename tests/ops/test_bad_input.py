@@ -133,8 +133,54 @@ def test_torch_func_is_an_error_or_right():
 
     batched = torch.func.vmap(layer, in_dims=(0, None))(x, blocks)
     torch.testing.assert_close(batched, layer(x, blocks))
-    with pytest.raises(RuntimeError, match="torch.func are not implemented.*reference"):
+    with pytest.raises(RuntimeError, match=NO_TORCH_FUNC):
         torch.func.grad(lambda w: layer(x, w).sum())(blocks)
+
+
+UNUSED_WIDTHS = list(range(40, 100))
+NO_TORCH_FUNC = "torch.func are not implemented.*reference"
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("transform", ["grad", "vjp", "jvp", "jacfwd", "jacrev"])
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("of", ["x", "blocks"])
+def test_derivatives_by_torch_func_are_refused(device, transform, known, of):
+    """Whether or not the layout was used before, and though nothing requires a gradient."""
+    # Plans outlive layouts: a size of its own for every case.
+    grid = xor_grid(2, UNUSED_WIDTHS.pop())
+    layout = make_layout(grid, 16)
+    inputs = {
+        "x": torch.randn(7, layout.in_features, device=device),
+        "blocks": torch.randn(layout.nnz, 16, 16, device=device),
+    }
+    if known:
+        butterfly_lowrank_mm(**inputs, layout=layout)
+
+    def f(value):
+        return butterfly_lowrank_mm(**{**inputs, of: value}, layout=layout).sum()
+
+    value = inputs[of]
+    with pytest.raises(RuntimeError, match=NO_TORCH_FUNC):
+        if transform == "jvp":
+            torch.func.jvp(f, (value,), (value,))
+        elif transform == "vjp":
+            torch.func.vjp(f, value)
+        else:
+            getattr(torch.func, transform)(f)(value)
+    plan = device_plan(layout, 0, value.device)
+    assert type(plan) is torch.Tensor and not torch._C._functorch.is_functorch_wrapped_tensor(plan)
+
+
+@pytest.mark.gpu
+def test_forward_mode_on_cuda_is_refused():
+    layout = make_layout(xor_grid(2, 2), 16)
+    x = torch.randn(5, 32, device="cuda")
+    blocks = torch.randn(layout.nnz, 16, 16, device="cuda")
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, x)
+        with pytest.raises(RuntimeError, match=NO_TORCH_FUNC):
+            butterfly_lowrank_mm(dual, blocks, layout)
 
 
 @pytest.mark.parametrize("device", DEVICES[1:])
