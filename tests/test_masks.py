@@ -249,19 +249,6 @@ def test_layout_is_a_value():
         del layout.grid
 
 
-def test_algebra():
-    a = masks.local(256, 128, block_size=32)
-    b = masks.random(256, 128, block_size=32, seed=5)
-    assert torch.equal((a | b).grid, a.grid | b.grid)
-    assert torch.equal((a & b).grid, a.grid & b.grid)
-    with pytest.raises(ValueError, match="256x128/32 and 128x256/32"):
-        _ = a | a.transpose()
-    with pytest.raises(ValueError, match="256x128/32 and 256x128/64"):
-        _ = a & masks.local(256, 128, block_size=64)
-    with pytest.raises(TypeError):
-        _ = a | a.grid
-
-
 def test_empty_layout_is_allowed():
     layout = BlockLayout.from_grid(torch.zeros(2, 3, dtype=torch.bool), 16)
     assert layout.nnz == 0 and layout.density == 0.0 and not layout.to_dense().any()
