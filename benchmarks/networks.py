@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import importlib
+import sys
 from types import ModuleType
+from unittest import mock
 
 import torch
 from torch import nn
@@ -94,24 +97,51 @@ class GPT2(nn.Module):
         return self.gpt2(input_ids=ids).logits
 
 
+def _create(timm: ModuleType, name: str, **options: int) -> nn.Module:
+    """timm.create_model; without img_size for models that know none, as convolutions take any."""
+    try:
+        return timm.create_model(name, **options)
+    except TypeError as error:
+        if "img_size" in str(error) and "img_size" in options:
+            del options["img_size"]
+            return _create(timm, name, **options)
+        module = sys.modules[timm.model_entrypoint(name).__module__]
+        if "multiple values" not in str(error) or not hasattr(module, "MlpMixer"):
+            raise
+    # timm's Mixers name their patch size themselves and take no other: set it on the way.
+    mixer, patch = module.MlpMixer, options.pop("patch_size")
+    with mock.patch.object(module, "MlpMixer", lambda **own: mixer(**own | {"patch_size": patch})):
+        return timm.create_model(name, **options)
+
+
 def _timm(args: argparse.Namespace, shape: tuple[int, ...], classes: int) -> nn.Module:
     timm = library("timm", f"--model {args.model}")
     if not timm.is_model(args.model):
-        close = timm.list_models(f"*{args.model.split('_')[0]}*")[:8]
-        raise SystemExit(f"--model: expected mixer or a timm name ({close} ...), got {args.model}")
-    wanted = {"in_chans": shape[0], "num_classes": classes}
-    sizes = {"img_size": shape[1]}
+        names = ["mixer", *timm.list_models()]
+        close = [name for name in names if name.startswith(args.model)][:5]
+        close = close or difflib.get_close_matches(args.model, names, 5, cutoff=0.5)
+        hint = f"near it: {', '.join(close)}" if close else "timm.list_models() returns them"
+        raise SystemExit(f"--model: expected mixer or a timm name ({hint}), got {args.model}")
+    options = {"in_chans": shape[0], "num_classes": classes, "img_size": shape[1]}
     if args.patch_size:
-        sizes["patch_size"] = args.patch_size
+        options["patch_size"] = args.patch_size
+    # What a model cannot take is known only once it is built, or even once it is run.
     try:
-        return timm.create_model(args.model, **wanted, **sizes)
-    except TypeError:  # a model of another kind: convolutions take any size
-        return timm.create_model(args.model, **wanted)
-    except (AssertionError, ValueError) as error:
+        model = _create(timm, args.model, **options).eval()
+        with torch.no_grad():
+            model(torch.zeros(1, *shape))
+    except Exception as error:
+        patch = args.patch_size or "not set"
+        cure = "set --patch-size to a divisor of the image's side"
+        if args.patch_size:
+            cure = "leave --patch-size out or try another"
+        reason = str(error).strip().partition("\n")[0]
         raise SystemExit(
-            f"--model {args.model} does not fit images of {shape[1]}x{shape[2]} ({error}); set "
-            "--patch-size to a divisor of the image's side"
+            f"--model {args.model} does not work on images of {shape[1]}x{shape[2]} with "
+            f"--patch-size {patch} ({type(error).__name__}: {reason}); {cure}, or choose another "
+            "model or larger images"
         ) from error
+    return model.train()
 
 
 def build(args: argparse.Namespace, shape: tuple[int, ...], classes: int) -> nn.Module:
@@ -119,13 +149,13 @@ def build(args: argparse.Namespace, shape: tuple[int, ...], classes: int) -> nn.
     torch.manual_seed(args.seed)
     if args.text is not None:
         return GPT2(args.length, args.width, args.layers)
-    if args.model != "mixer":
-        return _timm(args, shape, classes)
     patch = args.patch_size or (2 if shape[1] <= 16 else 4 if shape[1] <= 64 else 16)
-    if shape[1] % patch or shape[2] % patch:
+    if (args.patch_size or args.model == "mixer") and (shape[1] % patch or shape[2] % patch):
         raise SystemExit(
             f"--patch-size: expected a divisor of the image's side {shape[1]}, got {patch}"
         )
+    if args.model != "mixer":
+        return _timm(args, shape, classes)
     return Mixer(shape, classes, patch, args.width, args.layers)
 
 

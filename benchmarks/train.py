@@ -7,7 +7,8 @@
     torchrun --nproc-per-node 4 benchmarks/train.py             # 4 processes, one GPU each
 
 Ctrl-C leaves a checkpoint, as does every evaluation; the same command with --resume goes on with
-nothing lost, on any number of processes, and after a kill from the last evaluation. --batch is what
+nothing lost, on any number of processes, and after a kill from the last evaluation. Without
+--resume the checkpoint of an unfinished run is never overwritten. --batch is what
 all processes take together. Writes results.json, curves.png and checkpoint.pt to --out.
 """
 
@@ -17,6 +18,7 @@ import argparse
 import json
 import os
 import pathlib
+import re
 import signal
 import time
 import types
@@ -29,7 +31,7 @@ from ranks import PARALLEL, Ranks
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from train_results import plot, results, show
-from training import Learner, Settings, read_checkpoint, save_checkpoint, train
+from training import Learner, Settings, read_checkpoint, save_checkpoint, train, unfinished
 
 from pixelfly.distributed import check_same_layouts
 from pixelfly.report import Report
@@ -74,6 +76,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     for name in ("steps", "batch", "width", "layers", "length"):
         if getattr(args, name) < 1:
             parser.error(f"--{name}: expected at least 1, got {getattr(args, name)}")
+    for name in ("patch_size", "image_size", "eval_every", "stop_after"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            parser.error(f"--{name.replace('_', '-')}: expected at least 1, got {value}")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", args.device):
+        parser.error(f"--device: expected cpu, cuda or cuda:<number>, got {args.device}")
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         parser.error(f"--device {args.device}: torch sees no CUDA device here; use --device cpu")
     if args.text is not None and args.width % 64:
@@ -194,6 +202,11 @@ def run(args: argparse.Namespace, ranks: Ranks) -> int:
     saved = read_checkpoint(checkpoint) if args.resume else None
     if saved is not None:
         check_same_run(saved["options"], args)
+    elif (steps := unfinished(checkpoint)) is not None:
+        raise SystemExit(
+            f"--out: {checkpoint} is of a run that was interrupted after {steps[0]} of {steps[1]} "
+            "steps; go on with it by --resume, choose another --out, or delete it"
+        )
     dense, ours = build(args, data.shape, data.classes), build(args, data.shape, data.classes)
     report = sparsify(ours, args)
     if ranks.main:

@@ -260,6 +260,19 @@ def read_checkpoint(path: pathlib.Path) -> dict:
     return content
 
 
+def unfinished(path: pathlib.Path) -> tuple[int, int] | None:
+    """Steps done and wanted of the interrupted run whose checkpoint this is; None if it is none.
+
+    A damaged file is none either: nothing could go on from it.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        done, wanted = content["step"], content["options"]["steps"]
+    except Exception:  # no file, or what torch raises for one that is no checkpoint
+        return None
+    return (done, wanted) if done < wanted else None
+
+
 def train(
     learners: list[Learner],
     data: Data,

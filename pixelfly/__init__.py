@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-import torch  # noqa: F401  before _C, which needs torch's libraries loaded
-
 try:
+    import torch  # noqa: F401  before _C, which needs torch's libraries loaded
+
     from . import _C  # noqa: F401
-except ImportError as error:
+except (ImportError, OSError) as error:  # torch raises OSError where a library of its own is gone
+    from . import collect_env
     from ._build import load_failure
 
+    if collect_env.asked_for():
+        collect_env.main()
+        raise SystemExit(0) from None
     raise ImportError(load_failure(error)) from error
 
 from . import budget, masks, nn, ntk, ops, patterns, pretrained

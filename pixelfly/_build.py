@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pathlib
 import re
+import sys
 from typing import Any
 
 OLDEST_TORCH = (2, 11)  # whose stable ABI the library is built for
@@ -26,8 +27,10 @@ def build_info() -> dict[str, Any]:
     return dict(_C.build_info())
 
 
-def load_failure(error: ImportError) -> str:
-    """Returns one sentence on why the compiled library did not load and what cures it."""
+def load_failure(error: ImportError | OSError) -> str:
+    """Returns one sentence on why torch or the compiled library did not load and what cures it."""
+    if "torch" not in sys.modules:  # Python takes a module out again whose import fails
+        return f"pixelfly: torch does not import here; run `pip install -U torch` ({error})"
     import torch
 
     package = pathlib.Path(__file__).parent

@@ -318,7 +318,8 @@ class _Conversion:
         for parent, key in self.places[id(module)]:
             parent._modules[key] = layer
         also = self.module_names[id(module)][1:]
-        note = choice.note + (f"shared with {', '.join(also)}" if also else "")
+        notes = [choice.note, f"shared with {', '.join(also)}" if also else ""]
+        note = "; ".join(filter(None, notes))
         self.report.layers.append(LayerReport.of(name, layer, _count(module), note, error))
 
     def obstacle(self, module: nn.Module, name: str) -> str | None:

@@ -1,10 +1,13 @@
 """Decisions of setup.py, without compiling."""
 
 import importlib.util
+import os
 import pathlib
 import re
+import shutil
 import subprocess
 import sys
+import sysconfig
 import types
 
 import pytest
@@ -169,3 +172,49 @@ def test_import_needs_nothing_before_it():
     home = pathlib.Path(pixelfly.__file__).parent.parent
     done = subprocess.run([sys.executable, "-c", code], cwd=home, capture_output=True, text=True)
     assert done.stdout.strip() == pixelfly.__version__, done.stderr
+
+
+def collect_env(folder: pathlib.Path, **variables: str) -> dict[str, str]:
+    """What `python -m pixelfly.collect_env` prints, run in a folder."""
+    done = subprocess.run(
+        [sys.executable, "-m", "pixelfly.collect_env"],
+        cwd=folder,
+        env={**os.environ, **variables},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    return dict(line.split(": ", 1) for line in done.stdout.splitlines())
+
+
+def test_report_of_the_environment(tmp_path):
+    nvcc = executable(tmp_path / "bin/nvcc")
+    pathlib.Path(nvcc).write_text("#!/bin/sh\necho nvcc\necho Build 12.8\n")
+    home = pathlib.Path(pixelfly.__file__).parent
+    report = collect_env(home.parent, CUDA_HOME=str(tmp_path), PIXELFLY_TEST="1")
+    assert report["pixelfly version"] == pixelfly.__version__ and "pixelfly" not in report
+    assert report["pixelfly in"] == str(home) and report["PIXELFLY_TEST"] == "1"
+    assert report["nvcc"] == f"{nvcc}, Build 12.8" and report["CUDA_HOME"] == str(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [
+        (None, "the compiled library is missing from this installation"),
+        (f"pixelfly/_C{sysconfig.get_config_var('EXT_SUFFIX')}", "does not fit this machine"),
+        ("torch.py", "torch does not import here"),
+    ],
+)
+def test_report_where_the_package_does_not_load(tmp_path, broken, message):
+    """The package without its library, with a damaged one, without torch."""
+    (tmp_path / "pixelfly").mkdir()
+    for source in pathlib.Path(pixelfly.__file__).parent.glob("*.py"):
+        shutil.copy(source, tmp_path / "pixelfly")
+    if broken:
+        (tmp_path / broken).write_text("raise OSError('libc10.so: not found')")
+    report = collect_env(tmp_path)
+    assert message in report["pixelfly"] and report["pixelfly in"] == str(tmp_path / "pixelfly")
+    code = "import pixelfly"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True)
+    assert done.returncode == 1 and message in done.stderr.decode()  # anyone else gets the error

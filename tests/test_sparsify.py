@@ -230,6 +230,14 @@ def test_shared_modules_stay_shared():
     assert report.params_after == sum(p.numel() for p in model.parameters())
 
 
+def test_notes_of_one_layer_are_apart():
+    shared = nn.Linear(256, 256)
+    model = nn.ModuleDict({"a": shared, "b": shared})
+    report = sparsify_(model, PixelflyConfig(density=0.13, block_size=32))
+    assert report.layers[0].note.startswith("no low rank")
+    assert report.layers[0].note.endswith("above the density; shared with b")
+
+
 def test_transformer_encoder_in_eval_mode():
     """torch's inference fast path reads dense weights; it must not be taken."""
     layer = nn.TransformerEncoderLayer(64, 2, 128, batch_first=True, dropout=0.0)

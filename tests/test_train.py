@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import importlib
 import json
 import os
 import pathlib
@@ -179,6 +181,9 @@ def test_image_folder(tmp_path):
         (["--text", "/nowhere"], "expected a text file or a folder of them"),
         (["--patch-size", "3"], "--patch-size: expected a divisor of the image's side 8, got 3"),
         (["--steps", "0"], "--steps: expected at least 1, got 0"),
+        (["--eval-every", "0"], "--eval-every: expected at least 1, got 0"),
+        (["--patch-size", "-2"], "--patch-size: expected at least 1, got -2"),
+        (["--device", "foo"], "--device: expected cpu, cuda or cuda:<number>, got foo"),
         (["--resume"], "there is no checkpoint"),
         (["--block-size", "48"], "block_size must be 16, 32, 64 or 128, got 48"),
         (["--density", "0.001"], "could be converted"),
@@ -195,3 +200,64 @@ def test_resume_with_other_options_is_refused(tmp_path):
     train("--steps", 4, "--out", tmp_path, "--stop-after", 2, code=130)
     output = train("--steps", 5, "--out", tmp_path, "--resume", code=1)
     assert "--steps was 4, now 5" in output
+
+
+def test_an_unfinished_run_is_not_overwritten(tmp_path):
+    options = ["--steps", 4, "--out", tmp_path]
+    train(*options, "--stop-after", 2, code=130)
+    before = (tmp_path / "checkpoint.pt").read_bytes()
+    output = " ".join(train(*options, code=1).split())
+    assert "interrupted after 2 of 4 steps; go on with it by --resume" in output
+    assert "Traceback" not in output and (tmp_path / "checkpoint.pt").read_bytes() == before
+    train(*options, "--resume")
+    train(*options)  # a finished one may be
+
+
+@pytest.fixture
+def build(monkeypatch):
+    """networks.build of a timm model by name and patch size, on the digits' images."""
+    pytest.importorskip("timm")
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    networks = importlib.import_module("networks")
+
+    def build(model: str, patch_size: int | None = None) -> torch.nn.Module:
+        args = argparse.Namespace(seed=0, text=None, model=model, patch_size=patch_size)
+        return networks.build(args, (1, 8, 8), 10)
+
+    return build
+
+
+@pytest.mark.parametrize(
+    ("name", "patch_size"),
+    [
+        ("mixer_s32_224", 2),
+        ("resmlp_12_224", 4),
+        ("gmlp_ti16_224", 2),
+        ("vit_tiny_patch16_224", 2),
+        ("resnet10t", None),
+    ],
+)
+def test_timm_models_on_small_images(build, name, patch_size):
+    model = build(name, patch_size)
+    assert model.training and model(torch.zeros(2, 1, 8, 8)).shape == (2, 10)
+    if patch_size:
+        stem = model.stem if hasattr(model, "stem") else model.patch_embed
+        assert stem.patch_size == (patch_size, patch_size)
+
+
+@pytest.mark.parametrize(
+    ("name", "patch_size", "message"),
+    [
+        ("vit_tiny_patch16_224", None, "of 8x8 with --patch-size not set .*; set --patch-size to"),
+        ("mixer_s32_224", None, "of 8x8 with --patch-size not set .*; set --patch-size to a div"),
+        ("resnet10t", 2, "--patch-size 2 .*'patch_size'.*; leave --patch-size out"),
+        ("convmixer_768_32", 2, "--patch-size 2 .*'patch_size'.*; leave --patch-size out"),
+        ("vit_tiny_patch16_224", 3, "expected a divisor of the image's side 8, got 3"),
+        ("vit_tiny", None, r"or a timm name \(near it: vit_.*\), got vit_tiny"),
+        ("mixr", None, r"or a timm name \(near it: mixer.*\), got mixr"),
+        ("qqqq", None, r"or a timm name \(timm.list_models\(\) returns them\), got qqqq"),
+    ],
+)
+def test_timm_models_that_do_not_work(build, name, patch_size, message):
+    with pytest.raises(SystemExit, match=message):
+        build(name, patch_size)

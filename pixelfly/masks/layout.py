@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import FrozenInstanceError
 from typing import Any, NoReturn
 
 import torch
 
 BLOCK_SIZES = (16, 32, 64, 128)
+_Fold = Callable[[list[float]], float]
 
 
 def is_int(value: object) -> bool:
@@ -85,7 +87,8 @@ class BlockLayout:
         grid: bool `[ceil(N / b), ceil(K / b)]` on the CPU, True where a block is kept. Not to be
             written to.
         nominal_density: the fraction of weights that the pattern asked for, before it was covered
-            by whole blocks.
+            by whole blocks. `|` and `&` keep that of the operand whose blocks the result has; other
+            results have the most that the two patterns can have asked for together.
 
     Example:
         >>> from pixelfly.masks import block_diagonal, flat_block_butterfly
@@ -264,7 +267,9 @@ class BlockLayout:
             torch.device(device),
         )
 
-    def _combine(self, other: object, grid: Any) -> BlockLayout:
+    def _combine(self, other: object, grid: Any, same: _Fold, most: _Fold) -> BlockLayout:
+        """`same` and `most` take nominal densities: of the operands that equal the result, or,
+        where none does, of both."""
         if not isinstance(other, BlockLayout):
             return NotImplemented
         mine = (self.out_features, self.in_features, self.block_size)
@@ -274,13 +279,18 @@ class BlockLayout:
                 "layouts to combine must have one shape and block size, got "
                 f"{mine[0]}x{mine[1]}/{mine[2]} and {theirs[0]}x{theirs[1]}/{theirs[2]}"
             )
-        return BlockLayout.from_grid(grid(self.grid, other.grid), mine[2], mine[0], mine[1])
+        size = {"block_size": mine[2], "out_features": mine[0], "in_features": mine[1]}
+        plain = BlockLayout.from_grid(grid(self.grid, other.grid), **size)
+        asked = [x.nominal_density for x in (self, other)]
+        equal = [x.nominal_density for x in (self, other) if x == plain]
+        nominal = same(equal) if equal else min(plain.density, most(asked))
+        return BlockLayout.from_grid(plain.grid, **size, nominal_density=nominal)
 
     def __or__(self, other: object) -> BlockLayout:
-        return self._combine(other, torch.logical_or)
+        return self._combine(other, torch.logical_or, max, sum)
 
     def __and__(self, other: object) -> BlockLayout:
-        return self._combine(other, torch.logical_and)
+        return self._combine(other, torch.logical_and, min, min)
 
     def plot(self, ax: Any = None) -> Any:
         """Draws the grid of kept blocks; returns the matplotlib axes.

@@ -32,6 +32,12 @@ def _side(name: str, out_features: int, in_features: int, block_size: int) -> in
     return min(grid_shape(out_features, in_features, block_size))
 
 
+def _check_range(name: str, label: str, value: int, low: int, high: int) -> None:
+    check_int(name, label, value)
+    if not low <= value <= high:
+        raise ValueError(f"{name}: {label} must lie in {low}..{high}, got {value}")
+
+
 def _distances(size: int) -> tuple[torch.Tensor, torch.Tensor]:
     index = torch.arange(size, device="cpu")
     return index[:, None], index[None, :]
@@ -93,12 +99,8 @@ def flat_block_butterfly(
         320
     """
     size = _side("flat_block_butterfly", out_features, in_features, block_size)
-    check_int("flat_block_butterfly", "global_width", global_width)
-    if global_width < 0 or global_width > min(out_features, in_features):
-        raise ValueError(
-            "flat_block_butterfly: global_width must lie between 0 and "
-            f"{min(out_features, in_features)}, got {global_width}"
-        )
+    narrow = min(out_features, in_features)
+    _check_range("flat_block_butterfly", "global_width", global_width, 0, narrow)
     if grid_size is not None:
         return _research(
             out_features, in_features, block_size, max_stride, grid_size, global_width, shuffle
@@ -106,13 +108,16 @@ def flat_block_butterfly(
     if shuffle:
         raise ValueError("flat_block_butterfly: shuffle needs grid_size")
     layout = _layout(_butterfly(size, max_stride), out_features, in_features, block_size)
-    return _with_global(layout, global_width) if global_width else layout
+    return _with_global("flat_block_butterfly", layout, global_width)
 
 
-def _with_global(layout: BlockLayout, width: int | None) -> BlockLayout:
+def _with_global(name: str, layout: BlockLayout, width: int | None) -> BlockLayout:
     """The layout and `global_` of that width; its nominal density counts the features asked for."""
     n, k, b = layout.out_features, layout.in_features, layout.block_size
-    width = b if width is None else width
+    width = min(b, n, k) if width is None else width
+    _check_range(name, "global_width", width, 0, min(n, k))
+    if width == 0:
+        return layout
     union = layout | global_(n, k, block_size=b, width=width)
 
     def outside(count: int, features: int) -> torch.Tensor:
@@ -214,16 +219,13 @@ def global_(
     """The low-rank term in its global form: the first output and input features are kept densely.
 
     Args:
-        width: features, covered by whole blocks; default one block. A width w has the parameters of
-            rank w and rank at most 2w.
+        width: features, covered by whole blocks; default one block, or the smaller side if that is
+            less. A width w has the parameters of rank w and rank at most 2w.
     """
     check_sizes("global_", out_features, in_features, block_size)
-    width = block_size if width is None else width
-    check_int("global_", "width", width)
-    if not 0 < width <= min(out_features, in_features):
-        raise ValueError(
-            f"global_: width must lie in 1..{min(out_features, in_features)}, got {width}"
-        )
+    narrow = min(out_features, in_features)
+    width = min(block_size, narrow) if width is None else width
+    _check_range("global_", "width", width, 1, narrow)
     grid = torch.zeros(
         grid_shape(out_features, in_features, block_size), dtype=torch.bool, device="cpu"
     )
@@ -246,11 +248,9 @@ def random(
 ) -> BlockLayout:
     """Random blocks, exactly `blocks_per_row` in every block row; a seed gives one layout."""
     check_sizes("random", out_features, in_features, block_size)
-    check_int("random", "blocks_per_row", blocks_per_row)
-    check_int("random", "seed", seed)
     rows, cols = grid_shape(out_features, in_features, block_size)
-    if not 1 <= blocks_per_row <= cols:
-        raise ValueError(f"random: blocks_per_row must lie in 1..{cols}, got {blocks_per_row}")
+    _check_range("random", "blocks_per_row", blocks_per_row, 1, cols)
+    _check_range("random", "seed", seed, -(2**63), 2**64 - 1)
     generator = torch.Generator().manual_seed(seed)
     order = torch.rand(rows, cols, generator=generator, device="cpu").argsort(1)
     grid = torch.zeros(rows, cols, dtype=torch.bool, device="cpu")
@@ -266,9 +266,14 @@ def longformer(
     window: int = 1,
     global_width: int | None = None,
 ) -> BlockLayout:
-    """A band and global rows and columns (Longformer, Beltagy et al. 2020)."""
+    """A band and global rows and columns (Longformer, Beltagy et al. 2020).
+
+    Args:
+        window: as of `local`.
+        global_width: as the width of `global_`; 0: none.
+    """
     banded = local(out_features, in_features, block_size=block_size, window=window)
-    return _with_global(banded, global_width)
+    return _with_global("longformer", banded, global_width)
 
 
 def bigbird(
@@ -281,12 +286,20 @@ def bigbird(
     random_blocks: int = 1,
     seed: int = 0,
 ) -> BlockLayout:
-    """A band, global rows and columns, and random blocks (BigBird, Zaheer et al. 2020)."""
-    banded = local(out_features, in_features, block_size=block_size, window=window)
-    chance = random(
-        out_features, in_features, block_size=block_size, blocks_per_row=random_blocks, seed=seed
-    )
-    return _with_global(banded | chance, global_width)
+    """A band, global rows and columns, and random blocks (BigBird, Zaheer et al. 2020).
+
+    Args:
+        window: as of `local`.
+        global_width: as the width of `global_`; 0: none.
+        random_blocks: in every block row, as of `random`; 0: none.
+        seed: as of `random`.
+    """
+    size = {"block_size": block_size}
+    kept = local(out_features, in_features, **size, window=window)
+    _check_range("bigbird", "random_blocks", random_blocks, 0, kept.grid.shape[1])
+    if random_blocks:
+        kept |= random(out_features, in_features, **size, blocks_per_row=random_blocks, seed=seed)
+    return _with_global("bigbird", kept, global_width)
 
 
 def strided(
