@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from .device import check_device
+from .device import PLAIN, check_device
 from .functional import _autocast_dtype
 from .plan import traced_constant
 from .validation import DTYPES
@@ -20,7 +20,6 @@ from .validation import DTYPES
 OP = "linear_cross_entropy"
 COLUMNS = 64  # the kernel reads vectors, and cuBLAS wants rows of logits aligned
 _HALVES = (torch.bfloat16, torch.float16)
-_TENSORS = (torch.Tensor, torch.nn.Parameter)
 
 
 def linear_cross_entropy(
@@ -135,7 +134,7 @@ def _kernels_serve(x: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype) ->
         return False
     if torch.compiler.is_compiling():
         return _has_kernels(x.device)
-    plain = type(x) in _TENSORS and type(weight) in _TENSORS
+    plain = type(x) in PLAIN and type(weight) in PLAIN
     functorch = torch._C._are_functorch_transforms_active()
     return plain and not functorch and _has_kernels(x.device)
 
