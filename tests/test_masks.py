@@ -155,11 +155,14 @@ def test_every_generator_on_any_shape(name, n, k, block):
     assert again == layout and hash(again) == hash(layout) and again.density == layout.density
 
 
-def test_a_layout_pickled_elsewhere_is_equal():
+def test_a_layout_pickled_elsewhere_is_equal(tmp_path):
     """Python hashes bytes differently in every process; a pickle must not bring such a hash."""
     make = "masks.flat_block_butterfly(64, 64, block_size=16)"
     program = f"import pickle; from pixelfly import masks; print(pickle.dumps({make}).hex())"
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    # Elsewhere: -c finds the source tree in the working directory first, without its library.
+    command = [sys.executable, "-c", program]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
     layout = masks.flat_block_butterfly(64, 64, block_size=16)
     again = pickle.loads(bytes.fromhex(result.stdout))
     assert again == layout and hash(again) == hash(layout)
