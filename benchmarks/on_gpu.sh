@@ -27,7 +27,7 @@ sanitizer() {
 suite() { python3 -m pytest -m gpu -q -rs --tb=short; }
 op() { python3 benchmarks/op.py --out "$OUT/op.json"; }
 plots() { python3 benchmarks/op_plots.py "$OUT/op.json"; }
-models() { python3 benchmarks/models.py --out "$OUT/models.json"; }
+models() { python3 benchmarks/models.py --fuse-mlp --fuse-blocks --fuse-loss --out "$OUT/models.json"; }
 host() { python3 benchmarks/host.py --compile --out "$OUT/host.json"; }
 plan() { python3 benchmarks/plan.py --out "$OUT/plan.json"; }
 recipe() { python3 benchmarks/recipe.py --time-limit 560 --out "$OUT/recipe.json"; }

@@ -123,6 +123,13 @@ Matrix product(int m, int n, int k, F a, G b) {
   return out;
 }
 
+// A launcher's refusal, which must speak of `word`.
+inline void expect_refusal(const Status& status, const char* word) {
+  if (!status.ok() && status.message.find(word) != std::string::npos) return;
+  ++g_failures;
+  std::printf("FAILED refusals: '%s' does not speak of '%s'\n", status.message.c_str(), word);
+}
+
 inline void check(const Status& status) {
   if (!status.ok()) throw std::runtime_error(status.message);
 }

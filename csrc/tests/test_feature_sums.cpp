@@ -44,9 +44,9 @@ void check_refusals() {
   FeatureSumsParams p{};
   p.count = 1;
   p.sums[0].columns = 12;
-  if (launch_feature_sums(p, {}, nullptr).ok()) ++g_failures;
+  expect_refusal(launch_feature_sums(p, {}, nullptr), "multiple of 8");
   p.count = kMaxFeatureSums + 1;
-  if (launch_feature_sums(p, {}, nullptr).ok()) ++g_failures;
+  expect_refusal(launch_feature_sums(p, {}, nullptr), "too many tensors");
 }
 
 }  // namespace

@@ -89,10 +89,10 @@ void check_refusals() {
   p.count = 1;
   p.weights[0].size = 8;
   const DeviceInfo device{0, 90, 2, 0};
-  if (launch_round_weights(p, device, nullptr).ok()) ++g_failures;
+  expect_refusal(launch_round_weights(p, device, nullptr), "bfloat16 or float16");
   p.dtype = DType::kFloat16;
   p.weights[0].tile = 12;
-  if (launch_round_weights(p, device, nullptr).ok()) ++g_failures;
+  expect_refusal(launch_round_weights(p, device, nullptr), "multiples of 8");
 }
 
 }  // namespace

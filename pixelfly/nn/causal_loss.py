@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import types
 from typing import Any
 
 import torch
@@ -10,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..ops import linear_cross_entropy
-from .dense import has_hooks
+from .dense import has_hooks, replace_forward, restore_forward
 
 # By the class that defines the forward: a subclass may do something else.
 _KNOWN = ("transformers.models.gpt2.modeling_gpt2", "GPT2LMHeadModel")
@@ -43,15 +42,13 @@ def fuse_loss(model: nn.Module) -> None:
     `logits` are None in that answer. Evaluation, generation and calls without labels are the
     class's own.
     """
-    model.forward = types.MethodType(_forward, model)
+    replace_forward(model, _forward)
 
 
 def restore_loss(model: nn.Module) -> None:
     """Undoes `fuse_loss` in a model and whatever it holds."""
     for module in model.modules():
-        forward = vars(module).get("forward")
-        if isinstance(forward, types.MethodType) and forward.__func__ is _forward:
-            del module.forward
+        restore_forward(module, _forward)
 
 
 def _forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:

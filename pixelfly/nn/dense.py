@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import types
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import nn
 
 from ..ops.activations import ACTIVATIONS, apply_activation
 from ..ops.dense_linear import dense_linear
+from ..ops.device import has_kernels, plain_on_cuda
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -33,24 +38,39 @@ def call_linear(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """
     if (
         type(layer) is not nn.Linear
-        or torch.compiler.is_compiling()
         or not torch.is_grad_enabled()
         or has_hooks(layer)
         or "forward" in vars(layer)
     ):
         return layer(x)
-    weight, kind = layer.weight, x.device.type
+    weight = layer.weight
     served = (
-        type(x) is torch.Tensor
-        and type(weight) is nn.Parameter
-        and x.is_cuda
+        plain_on_cuda([x, weight])
         and weight.dtype == torch.float32
-        and torch.is_autocast_enabled(kind)
-        and x.dtype == torch.get_autocast_dtype(kind)
-        and x.dtype != torch.float32
-        and not torch._C._are_functorch_transforms_active()
+        and torch.is_autocast_enabled("cuda")
+        and x.dtype == torch.get_autocast_dtype("cuda") != torch.float32
+        and has_kernels(x.device)
     )
     return dense_linear(x, weight, layer.bias) if served else layer(x)
+
+
+def replace_forward(module: nn.Module, forward: Callable[..., Any]) -> None:
+    """Gives one module a forward of its own, `forward(module, ...)`; its class and hooks stay.
+
+    Example:
+        >>> layer = nn.Identity()
+        >>> replace_forward(layer, double := lambda self, x: 2 * x)
+        >>> layer(3), restore_forward(layer, double), layer(3)
+        (6, None, 3)
+    """
+    module.forward = types.MethodType(forward, module)  # a bound method: copies are bound anew
+
+
+def restore_forward(module: nn.Module, forward: Callable[..., Any]) -> None:
+    """Undoes `replace_forward` with this `forward`; other modules stay as they are."""
+    own = vars(module).get("forward")
+    if isinstance(own, types.MethodType) and own.__func__ is forward:
+        del module.forward
 
 
 def is_conv1d(module: nn.Module) -> bool:

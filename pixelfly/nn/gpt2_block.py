@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import inspect
-import types
 from typing import Any
 
 import torch
 from torch import nn
 
 from .blocks import add_and_norm, add_mlp
+from .dense import replace_forward, restore_forward
 
 # By the class that defines the forward: a subclass may do something else.
 _KNOWN = ("transformers.models.gpt2.modeling_gpt2", "GPT2Block")
@@ -32,14 +32,12 @@ def fuse_gpt2_block(block: nn.Module) -> None:
     Cross-attention and gradient checkpointing are the class's own.
     """
     _arguments[type(block)] = tuple(inspect.signature(type(block).forward).parameters)[2:]
-    block.forward = types.MethodType(_forward, block)
+    replace_forward(block, _forward)
 
 
 def restore_gpt2_block(block: nn.Module) -> None:
     """Undoes `fuse_gpt2_block`; other modules stay as they are."""
-    forward = vars(block).get("forward")
-    if isinstance(forward, types.MethodType) and forward.__func__ is _forward:
-        del block.forward
+    restore_forward(block, _forward)
 
 
 # The positional arguments behind `self` and `hidden_states`: their names depend on the version.

@@ -12,9 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from .device import PLAIN, check_device
+from .device import has_kernels, plain_on_cuda
 from .functional import _autocast_dtype
-from .plan import traced_constant
 from .validation import DTYPES
 
 OP = "linear_cross_entropy"
@@ -114,29 +113,10 @@ def _check(x: Any, weight: Any, target: Any, reduction: str) -> None:
         raise ValueError(f"{OP}: reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
 
 
-_served: dict[torch.device, bool] = {}
-
-
-@traced_constant
-def _has_kernels(device: torch.device) -> bool:
-    if device not in _served:
-        try:
-            check_device(device)
-        except RuntimeError:
-            _served[device] = False
-        else:
-            _served[device] = True
-    return _served[device]
-
-
 def _kernels_serve(x: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype) -> bool:
     if not x.is_cuda or dtype not in _HALVES or weight.dtype not in (dtype, torch.float32):
         return False
-    if torch.compiler.is_compiling():
-        return _has_kernels(x.device)
-    plain = type(x) in PLAIN and type(weight) in PLAIN
-    functorch = torch._C._are_functorch_transforms_active()
-    return plain and not functorch and _has_kernels(x.device)
+    return (torch.compiler.is_compiling() or plain_on_cuda([x, weight])) and has_kernels(x.device)
 
 
 def _padded(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -7,6 +7,7 @@ import re
 import torch
 
 from .._build import build_info
+from .tracing import traced_constant
 
 MIN_CAPABILITY = (8, 0)
 
@@ -72,3 +73,19 @@ def check_device(device: torch.device) -> None:
             f"TORCH_CUDA_ARCH_LIST={major}.{minor} PIXELFLY_FORCE_CUDA=1 pip install "
             "--force-reinstall --no-deps ."
         )
+
+
+_known: dict[torch.device, bool] = {}
+
+
+@traced_constant
+def has_kernels(device: torch.device) -> bool:
+    """Whether this build has kernels for `device`; asked in every call, found out once."""
+    if device not in _known:
+        try:
+            check_device(device)
+        except RuntimeError:
+            _known[device] = False
+        else:
+            _known[device] = True
+    return _known[device]

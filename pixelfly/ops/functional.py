@@ -11,7 +11,8 @@ from ..masks import BlockLayout
 from . import validation
 from .activations import ACTIVATIONS, NONE, RELU, known_activation
 from .autograd import as_rows, needs_grad, run_linear, unflatten_rows
-from .plan import device_plan, layout_sizes, plan_header, traced_constant
+from .plan import device_plan, layout_sizes, plan_header
+from .tracing import traced_constant
 
 
 @traced_constant

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch.autograd import forward_ad
 
 from .autograd import needs_grad
-from .device import PLAIN, check_device
+from .device import PLAIN, has_kernels
 from .functional import _autocast_dtype
 from .validation import DTYPES
 
@@ -107,11 +107,7 @@ def _has_kernels(device, stream, branch, weights, dtype, features) -> bool:
         return False
     if features % 8 or not 0 < features <= MAX_FEATURES:
         return False
-    try:
-        check_device(device)
-    except RuntimeError:
-        return False
-    return True
+    return has_kernels(device)
 
 
 def _kernels_serve(x, delta, weight, bias, dtype) -> bool:

@@ -24,21 +24,12 @@ from torch.utils._python_dispatch import _disable_current_modes
 from .. import _C
 from ..masks import BlockLayout
 from .device import check_device
+from .tracing import traced_constant
 
 HEADER_SIZE = 64
 
 if not pytree.is_constant_class(BlockLayout):
     pytree.register_constant(BlockLayout)
-
-
-def traced_constant(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """Marks a function whose result is a constant of a traced program.
-
-    It is torch.compiler.assume_constant_result without importing dynamo, which would double the
-    time `import pixelfly` takes.
-    """
-    fn._dynamo_marked_constant = True
-    return fn
 
 
 def named_constants(

@@ -21,8 +21,9 @@ from .._build import build_info
 from ..masks import BlockLayout, dense
 from .activations import NONE, apply_activation, slope_dtype
 from .device import plain_on_cuda
-from .plan import Header, device_plan, plan_header, traced_constant
+from .plan import Header, device_plan, plan_header
 from .rounding import round_weights
+from .tracing import traced_constant
 
 _column_product = torch.ops.pixelfly.column_product.default
 _feature_sums = torch.ops.pixelfly.feature_sums.default
