@@ -23,7 +23,7 @@ __global__ void straight_line(float* out, float a, int* cycles, int loops, int s
     if (l == kWarmup) begin = clock64();
 #pragma unroll
     for (int i = 0; i < kInstructions; ++i) {
-      asm volatile("fma.rn.f32 %0, %0, %1, %1;" : "+f"(values[i % kRegisters]) : "f"(a));
+      values[i % kRegisters] = fmaf(values[i % kRegisters], a, a);
     }
   }
   const long long end = clock64();
