@@ -1,12 +1,13 @@
 """Long Range Arena: dense transformers against Pixelfly ones, in speed and in accuracy.
 
     python benchmarks/lra.py --mode speed                            # all five sizes, one GPU
-    python benchmarks/lra.py --mode train --tasks listops --steps 2000 --seconds 1500
+    python benchmarks/lra.py --mode train --tasks listops --steps 2000 --seeds 0 1
     python benchmarks/lra.py --mode speed --tasks toy --device cpu --steps 2   # does it work?
 
 `speed` times training steps on random tokens without padding: dense attention with its scores in
 memory, dense with torch's fused attention, Pixelfly; and their peak memory. `train` gives fused
-dense and Pixelfly the same batches for the same number of steps and reports test accuracy. Writes
+dense and Pixelfly the same batches for the same number of steps and reports test accuracy, a row
+for each seed of weights and batches (--data-seed is the data's own). Writes
 lra_<mode>_<device>.json to benchmarks/results after every row and prints a table.
 """
 
@@ -20,7 +21,7 @@ import pathlib
 import time
 
 import torch
-from data import DataMissing
+from data import Data, DataMissing
 from display import make_console, print_table
 from lra_data import listops, load
 from lra_model import KINDS, SIZES, Size, build
@@ -28,7 +29,7 @@ from timing import environment, results_path
 from training import Learner, Settings, train
 
 
-def settings(args: argparse.Namespace, size: Size) -> Settings:
+def settings(args: argparse.Namespace, size: Size, seed: int) -> Settings:
     return Settings(
         steps=args.steps,
         batch=args.batch or size.batch,
@@ -36,17 +37,17 @@ def settings(args: argparse.Namespace, size: Size) -> Settings:
         weight_decay=args.weight_decay,
         warmup=max(1, args.steps // 20),
         eval_every=max(1, args.steps // 4),
-        seed=args.seed,
+        seed=seed,
         device=args.device,
         amp="bf16" if args.device == "cuda" else None,
         compile=args.compile,
     )
 
 
-def make(kind: str, size: Size, args: argparse.Namespace) -> Learner:
-    torch.manual_seed(args.seed)
+def make(kind: str, size: Size, args: argparse.Namespace, seed: int = 0) -> Learner:
+    torch.manual_seed(seed)
     model = build(kind, size, args.density, args.attention_block)
-    return Learner(kind, model, settings(args, size))
+    return Learner(kind, model, settings(args, size, seed))
 
 
 def free() -> None:
@@ -57,7 +58,7 @@ def free() -> None:
 
 
 def described(task: str, size: Size, args: argparse.Namespace) -> dict:
-    keys = ("density", "attention_block", "compile", "steps", "seed")
+    keys = ("density", "attention_block", "compile", "steps")
     row = {"task": task, "mode": args.mode, **{key: getattr(args, key) for key in keys}}
     return row | dataclasses.asdict(size) | {"batch": args.batch or size.batch}
 
@@ -96,24 +97,24 @@ def speed(task: str, args: argparse.Namespace) -> dict:
     return described(task, size, args) | {"kinds": kinds} | ratios
 
 
-def accuracy(task: str, args: argparse.Namespace) -> dict:
+def task_data(task: str, args: argparse.Namespace) -> tuple[Data, str]:
+    if task == "toy":
+        return listops(64, 16, args.data_seed, SIZES[task].length, 8), "ListOps, short"
+    return load(task, args.data_dir, args.train_samples, args.test_samples, args.data_seed)
+
+
+def accuracy(task: str, data: Data, name: str, seed: int, args: argparse.Namespace) -> dict:
     """Test accuracy after equal steps on equal batches."""
     size = SIZES[task]
-    begin = time.perf_counter()
-    if task == "toy":
-        data, name = listops(64, 16, args.seed, size.length, 8), "ListOps, short"
-    else:
-        data, name = load(task, args.data_dir, args.train_samples, args.test_samples, args.seed)
-    generated = time.perf_counter() - begin
-    learners = [make(kind, size, args) for kind in ("sdpa", "pixelfly")]
+    learners = [make(kind, size, args, seed) for kind in ("sdpa", "pixelfly")]
     until = time.perf_counter() + args.seconds
 
     def show(done: int) -> None:
         found = {lr.name: f"{100 * lr.history[-1]['accuracy']:.2f} %" for lr in learners}
-        print(f"{task} step {done}: {found}", flush=True)
+        print(f"{task} seed {seed} step {done}: {found}", flush=True)
 
     done = train(
-        learners, data, settings(args, size), 0, lambda: time.perf_counter() > until,
+        learners, data, settings(args, size, seed), 0, lambda: time.perf_counter() > until,
         lambda step, losses: None, show,
     )  # fmt: skip
     kinds = {}
@@ -130,8 +131,8 @@ def accuracy(task: str, args: argparse.Namespace) -> dict:
         }
     free()
     row = described(task, size, args) | {"data": name, "steps_done": done}
-    row |= {"train_samples": data.num_train, "test_samples": data.num_test}
-    return row | {"generation_seconds": generated, "kinds": kinds}
+    row |= {"seed": seed, "data_seed": args.data_seed, "kinds": kinds}
+    return row | {"train_samples": data.num_train, "test_samples": data.num_test}
 
 
 def table(records: list[dict]) -> tuple[list[str], list[list[str]]]:
@@ -166,8 +167,9 @@ def main(argv: list[str] | None = None) -> None:
     add("--compile", action="store_true", help="torch.compile every model")
     add("--train-samples", type=int, default=20000)
     add("--test-samples", type=int, default=2000)
-    add("--data-dir", default="data", help="where CIFAR-10 or Fashion-MNIST lies")
-    add("--seed", type=int, default=0)
+    add("--data-dir", default="data", help="images, and what was generated")
+    add("--seeds", type=int, nargs="+", default=[0], help="of weights and batches: train")
+    add("--data-seed", type=int, default=0, help="of generated data")
     add("--device", choices=("cuda", "cpu"), default="cuda")
     add("--out", type=pathlib.Path, default=None)
     args = parser.parse_args(argv)
@@ -179,13 +181,22 @@ def main(argv: list[str] | None = None) -> None:
     out = args.out or results_path(f"lra_{args.mode}", meta["device"])
     out.parent.mkdir(parents=True, exist_ok=True)
     records: list[dict] = []
+
+    def keep(record: dict) -> None:
+        records.append(record)
+        print(json.dumps(record), flush=True)
+        out.write_text(json.dumps({"meta": meta, "records": records}, indent=1) + "\n")
+
     for task in tasks:
+        if args.mode == "speed":
+            keep(speed(task, args))
+            continue
         try:
-            records.append(speed(task, args) if args.mode == "speed" else accuracy(task, args))
+            data, name = task_data(task, args)
         except DataMissing as error:
             raise SystemExit(f"benchmarks/lra.py: {error}") from None
-        print(json.dumps(records[-1]), flush=True)
-        out.write_text(json.dumps({"meta": meta, "records": records}, indent=1) + "\n")
+        for seed in args.seeds:
+            keep(accuracy(task, data, name, seed, args))
     print_table(make_console(), f"Long Range Arena, {args.mode}", *table(records))
     print(f"wrote {out}")
 

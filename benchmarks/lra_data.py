@@ -46,6 +46,28 @@ class Sequences(Data):
         x, y = self._parts["test"]
         return x[indices].long(), y[indices].long()
 
+    def save(self, path: pathlib.Path) -> None:
+        """Writes tokens below 256 and labels to a file, whole or not at all."""
+        arrays = {
+            f"{part}_{name}": values.to(torch.uint8).numpy()
+            for part, batch in self._parts.items()
+            for name, values in zip("xy", batch, strict=True)
+        }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_suffix(f".{os.getpid()}.part")
+        with open(unfinished, "wb") as file:
+            np.savez_compressed(file, classes=self.classes, **arrays)
+        os.replace(unfinished, path)
+
+    @classmethod
+    def read(cls, path: pathlib.Path) -> Sequences:
+        with np.load(path) as arrays:
+            parts = [
+                tuple(torch.from_numpy(arrays[f"{part}_{name}"]) for name in "xy")
+                for part in ("train", "test")
+            ]
+            return cls(*parts, int(arrays["classes"]))
+
 
 def listops_tree(draw: random.Random, depth: int = 1) -> list[str]:
     """Draws an expression as tokens: below the root a node branches with probability 1/4."""
@@ -81,7 +103,7 @@ def listops_value(tokens: list[str]) -> int:
 
 def listops(
     num_train: int, num_test: int, seed: int, length: int = 2000, shortest: int = 500
-) -> Data:
+) -> Sequences:
     """Distinct expressions of more than `shortest` and fewer than `length` tokens."""
     draw, seen = random.Random(seed), set()
     ids = np.zeros((num_train + num_test, length), dtype=np.uint8)
@@ -218,7 +240,7 @@ def _pictures(seed: int, part: int, count: int, p: Paths) -> tuple[np.ndarray, n
     return x, y
 
 
-def pathfinder(num_train: int, num_test: int, seed: int, paths: Paths | None = None) -> Data:
+def pathfinder(num_train: int, num_test: int, seed: int, paths: Paths | None = None) -> Sequences:
     """Pictures as sequences of grey values; label 1: the markers are the ends of one snake.
 
     Parts of 500 with seeds of their own, so that several processes draw what one would.
@@ -257,12 +279,25 @@ def grey_images(folder: pathlib.Path, num_train: int, num_test: int) -> tuple[Da
     return Sequences(*parts, 10), name
 
 
+GENERATED = {
+    "listops": (listops, "ListOps, generated"),
+    "pathfinder": (pathfinder, "Pathfinder 32x32, generated"),
+}
+
+
 def load(task: str, folder: str, num_train: int, num_test: int, seed: int) -> tuple[Data, str]:
-    """A task's data and what it is called; raises DataMissing with the cure."""
-    if task == "listops":
-        return listops(num_train, num_test, seed), "ListOps, generated"
-    if task == "pathfinder":
-        return pathfinder(num_train, num_test, seed), "Pathfinder 32x32, generated"
+    """A task's data and what it is called; raises DataMissing with the cure.
+
+    What is generated (minutes of a processor) stays in `folder`/lra for the next time.
+    """
+    if task in GENERATED:
+        generate, name = GENERATED[task]
+        path = pathlib.Path(folder) / "lra" / f"{task}-{num_train}-{num_test}-{seed}.npz"
+        if path.exists():
+            return Sequences.read(path), name
+        data = generate(num_train, num_test, seed)
+        data.save(path)
+        return data, name
     if task == "image":
         return grey_images(pathlib.Path(folder), num_train, num_test)
     raise DataMissing(f"--tasks {task}: has no data here; it can be timed with --mode speed")

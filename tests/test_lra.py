@@ -112,6 +112,16 @@ def test_pathfinder_set_is_seeded():
     assert xa.shape == (3, 1024) and 200 < xa.max() <= 255
 
 
+def test_generated_data_is_kept(tmp_path, monkeypatch):
+    made, name = lra_data.load("listops", tmp_path, 3, 2, 4)
+    monkeypatch.setitem(lra_data.GENERATED, "listops", (None, name))  # would raise if called again
+    kept, _ = lra_data.load("listops", tmp_path, 3, 2, 4)
+    assert (kept.num_train, kept.num_test, kept.classes) == (3, 2, made.classes)
+    for part in (lambda d: d.test(torch.arange(2)), lambda d: d.train(torch.arange(3), None)):
+        assert all(torch.equal(a, b) for a, b in zip(part(made), part(kept), strict=True))
+    assert [p.name for p in (tmp_path / "lra").iterdir()] == ["listops-3-2-4.npz"]
+
+
 def test_kinds_agree_where_all_scores_are_kept():
     size = SIZES["toy"]
     models = [build(kind, size, 0.5, 128).eval() for kind in ("scores", "sdpa")]
@@ -138,8 +148,8 @@ def test_standard_sizes_have_layers_of_the_default_density(task):
 def test_toy_run(mode, tmp_path, capsys):
     out = tmp_path / "lra.json"
     options = f"--mode {mode} --tasks toy --device cpu --steps 2 --attention-block 16 --out {out}"
-    lra.main(options.split())
-    (record,) = json.loads(out.read_text())["records"]
+    lra.main([*options.split(), *(["--seeds", "0", "7"] if mode == "train" else [])])
+    record, *others = json.loads(out.read_text())["records"]
     kinds = {"speed": {"scores", "sdpa", "pixelfly"}, "train": {"sdpa", "pixelfly"}}[mode]
     assert set(record["kinds"]) == kinds
     for found in record["kinds"].values():
@@ -147,6 +157,7 @@ def test_toy_run(mode, tmp_path, capsys):
     if mode == "speed":
         assert record["ratio_scores"] > 0 and record["ratio_sdpa"] > 0
     else:
+        assert [record["seed"], *(r["seed"] for r in others)] == [0, 7]
         assert record["steps_done"] == 2 and 0 <= record["kinds"]["sdpa"]["accuracy"] <= 1
     assert "toy" in capsys.readouterr().out
 
