@@ -46,7 +46,7 @@ def settings(args: argparse.Namespace, size: Size, seed: int) -> Settings:
 
 def make(kind: str, size: Size, args: argparse.Namespace, seed: int = 0) -> Learner:
     torch.manual_seed(seed)
-    model = build(kind, size, args.density, args.attention_block)
+    model = build(kind, size, args.density, args.attention_block, args.rank)
     return Learner(kind, model, settings(args, size, seed))
 
 
@@ -58,7 +58,7 @@ def free() -> None:
 
 
 def described(task: str, size: Size, args: argparse.Namespace) -> dict:
-    keys = ("density", "attention_block", "compile", "steps")
+    keys = ("density", "rank", "attention_block", "compile", "steps")
     row = {"task": task, "mode": args.mode, **{key: getattr(args, key) for key in keys}}
     return row | dataclasses.asdict(size) | {"batch": args.batch or size.batch}
 
@@ -163,6 +163,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--lr", type=float, default=1e-3)
     add("--weight-decay", type=float, default=0.05)
     add("--density", type=float, default=0.5, help="of the linear layers")
+    add("--rank", type=int, default=None, help="of the linear layers; default: by the density")
     add("--attention-block", type=int, default=128, help="tokens; on a GPU 64 or 128")
     add("--compile", action="store_true", help="torch.compile every model")
     add("--train-samples", type=int, default=20000)

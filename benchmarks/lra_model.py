@@ -99,8 +99,12 @@ class Encoder(nn.Module):
         return self.head((x * weight).sum(1) / weight.sum(1).clamp(min=1))
 
 
-def build(kind: str, size: Size, density: float, attention_block: int) -> Encoder:
+def build(
+    kind: str, size: Size, density: float, attention_block: int, rank: int | None = None
+) -> Encoder:
     """A model of one kind: dense with "scores" or "sdpa", or "pixelfly" in attention and linears.
+
+    rank: of the sparse layers' low-rank part; None: a share of the density, as PixelflyLinear does.
 
     Raises:
         ValueError: no layer of this density and block size exists; the message names the nearest.
@@ -109,7 +113,9 @@ def build(kind: str, size: Size, density: float, attention_block: int) -> Encode
         raise ValueError(f"kind must be one of {KINDS}, got {kind!r}")
     linear = nn.Linear
     if kind == "pixelfly":
-        linear = functools.partial(PixelflyLinear, density=density, block_size=size.linear_block)
+        linear = functools.partial(
+            PixelflyLinear, density=density, block_size=size.linear_block, rank=rank
+        )
     config = AttentionConfig(attention_block)
 
     def attention() -> nn.Module:

@@ -162,7 +162,69 @@ def between_table(data: dict) -> str:
     return source(data["meta"]) + markdown(header, rows)
 
 
+def attention_table(data: dict) -> str:
+    """One row per length and direction that was compared with dense attention."""
+    rows = [
+        [
+            f"{r['length']} x {r['head_features']}",
+            r["direction"].replace("_", " + "),
+            f"{100 * r['density'][r['ours']]:.1f} %",
+            ms(r["peers"].get("cudnn")),
+            ms(r["peers"].get("flash")),
+            ms(r["peers"].get("window")),
+            f"{ms(r['ours_ms'])} ({r['ours'].removeprefix('butterfly ')})",
+            f"**{r['ratio']:.2f}×**",
+        ]
+        for r in data["records"]
+        if r.get("ratio")
+    ]
+    header = ["tokens x features of a head", "direction", "density", "cuDNN ms", "flash ms"]
+    header += ["window ms", "ours (blocks of)", "to the faster dense"]
+    return source(data["meta"]) + markdown(header, rows)
+
+
+def lra_table(data: dict) -> str:
+    """Speed: a row per task; training: a row per task and seed."""
+    rows = []
+    if data["records"][0]["mode"] == "train":
+        for r in data["records"]:
+            right = [f"{100 * r['kinds'][kind]['accuracy']:.2f} %" for kind in ("sdpa", "pixelfly")]
+            samples = f"{r['train_samples']:,} / {r['test_samples']:,}"
+            steps = f"{r['steps_done']} x {r['batch']}"
+            rows.append([r["data"], str(r["seed"]), samples, steps, *right])
+        header = ["data", "seed", "samples: training / test", "steps x batch", "dense", "pixelfly"]
+        return source(data["meta"]) + markdown(header, rows)
+    for r in data["records"]:
+        cells = [f"{r['task']} ({r['batch']} x {r['length']})"]
+        for kind in ("scores", "sdpa", "pixelfly"):
+            found = r["kinds"][kind]
+            cells.append(f"{found['ms']:.1f}, {found['peak_gb']:.1f} GB" if "ms" in found else "–")
+        ratios = [r["ratio_scores"], r["ratio_sdpa"]]
+        rows.append([*cells, *("–" if q is None else f"**{q:.2f}×**" for q in ratios)])
+    header = ["task (batch x tokens)", "dense, scores in memory: ms a step", "dense, fused", "ours"]
+    return source(data["meta"]) + markdown([*header, "to scores", "to fused"], rows)
+
+
+def plan_table(data: dict) -> str:
+    """One row per model, dense and planned: predicted and real steps."""
+    rows = []
+    for r in data["records"]:
+        for side in ("dense", "pixelfly"):
+            found = r[side]
+            real = [
+                f"{found[f'{mode}_ms']:.1f} ({100 * found[f'{mode}_error']:+.0f} %)"
+                for mode in ("bfloat16", "autocast")
+            ]
+            row = [f"{r['model']} {side}", f"{found['predicted_ms']:.1f}", *real]
+            rows.append([*row, f"{r['plan_seconds']:.1f}"])
+    header = ["model", "predicted ms", "bf16: ms (predicted is off by)", "autocast: ms (off by)"]
+    return source(data["meta"]) + markdown([*header, "plan() s"], rows)
+
+
 TABLES = {
+    "attention": attention_table,
+    "lra": lra_table,
+    "plan": plan_table,
     "op": operator_table,
     "models": model_table,
     "train": training_table,
