@@ -24,16 +24,16 @@ class Size:
     vocabulary: int
     classes: int
     batch: int
-    linear_block: int  # b of the sparse linear layers
+    linear_block: int | None  # b of the sparse linear layers; None: too narrow to gain, all dense
     padded: bool = False  # token 0 is padding, which nobody attends to
 
 
 SIZES = {
     "listops": Size(2000, 512, 8, 4, 1024, 16, 10, 32, 64, padded=True),
     "text": Size(1000, 256, 4, 4, 1024, 256, 2, 32, 32, padded=True),
-    "retrieval": Size(4000, 64, 2, 2, 128, 256, 2, 32, 16, padded=True),  # one of the two towers
-    "image": Size(1024, 128, 8, 1, 128, 256, 10, 256, 32),
-    "pathfinder": Size(1024, 64, 2, 2, 128, 256, 2, 512, 16),
+    "retrieval": Size(4000, 64, 2, 2, 128, 256, 2, 32, None, padded=True),  # one of the two towers
+    "image": Size(1024, 128, 8, 1, 128, 256, 10, 256, None),
+    "pathfinder": Size(1024, 64, 2, 2, 128, 256, 2, 512, None),
     "toy": Size(96, 32, 2, 1, 64, 16, 10, 4, 16, padded=True),
 }
 KINDS = ("scores", "sdpa", "pixelfly")
@@ -99,12 +99,9 @@ class Encoder(nn.Module):
         return self.head((x * weight).sum(1) / weight.sum(1).clamp(min=1))
 
 
-def build(
-    kind: str, size: Size, density: float, attention_block: int, rank: int | None = None
-) -> Encoder:
-    """A model of one kind: dense with "scores" or "sdpa", or "pixelfly" in attention and linears.
-
-    rank: of the sparse layers' low-rank part; None: a share of the density, as PixelflyLinear does.
+def build(kind: str, size: Size, density: float, attention_block: int) -> Encoder:
+    """A model of one kind: dense with "scores" or "sdpa"; or "pixelfly", with sparse attention and,
+    where the model is wide enough, linear layers of butterfly + global blocks.
 
     Raises:
         ValueError: no layer of this density and block size exists; the message names the nearest.
@@ -112,9 +109,9 @@ def build(
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {KINDS}, got {kind!r}")
     linear = nn.Linear
-    if kind == "pixelfly":
+    if kind == "pixelfly" and size.linear_block is not None:
         linear = functools.partial(
-            PixelflyLinear, density=density, block_size=size.linear_block, rank=rank
+            PixelflyLinear, density=density, block_size=size.linear_block, lowrank="global"
         )
     config = AttentionConfig(attention_block)
 
