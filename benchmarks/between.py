@@ -6,7 +6,9 @@
 Residual addition + LayerNorm (`pixelfly.ops.add_layer_norm`), float32 stream and bf16 branches, a
 Mixer's MLP over tokens (`pixelfly.nn.TokenMLP`), the patch embedding (`PatchConv2d`) and the last
 layer with its loss (`pixelfly.ops.linear_cross_entropy`), each beside torch's own operators as timm
-and transformers call them, forward and forward + backward. The floor is bytes at 3.0 TB/s, of a
+and transformers call them, forward and forward + backward. And a sparse qkv layer with the
+gradients that attention hands back (`pixelfly.ops.butterfly_qkv`), beside the same layer whose
+output torch takes apart, so that it puts them side by side. The floor is bytes at 3.0 TB/s, of a
 pass that reads and writes every operand once; for the loss its products at 790 TFLOP/s, one reading
 of the logits and, with the backward, one writing. Writes between_<device>.json to
 benchmarks/results.
@@ -24,9 +26,10 @@ import torch.nn.functional as F
 from display import make_console, print_table
 from timing import Timing, environment, num_buffer_sets, results_path, time_all
 
+from pixelfly import PixelflyLinear
 from pixelfly.nn import TokenMLP
 from pixelfly.nn.patches import PatchConv2d
-from pixelfly.ops import add_layer_norm, linear_cross_entropy
+from pixelfly.ops import Weights, add_layer_norm, butterfly_qkv, linear_cross_entropy
 
 BYTES_PER_SECOND, FLOPS_PER_SECOND = 3.0e12, 790e12
 SHAPES = [(25216, 768), (8192, 1024), (8192, 4096)]  # ViT-B/16, GPT-2 medium, a wide model
@@ -134,6 +137,35 @@ def patches(batch: int, device: str) -> tuple[dict[str, dict[str, Call]], dict, 
     return candidates, {"forward": forward, "forward_backward": forward + backward}, sets
 
 
+def qkv(batch: int, device: str) -> tuple[dict[str, dict[str, Call]], dict, int]:
+    tokens, features, heads = 197, 768, 12
+    elements = batch * tokens * features
+    sets = num_buffer_sets(16 * elements) if device == "cuda" else 1
+    bf16 = {"device": device, "dtype": torch.bfloat16}
+    layer = PixelflyLinear(features, 3 * features, density=0.25, rank=0, device=device)
+    weights = Weights(layer.blocks, layer.layout, bias=layer.bias)
+    x = [torch.randn(batch, tokens, features, **bf16).requires_grad_() for _ in range(sets)]
+    shape = (batch, tokens, heads, features // heads)
+    dy = [[torch.randn(shape, **bf16).transpose(1, 2) for _ in range(3)] for _ in range(sets)]
+
+    def ours(i: int) -> tuple:
+        with torch.autocast(device, torch.bfloat16):
+            return butterfly_qkv(x[i], weights, heads)
+
+    def theirs(i: int) -> tuple:
+        with torch.autocast(device, torch.bfloat16):
+            thirds = layer(x[i]).unflatten(2, (3, heads, -1)).unbind(2)
+            return tuple(third.transpose(1, 2) for third in thirds)
+
+    def grads(i: int) -> tuple:
+        return (x[i], *layer.parameters()), dy[i]
+
+    # Forward: x, y, three times as wide; backward: dy, x, dx.
+    forward, backward = 8 * elements, 10 * elements
+    candidates = {"torch": both_ways(theirs, grads), "pixelfly": both_ways(ours, grads)}
+    return candidates, {"forward": forward, "forward_backward": forward + backward}, sets
+
+
 def loss(tokens: int, device: str) -> tuple[dict[str, dict[str, Call]], dict, int]:
     features, classes = 1024, 50257
     x = torch.randn(tokens, features, device=device, requires_grad=True)
@@ -163,7 +195,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--tokens", type=int, default=None, help="instead of the usual numbers")
-    parser.add_argument("--batch", type=int, default=128, help="samples of the Mixer")
+    parser.add_argument("--batch", type=int, default=128, help="images")
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--out", type=pathlib.Path, default=None)
     args = parser.parse_args()
@@ -179,6 +211,7 @@ def main() -> None:
     }
     cases[f"token MLP {args.batch} x 196 x 768"] = token_mlp(args.batch, args.device)
     cases[f"patches {args.batch} x 3 x 224 x 224"] = patches(args.batch, args.device)
+    cases[f"qkv {args.batch} x 197 x 768"] = qkv(args.batch, args.device)
     cases[f"loss {args.tokens or 8192} x 1024, 50257"] = loss(args.tokens or 8192, args.device)
     records, rows = [], []
     for case, (candidates, floors, sets) in cases.items():

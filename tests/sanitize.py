@@ -20,9 +20,11 @@ import torch
 from pixelfly import masks
 from pixelfly.nn import TokenMLP
 from pixelfly.ops import (
+    Weights,
     add_layer_norm,
     butterfly_lowrank_mm,
     butterfly_lowrank_mm_reference,
+    butterfly_qkv,
     linear_cross_entropy,
 )
 
@@ -126,6 +128,32 @@ def token_mlp_calls(dtypes: list[torch.dtype]) -> tuple[int, int]:
     return calls, wrong
 
 
+def qkv_calls(dtypes: list[torch.dtype]) -> tuple[int, int]:
+    """Runs butterfly_qkv, whose backward reads three gradients; returns calls, wrong outputs."""
+    calls = wrong = 0
+    for dtype, b, rank in itertools.product(
+        [d for d in dtypes if d != torch.float32], (32, 64, 128), (0, 16)
+    ):
+        layout = masks.flat_block_butterfly(384, 128, block_size=b)
+        shapes = ((layout.nnz, b, b), (384, rank), (rank, 128), (384,), (2, 140, 128))
+        *tensors, x = (torch.randn(s).div_(8).to(dtype) for s in shapes)
+        dys = [torch.randn(2, 140, 2, 64).to(dtype) for _ in range(3)]
+        results = []
+        for device in ("cuda", "cpu"):
+            blocks, u, v, bias = (t.to(device).requires_grad_() for t in tensors)
+            leaf = x.to(device).requires_grad_()
+            low_rank = (u, v) if rank else (None, None)
+            outputs = butterfly_qkv(leaf, Weights(blocks, layout, *low_rank, bias), 2)
+            leaves = [leaf, blocks, bias] + [u, v] * bool(rank)
+            up = [dy.to(device).transpose(1, 2) for dy in dys]
+            results.append(
+                [*(o.detach() for o in outputs), *torch.autograd.grad(outputs, leaves, up)]
+            )
+        calls += 1
+        wrong += differs(f"qkv {dtype} b={b} r={rank}", *results, dtype)
+    return calls, wrong
+
+
 def loss_calls(dtypes: list[torch.dtype]) -> tuple[int, int]:
     """Runs linear_cross_entropy, rows kept and read twice; returns the calls and wrong outputs."""
     calls = wrong = 0
@@ -164,7 +192,7 @@ def rounding_calls(dtypes: list[torch.dtype]) -> tuple[int, int]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--paths", nargs="*", default=["sm80", "auto", "sm90"])
-    parts = ["linear", "layer-norm", "token-mlp", "loss", "rounding"]
+    parts = ["linear", "layer-norm", "token-mlp", "qkv", "loss", "rounding"]
     parser.add_argument("--parts", nargs="*", default=parts, choices=parts)
     parser.add_argument("--dtypes", nargs="*", default=["bfloat16", "float16", "float32"])
     parser.add_argument("--block-sizes", nargs="*", type=int, default=[16, 32, 64, 128])
@@ -178,6 +206,7 @@ def main() -> int:
     runs = {
         "layer-norm": layer_norm_calls,
         "token-mlp": token_mlp_calls,
+        "qkv": qkv_calls,
         "loss": loss_calls,
         "rounding": rounding_calls,
     }

@@ -8,12 +8,15 @@ import pytest
 import torch
 import vision_ops  # noqa: F401 (before timm and transformers)
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
-from pixelfly import PixelflyConfig, densify_, sparsify_
+import pixelfly.nn.attention
+from pixelfly import PixelflyConfig, PixelflyLinear, densify_, sparsify_
 from pixelfly.nn import TokenMLP
 from pixelfly.nn.attention import FullSelfAttention
 from pixelfly.nn.blocks import FusedMixerBlock, FusedTransformerBlock
 from pixelfly.nn.patches import PatchConv2d
+from pixelfly.ops import butterfly_qkv
 
 timm = pytest.importorskip("timm")
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -156,6 +159,50 @@ def test_convolutions_over_other_patches(options, message):
     model.patch_embed.proj = conv
     report = sparsify_(model, FUSED, "vit")
     assert model.patch_embed.proj is conv and report.fused_blocks == ["blocks.0", "blocks.1"]
+
+
+def _attention(gate=None, low_rank=0):
+    attention = FullSelfAttention.from_module(vit(qkv_bias=True).blocks[0].attn)
+    attention.qkv = PixelflyLinear(64, 192, block_size=16, rank=low_rank, gate=gate)
+    return attention
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize(
+    ("build", "spoil", "split"),
+    [
+        (_attention, lambda layer: None, True),
+        (lambda: _attention("scalar", 16), lambda layer: None, True),
+        (lambda: _attention("token", 16), lambda layer: None, False),
+        (_attention, lambda layer: layer.requires_grad_(False), True),
+        (_attention, lambda layer: layer.bias.requires_grad_(False), True),
+        (_attention, lambda layer: layer.register_forward_hook(lambda *_: None), False),
+        (_attention, lambda layer: layer.register_full_backward_hook(lambda *_: None), False),
+        (_attention, lambda layer: setattr(layer, "forward", layer.forward), False),
+    ],
+)
+def test_qkv_layer_takes_three_gradients(monkeypatch, build, spoil, split, checkpointed):
+    """Or, where its call does more than its weights say, is called and gets one."""
+    attention = build()
+    spoil(attention.qkv)
+    calls = []
+
+    def counted(*args):
+        calls.append(args)
+        return butterfly_qkv(*args)
+
+    def step():
+        y = torch.linspace(-1, 1, 2 * 9 * 64).view(2, 9, 64).requires_grad_()
+        out = checkpoint(attention, y, use_reentrant=False) if checkpointed else attention(y)
+        attention.zero_grad()
+        out.square().sum().backward()
+        return [out, y.grad, *(p.grad for p in attention.parameters() if p.requires_grad)]
+
+    monkeypatch.setattr(pixelfly.nn.attention, "butterfly_qkv", counted)
+    ours = step()
+    assert len(calls) == split * (1 + checkpointed)
+    monkeypatch.setattr(pixelfly.nn.attention, "is_plain", lambda layer: False)
+    torch.testing.assert_close(ours, step(), rtol=1e-4, atol=1e-5)
 
 
 def test_masks_reach_the_attention():

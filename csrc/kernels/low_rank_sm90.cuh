@@ -19,6 +19,7 @@
 #include "device/shared_memory.cuh"
 #include "device/tma.cuh"
 #include "device/wgmma.cuh"
+#include "kernels/thirds.cuh"
 
 namespace pixelfly {
 
@@ -29,12 +30,12 @@ constexpr int kLowRankThreads = 160;
 constexpr int kLowRankSharedBytes = kLowRankStages * 2 * kLowRankTileBytes + 1024;
 
 struct LowRankMaps {
-  CUtensorMap x;       // [T, features]
+  CUtensorMap x[3];    // [T, features]; kThirds: three thirds of it, else one map
   CUtensorMap factor;  // v [r, K] (transposed: u [N, r])
   CUtensorMap t;       // [T, r]; all boxes 64 x 64
 };
 
-template <typename T, bool kTransposed>
+template <typename T, bool kTransposed, bool kThirds>
 __global__ void __launch_bounds__(kLowRankThreads)
     low_rank_sm90(const __grid_constant__ LowRankMaps maps, int num_tiles) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
@@ -59,7 +60,9 @@ __global__ void __launch_bounds__(kLowRankThreads)
       device::mbarrier_wait(empty + 8 * s, (i / kLowRankStages & 1) ^ 1);
       device::mbarrier_expect_tx(bar, 2 * kLowRankTileBytes);
       const int feature = i * kLowRankTile;
-      device::tma_load_2d(x, &maps.x, bar, feature, token);
+      TilePlace place{0, i};
+      if constexpr (kThirds) place = place_of_tile(i, num_tiles / 3);
+      device::tma_load_2d(x, &maps.x[place.matrix], bar, place.tile * kLowRankTile, token);
       device::tma_load_2d(x + kLowRankTileBytes, &maps.factor, bar, kTransposed ? rank : feature,
                           kTransposed ? feature : rank);
     }

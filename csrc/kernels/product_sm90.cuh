@@ -33,6 +33,9 @@
 // of them takes half a stage, the half where the later outputs will go. Other outputs go through
 // the staging tiles; cooperative warpgroups also use their half of the last step's stage.
 //
+// Where x is three matrices side by side (kThirds), the producer chooses among their maps: some ten
+// instructions a step, from which kernels of their own keep the other calls.
+//
 // Where tokens are columns (kColumns), tiles of activations are [64 features][64 tokens]: x is
 // wgmma's B through MN-major descriptors, and outputs need no transposition.
 //
@@ -396,7 +399,7 @@ struct Consumer {
 }  // namespace groups
 
 template <typename T, bool kTransposed, bool kQuads, bool kCooperative, bool kPlain,
-          bool kColumns = false>
+          bool kColumns = false, bool kThirds = false>
 __global__ void __launch_bounds__(kGroupThreads, 1)
     product_sm90(const __grid_constant__ GroupMaps maps, const __grid_constant__ GroupArgs args) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
@@ -421,7 +424,7 @@ __global__ void __launch_bounds__(kGroupThreads, 1)
   if (warpgroup == 2) {
     device::release_registers<40>();
     if (threadIdx.x == 256) {
-      groups::produce<kTransposed, kQuads, kCooperative, kColumns>(maps, args, layout);
+      groups::produce<kTransposed, kQuads, kCooperative, kColumns, kThirds>(maps, args, layout);
     }
   } else {
     device::claim_registers<232>();

@@ -5,6 +5,7 @@
 #include "device/tma.cuh"
 #include "device/wgmma.cuh"
 #include "kernels/product_sm90_work.cuh"
+#include "kernels/thirds.cuh"
 
 namespace pixelfly {
 
@@ -39,7 +40,7 @@ __device__ void load_weight(const GroupMaps& maps, const GroupArgs& args, uint32
 }
 
 // One thread.
-template <bool kTransposed, bool kQuads, bool kCooperative, bool kColumns>
+template <bool kTransposed, bool kQuads, bool kCooperative, bool kColumns, bool kThirds>
 __device__ void produce(const GroupMaps& maps, const GroupArgs& args, const Layout& layout) {
   Ring ring{args.stages};
   uint32_t units_done = 0;
@@ -82,8 +83,16 @@ __device__ void produce(const GroupMaps& maps, const GroupArgs& args, const Layo
         const int weights = load_weights ? (step.y >= 0) + (step.z >= 0) : 0;
         device::mbarrier_expect_tx(full, tiles * kGroupXBytes + weights * kGroupTileBytes);
         const bool is_t = step.x >= args.num_x_tiles;
-        load(is_t ? &maps.t : &maps.x, full,
-             (is_t ? step.x - args.num_x_tiles : step.x) * kGroupTile, 0);
+        const CUtensorMap* map = is_t ? &maps.t : &maps.x;
+        int x_tile = is_t ? step.x - args.num_x_tiles : step.x;
+        if constexpr (kThirds) {
+          const TilePlace x = place_of_tile(step.x, args.third_tiles);
+          if (x.matrix > 0 && !is_t) {
+            map = &maps.x_others[x.matrix - 1];
+            x_tile = x.tile;
+          }
+        }
+        load(map, full, x_tile * kGroupTile, 0);
         if (load_weights) {
           wait_for_weights();
           uint32_t at = layout.weight(unit.resident, step.w, ring.stage);

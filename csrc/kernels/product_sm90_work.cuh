@@ -12,13 +12,14 @@ namespace pixelfly {
 // Where tokens are columns, the maps of x, aux, y and slope_out have three dimensions, [samples]
 // [features][columns], and boxes of 64 x 64.
 struct GroupMaps {
-  CUtensorMap x;          // [T, in], box 128 x 64
-  CUtensorMap t;          // [T, r], box 128 x 64
-  CUtensorMap blocks;     // [nnz * b, b], box 64 x 64 (b = 32: 32 x 32)
-  CUtensorMap factor;     // u [N, r] (transposed: v [r, K]), the same box
-  CUtensorMap aux;        // residual or slope (perhaps in codes), [T, out], box 128 x 64
-  CUtensorMap y;          // [T, out], box 64 x 64
-  CUtensorMap slope_out;  // [T, out] (perhaps in codes), box 64 x 64
+  CUtensorMap x;            // [T, in] or, with kThirds, its first third, box 128 x 64
+  CUtensorMap t;            // [T, r], box 128 x 64
+  CUtensorMap blocks;       // [nnz * b, b], box 64 x 64 (b = 32: 32 x 32)
+  CUtensorMap factor;       // u [N, r] (transposed: v [r, K]), the same box
+  CUtensorMap aux;          // residual or slope (perhaps in codes), [T, out], box 128 x 64
+  CUtensorMap y;            // [T, out], box 64 x 64
+  CUtensorMap slope_out;    // [T, out] (perhaps in codes), box 64 x 64
+  CUtensorMap x_others[2];  // kThirds: as x
 };
 
 struct GroupArgs {
@@ -38,6 +39,7 @@ struct GroupArgs {
   bool has_slope;      // transposed only
   bool has_slope_out;  // not transposed only
   Activation activation;
+  int32_t third_tiles;  // of x in each of its thirds, if it is in thirds; else 0
 
   __device__ bool has_aux() const { return has_residual || has_slope; }
 };

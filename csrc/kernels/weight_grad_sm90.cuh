@@ -12,7 +12,7 @@
 //   ones:  a constant K-major tile; dz times it is the sum over tokens, dbias
 //   full[s]: producer -> consumers     empty[s]: the 8 consumer warps -> producer
 //
-// Producer: one TMA box a lane, its coordinates in registers.
+// Producer: one TMA box a lane, its coordinates in registers. dz may be three matrices.
 //
 // Partial sums go to the workspace in fragment order, fully coalesced; a second kernel adds the
 // spans in order, so results are deterministic, and rounds once. With one span the results are
@@ -29,6 +29,7 @@
 #include "device/shared_memory.cuh"
 #include "device/tma.cuh"
 #include "device/wgmma.cuh"
+#include "kernels/thirds.cuh"
 #include "pixelfly/grad_spans.h"
 #include "pixelfly/params.h"
 
@@ -42,25 +43,22 @@ constexpr int kGradThreads = 384;
 constexpr int kGradPartial = 64 * 64;  // fp32 values of an output tile
 
 struct GradMaps {
-  CUtensorMap of[4];  // by GradSource; box 32 tokens x 64 features
+  CUtensorMap of[6];  // by GradSource, then dz's other thirds; box 32 tokens x 64 features
 };
 
 struct GradKernelArgs {
   const GradChunk* chunks;  // device
-  int32_t num_chunks;
-  int32_t spans;
+  int32_t num_chunks, spans;
   int32_t span_steps;  // stages of kGradTokens tokens in a span
   int32_t total_steps;
   int32_t block_parts;     // block_size / 64
   const GroupQuad* quads;  // device; b = 32 only, else null
   int32_t out_features, in_features, rank, rank_tiles;
-  void* dblocks;
-  void* du;
-  void* dv;
-  void* dbias;
+  void *dblocks, *du, *dv, *dbias;
   bool float_out;       // gradients are fp32 instead of T
   float* partial;       // [span][chunk][warpgroup][output][64 * 64]
   float* bias_partial;  // [span][chunk][warpgroup][kGradBias][64]
+  int32_t dz_tiles;     // in each of dz's matrices
 };
 
 namespace grad {
@@ -302,14 +300,16 @@ __device__ void write_outputs(const GradChunk& chunk, const GradKernelArgs& args
 }
 
 __device__ inline void produce(const GradMaps& maps, const GradChunk& chunk, const GradRing& ring,
-                               int first_step, int steps) {
+                               int dz_tiles, int first_step, int steps) {
   const int lane = threadIdx.x % 32;
   const CUtensorMap* map = nullptr;
   int col = 0;
   if (lane < chunk.num_tiles) {
-    const int tile = chunk.tile[lane];
-    map = &maps.of[tile & 3];
-    col = (tile >> 2) * 64;
+    const int source = chunk.tile[lane] & 3;
+    TilePlace place{0, chunk.tile[lane] >> 2};
+    if (source == kGradDz) place = place_of_tile(place.tile, dz_tiles);
+    map = &maps.of[place.matrix > 0 ? kGradT + place.matrix : source];
+    col = place.tile * 64;
   }
   int stage = 0;
   uint32_t phase = 1;
@@ -370,7 +370,7 @@ __global__ void __launch_bounds__(kGradThreads, 1)
   const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);
   if (warpgroup == 2) {
     device::release_registers<24>();
-    if (threadIdx.x < 288) grad::produce(maps, chunk, ring, first, steps);
+    if (threadIdx.x < 288) grad::produce(maps, chunk, ring, args.dz_tiles, first, steps);
     return;
   }
   device::claim_registers<240>();

@@ -76,4 +76,27 @@ Choice choose_weight_grad(const WeightGradParams& p, const DeviceInfo& device, F
   return {hopper ? Path::kHopper : Path::kSm80, Status::success()};
 }
 
+Status refuse_thirds() {
+  return Status::unsupported(
+      "a gradient in thirds needs the kernels for Hopper, 16-byte aligned rows and thirds of a "
+      "multiple of 64 features");
+}
+
+bool takes_thirds(DType dtype, int64_t tokens, const PlanHeader& h, const DeviceInfo& device) {
+  if (h.out_features % (3 * kGroupTile) != 0) return false;
+  ProductParams p{};
+  p.dtype = dtype;
+  p.transposed = true;
+  p.tokens = tokens;
+  p.header = &h;
+  WeightGradParams g{};
+  g.dtype = dtype;
+  g.tokens = tokens;
+  g.header = &h;
+  const Forced forced = forced_path();
+  const Choice dx = choose_product(p, device, forced), dw = choose_weight_grad(g, device, forced);
+  const bool hopper = dx.path == Path::kHopper && dw.path == Path::kHopper;
+  return hopper && dx.status.ok() && dw.status.ok();
+}
+
 }  // namespace pixelfly

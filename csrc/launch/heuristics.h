@@ -25,4 +25,7 @@ struct Choice {
 Choice choose_product(const ProductParams& p, const DeviceInfo& device, Forced forced);
 Choice choose_weight_grad(const WeightGradParams& p, const DeviceInfo& device, Forced forced);
 
+// What a path that takes no thirds says to them.
+Status refuse_thirds();
+
 }  // namespace pixelfly

@@ -12,18 +12,26 @@ namespace {
 
 int tiles(int64_t n) { return static_cast<int>((n + kLowRankTile - 1) / kLowRankTile); }
 
-template <typename T, bool kTransposed>
+template <typename T, bool kTransposed, bool kThirds = false>
 Status launch(const LowRankMaps& maps, const LowRankParams& p, Stream stream) {
   const dim3 grid(tiles(p.tokens), tiles(p.rank));
-  return launch_kernel(low_rank_sm90<T, kTransposed>, grid, kLowRankThreads, kLowRankSharedBytes,
-                       stream, maps, tiles(p.features));
+  return launch_kernel(low_rank_sm90<T, kTransposed, kThirds>, grid, kLowRankThreads,
+                       kLowRankSharedBytes, stream, maps, tiles(p.features));
+}
+
+template <typename T>
+Status launch(const LowRankMaps& maps, const LowRankParams& p, Stream stream) {
+  if (p.x_others.given()) return launch<T, true, true>(maps, p, stream);
+  return p.transposed ? launch<T, true>(maps, p, stream) : launch<T, false>(maps, p, stream);
 }
 
 }  // namespace
 
 bool low_rank_sm90_supports(const LowRankParams& p, const DeviceInfo& device) {
+  if (p.x_others.given() && !p.transposed) return false;
   return device.arch == 90 && p.dtype != DType::kFloat32 &&
          aligned_rows(p.x, p.x_stride, p.dtype) &&
+         aligned_thirds(p.x_others, p.features, p.dtype) &&
          aligned_rows(p.factor, p.factor_stride, p.dtype) && aligned_rows(p.t, p.t_stride, p.dtype);
 }
 
@@ -31,17 +39,21 @@ Status launch_low_rank_sm90(const LowRankParams& p, const DeviceInfo&, Stream st
   LowRankMaps maps;
   const int64_t rows = p.transposed ? p.features : p.rank;
   const int64_t cols = p.transposed ? p.rank : p.features;
-  PIXELFLY_RETURN_IF_ERROR(
-      encode_tile_map(&maps.x, p.dtype, p.x, p.tokens, p.features, p.x_stride));
+  const bool thirds = p.x_others.given();
+  const int64_t width = p.features / (thirds ? 3 : 1);
+  PIXELFLY_RETURN_IF_ERROR(encode_tile_map(&maps.x[0], p.dtype, p.x, p.tokens, width, p.x_stride));
+  for (int i = 0; i < 2; ++i) {
+    maps.x[1 + i] = maps.x[0];  // must be a valid parameter
+    if (thirds) {
+      PIXELFLY_RETURN_IF_ERROR(encode_tile_map(&maps.x[1 + i], p.dtype, p.x_others.data[i],
+                                               p.tokens, width, p.x_others.stride[i]));
+    }
+  }
   PIXELFLY_RETURN_IF_ERROR(
       encode_tile_map(&maps.factor, p.dtype, p.factor, rows, cols, p.factor_stride));
   PIXELFLY_RETURN_IF_ERROR(encode_tile_map(&maps.t, p.dtype, p.t, p.tokens, p.rank, p.t_stride));
-  if (p.dtype == DType::kBFloat16) {
-    return p.transposed ? launch<__nv_bfloat16, true>(maps, p, stream)
-                        : launch<__nv_bfloat16, false>(maps, p, stream);
-  }
-  return p.transposed ? launch<__half, true>(maps, p, stream)
-                      : launch<__half, false>(maps, p, stream);
+  return p.dtype == DType::kBFloat16 ? launch<__nv_bfloat16>(maps, p, stream)
+                                     : launch<__half>(maps, p, stream);
 }
 
 }  // namespace pixelfly

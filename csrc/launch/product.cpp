@@ -19,7 +19,9 @@ Path choose_low_rank(const LowRankParams& p, const DeviceInfo& device) {
 
 Status launch_low_rank(const LowRankParams& p, const DeviceInfo& device, Stream stream) {
   if (p.tokens == 0 || p.rank == 0) return Status::success();
-  switch (choose_low_rank(p, device)) {
+  const Path path = choose_low_rank(p, device);
+  if (p.x_others.given() && path != Path::kHopper) return refuse_thirds();
+  switch (path) {
     case Path::kHopper: return launch_low_rank_sm90(p, device, stream);
     case Path::kFew: return launch_low_rank_few_sm80(p, stream);
     default: return launch_low_rank_sm80(p, device, stream);
@@ -30,6 +32,7 @@ Status launch_product(const ProductParams& p, const DeviceInfo& device, Stream s
   if (p.tokens == 0) return Status::success();
   const Choice choice = choose_product(p, device, forced_path());
   if (!choice.status.ok()) return choice.status;
+  if (p.x_others.given() && choice.path != Path::kHopper) return refuse_thirds();
 
   // The kernels read t: form it first if it was not given.
   ProductParams given = p;
@@ -43,6 +46,7 @@ Status launch_product(const ProductParams& p, const DeviceInfo& device, Stream s
     q.rank = p.header->rank;
     q.x = p.x;
     q.x_stride = p.x_stride;
+    q.x_others = p.x_others;
     q.factor = p.factor_in;
     q.factor_stride = p.factor_in_stride;
     q.t = p.t;

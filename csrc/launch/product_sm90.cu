@@ -70,6 +70,14 @@ Tile choose_tile(const ProductParams& p, const DeviceInfo& device) {
   return fit(1, 0, false);
 }
 
+template <typename T, bool kQuads>
+Status launch_thirds(const GroupMaps& maps, const GroupArgs& args, const Tile& tile, int grid,
+                     Stream stream) {
+  const auto kernel = tile.cooperative ? product_sm90<T, true, kQuads, true, true, false, true>
+                                       : product_sm90<T, true, kQuads, false, true, false, true>;
+  return launch_kernel(kernel, grid, kGroupThreads, tile.shared_bytes, stream, maps, args);
+}
+
 template <typename T, bool kTransposed, bool kQuads>
 Status launch_one(const GroupMaps& maps, const GroupArgs& args, const Tile& tile, int grid,
                   Stream stream) {
@@ -93,6 +101,10 @@ Status launch(const ProductParams& p, const GroupMaps& maps, const GroupArgs& ar
     return launch_kernel(kernel, grid, kGroupThreads, tile.shared_bytes, stream, maps, args);
   }
   const bool quads = p.header->block_size == 32;
+  if (p.x_others.given()) {
+    const auto kernel = quads ? launch_thirds<T, true> : launch_thirds<T, false>;
+    return kernel(maps, args, tile, grid, stream);
+  }
   const auto kernel = p.transposed
                           ? (quads ? launch_one<T, true, true> : launch_one<T, true, false>)
                           : (quads ? launch_one<T, false, true> : launch_one<T, false, false>);
@@ -106,6 +118,10 @@ bool product_sm90_supports(const ProductParams& p, const DeviceInfo& device) {
     return false;
   if (p.transposed && (p.slope_out != nullptr || p.activation != Activation::kNone)) return false;
   if (p.slope != nullptr && (p.residual != nullptr || !p.transposed)) return false;
+  if (p.x_others.given() &&
+      (p.columns > 0 || !p.transposed || p.residual != nullptr || p.slope != nullptr)) {
+    return false;
+  }
   if (p.columns > 0 && (p.header->block_size == 32 || p.header->rank > 0 || p.residual != nullptr ||
                         choose_tile(p, device).cooperative)) {
     return false;
@@ -118,10 +134,10 @@ bool product_sm90_supports(const ProductParams& p, const DeviceInfo& device) {
     if (p.columns > 0) stride = p.columns;
     return aligned_rows(data, stride, slope_dtype(p.dtype));
   };
-  return aligned(p.x, p.x_stride) && aligned(p.blocks, 0) && aligned(p.factor, p.factor_stride) &&
-         aligned(p.t, p.t_stride) && aligned(p.residual, p.residual_stride) &&
-         aligned(p.y, p.y_stride) && aligned_slope(p.slope, p.slope_stride) &&
-         aligned_slope(p.slope_out, p.slope_out_stride);
+  return aligned(p.x, p.x_stride) && aligned_thirds(p.x_others, p.in_features, p.dtype) &&
+         aligned(p.blocks, 0) && aligned(p.factor, p.factor_stride) && aligned(p.t, p.t_stride) &&
+         aligned(p.residual, p.residual_stride) && aligned(p.y, p.y_stride) &&
+         aligned_slope(p.slope, p.slope_stride) && aligned_slope(p.slope_out, p.slope_out_stride);
 }
 
 Status launch_product_sm90(const ProductParams& p, const DeviceInfo& device, Stream stream) {
@@ -153,11 +169,16 @@ Status launch_product_sm90(const ProductParams& p, const DeviceInfo& device, Str
   const void* aux = p.residual != nullptr ? p.residual : p.slope;
   const int64_t aux_stride = p.residual != nullptr ? p.residual_stride : p.slope_stride;
   const DType slopes = slope_dtype(p.dtype), aux_dtype = p.residual != nullptr ? p.dtype : slopes;
+  const int64_t x_features = p.in_features / (p.x_others.given() ? 3 : 1);
   const void* t = h.rank > 0 ? p.t : nullptr;
   const void* factor = h.rank > 0 ? p.factor : nullptr;
   const void* blocks = h.nnz > 0 ? p.blocks : nullptr;
   PIXELFLY_RETURN_IF_ERROR(
-      map_activations(p.dtype, &maps.x, p.x, p.in_features, p.x_stride, kGroupTokens));
+      map_activations(p.dtype, &maps.x, p.x, x_features, p.x_stride, kGroupTokens));
+  for (int i = 0; i < 2; ++i) {
+    PIXELFLY_RETURN_IF_ERROR(map(&maps.x_others[i], p.x_others.data[i], T, x_features,
+                                 p.x_others.stride[i], kGroupTokens));
+  }
   PIXELFLY_RETURN_IF_ERROR(map(&maps.t, t, T, h.rank, p.t_stride, kGroupTokens));
   PIXELFLY_RETURN_IF_ERROR(map(&maps.blocks, blocks, h.nnz * b, b, b, weight_box, weight_box));
   PIXELFLY_RETURN_IF_ERROR(
@@ -180,6 +201,7 @@ Status launch_product_sm90(const ProductParams& p, const DeviceInfo& device, Str
   // The layout's, which may be rounded up where tokens are columns.
   const int32_t in_features = p.transposed ? h.out_features : h.in_features;
   args.num_x_tiles = (in_features + kGroupTile - 1) / kGroupTile;
+  args.third_tiles = p.x_others.given() ? args.num_x_tiles / 3 : 0;
   args.weight_shift = b == 128 ? 1 : 0;
   args.stages = tile.stages;
   args.staging_tiles = tile.staging_tiles;

@@ -35,6 +35,7 @@ Status launch_weight_grad(const WeightGradParams& p, const DeviceInfo& device, S
   if (p.tokens == 0) return zero_gradients(p, stream);
   const Choice choice = choose_weight_grad(p, device, forced_path());
   if (!choice.status.ok()) return choice.status;
+  if (p.dz_others.given() && choice.path != Path::kHopper) return refuse_thirds();
   return choice.path == Path::kHopper ? launch_weight_grad_sm90(p, device, stream)
                                       : launch_weight_grad_sm80(p, device, stream);
 }

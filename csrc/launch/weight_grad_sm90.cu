@@ -21,6 +21,7 @@ GradKernelArgs make_args(const WeightGradParams& p, const DeviceInfo& device) {
   const int spans = choose_grad_spans(load, args.total_steps, device.num_sms);
   args.span_steps = (args.total_steps + spans - 1) / spans;
   args.spans = (args.total_steps + args.span_steps - 1) / args.span_steps;
+  args.dz_tiles = g.row_tiles / (p.dz_others.given() ? 3 : 1);
   args.block_parts = h.block_size / 64;
   if (h.block_size == 32) {
     args.quads = reinterpret_cast<const GroupQuad*>(p.plan + h.forward.quads_offset);
@@ -56,8 +57,10 @@ bool weight_grad_sm90_supports(const WeightGradParams& p, const DeviceInfo& devi
   const PlanHeader& h = *p.header;
   if (device.arch != 90 || p.dtype == DType::kFloat32 || h.grad.num_chunks == 0) return false;
   if (h.rank % 8 != 0) return false;
-  return aligned_rows(p.dz, p.dz_stride, p.dtype) && aligned_rows(p.x, p.x_stride, p.dtype) &&
-         aligned_rows(p.t, p.t_stride, p.dtype) && aligned_rows(p.s, p.s_stride, p.dtype);
+  return aligned_rows(p.dz, p.dz_stride, p.dtype) &&
+         aligned_thirds(p.dz_others, p.out_features, p.dtype) &&
+         aligned_rows(p.x, p.x_stride, p.dtype) && aligned_rows(p.t, p.t_stride, p.dtype) &&
+         aligned_rows(p.s, p.s_stride, p.dtype);
 }
 
 size_t weight_grad_workspace_sm90(const WeightGradParams& p, const DeviceInfo& device) {
@@ -71,18 +74,23 @@ size_t weight_grad_workspace_sm90(const WeightGradParams& p, const DeviceInfo& d
 Status launch_weight_grad_sm90(const WeightGradParams& p, const DeviceInfo& device, Stream stream) {
   const GradKernelArgs args = make_args(p, device);
   const int64_t rank = p.header->rank;
+  const int64_t dz_features = p.out_features / (p.dz_others.given() ? 3 : 1);
   GradMaps maps;
   // An operand that is not there (its gradient is not wanted) is replaced by dz: read, never
   // written.
   auto map = [&](CUtensorMap* out, const void* data, int64_t cols, int64_t stride) {
     if (data == nullptr) {
       data = p.dz;
-      cols = p.out_features;
+      cols = dz_features;
       stride = p.dz_stride;
     }
     return encode_tile_map(out, p.dtype, data, p.tokens, cols, stride, kGradTokens);
   };
-  PIXELFLY_RETURN_IF_ERROR(map(&maps.of[kGradDz], p.dz, p.out_features, p.dz_stride));
+  PIXELFLY_RETURN_IF_ERROR(map(&maps.of[kGradDz], p.dz, dz_features, p.dz_stride));
+  for (int i = 0; i < 2; ++i) {
+    PIXELFLY_RETURN_IF_ERROR(
+        map(&maps.of[kGradT + 1 + i], p.dz_others.data[i], dz_features, p.dz_others.stride[i]));
+  }
   PIXELFLY_RETURN_IF_ERROR(map(&maps.of[kGradX], p.x, p.in_features, p.x_stride));
   PIXELFLY_RETURN_IF_ERROR(map(&maps.of[kGradT], p.t, rank, p.t_stride));
   PIXELFLY_RETURN_IF_ERROR(map(&maps.of[kGradS], p.s, rank, p.s_stride));

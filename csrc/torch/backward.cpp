@@ -9,11 +9,24 @@ namespace {
 
 constexpr const char* kOp = "pixelfly::backward";
 
+// Matrices of one width side by side: [T, N].
+Tensor joined(std::initializer_list<Tensor> thirds, int64_t tokens, int64_t n) {
+  Tensor whole = empty(*thirds.begin(), {tokens, n});
+  int64_t at = 0;
+  for (const Tensor& third : thirds) {
+    Tensor place = torch::stable::narrow(whole, 1, at, third.size(1));
+    torch::stable::copy_(place, third);
+    at += third.size(1);
+  }
+  return whole;
+}
+
 std::tuple<OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor> backward(
     Tensor dy, OptionalTensor x, Tensor blocks, OptionalTensor u, OptionalTensor v,
     OptionalTensor t, OptionalTensor slope, const Tensor& plan, const std::string& header_text,
     bool relu, bool allow_tf32, bool deterministic, bool need_dx, bool need_dblocks, bool need_du,
-    bool need_dv, bool need_dbias, OptionalTensor x_slope, bool float32_grads) {
+    bool need_dv, bool need_dbias, OptionalTensor x_slope, bool float32_grads, OptionalTensor dy_k,
+    OptionalTensor dy_v) {
   const PlanHeader& h = parse_header(header_text, plan, kOp);
   const DType dtype = dtype_of(dy, kOp);
   STD_TORCH_CHECK(dy.dim() == 2, kOp, ": dy must be [T, out_features], got ", shape_string(dy));
@@ -21,7 +34,14 @@ std::tuple<OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor, Optio
   need_du = need_du && h.rank > 0;
   need_dv = need_dv && h.rank > 0;
   const bool need_weights = need_dblocks || need_dbias || need_du || need_dv;
-  check_operand(kOp, "dy", dy, dy, {tokens, n});
+  const bool thirds = dy_k.has_value();
+  STD_TORCH_CHECK(thirds == dy_v.has_value() && (!thirds || n % 3 == 0), kOp,
+                  ": dy_k and dy_v must be given together, for out_features that are a multiple of "
+                  "3, got ",
+                  n);
+  check_operand(kOp, "dy", dy, dy, {tokens, thirds ? n / 3 : n});
+  if (thirds) check_operand(kOp, "dy_k", *dy_k, dy, {tokens, n / 3});
+  if (thirds) check_operand(kOp, "dy_v", *dy_v, dy, {tokens, n / 3});
   check_operand(kOp, "blocks", blocks, dy, {h.nnz, b, b});
   STD_TORCH_CHECK(blocks.is_contiguous(), kOp, ": blocks must be contiguous");
   STD_TORCH_CHECK(u.has_value() == (h.rank > 0) && v.has_value() == (h.rank > 0), kOp,
@@ -39,7 +59,13 @@ std::tuple<OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor, Optio
   const torch::stable::accelerator::DeviceGuard guard(dy.get_device_index());
   const DeviceInfo device = device_of(dy, kOp);
   const Stream stream = current_stream(dy.get_device_index());
+  if (thirds && (slope || x_slope || !takes_thirds(dtype, tokens, h, device))) {
+    dy = joined({dy, *dy_k, *dy_v}, tokens, n);
+    dy_k = dy_v = OptionalTensor();
+  }
   dy = aligned(dy);
+  dy_k = aligned(dy_k);
+  dy_v = aligned(dy_v);
   x = aligned(x);
   blocks = aligned(blocks);
   u = aligned(u);
@@ -73,7 +99,9 @@ std::tuple<OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor, Optio
     a.dz_stride = n;
     raise_if_error(launch_activation_grad(a, device, stream), kOp);
   }
-  const Matrix dz_rows = matrix(dz), x_rows = matrix(x);
+  const Matrix dz_rows = matrix(dz), k_third = matrix(dy_k), v_third = matrix(dy_v);
+  const OtherThirds others{{k_third.data, v_third.data}, {k_third.stride, v_third.stride}};
+  const Matrix x_rows = matrix(x);
   const Matrix u_rows = matrix(u), v_rows = matrix(v);
 
   // s = dz · u: formed on the way to dx if dx is wanted, else alone for dv.
@@ -91,6 +119,7 @@ std::tuple<OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor, Optio
     p.out_features = h.in_features;
     p.x = dz_rows.data;
     p.x_stride = dz_rows.stride;
+    p.x_others = others;
     p.blocks = matrix(blocks).data;
     p.factor_in = u_rows.data;
     p.factor_in_stride = u_rows.stride;
@@ -116,6 +145,7 @@ std::tuple<OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor, Optio
     p.rank = h.rank;
     p.x = dz_rows.data;
     p.x_stride = dz_rows.stride;
+    p.x_others = others;
     p.factor = u_rows.data;
     p.factor_stride = u_rows.stride;
     p.t = s_rows.data;
@@ -135,6 +165,7 @@ std::tuple<OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor, Optio
     p.out_features = h.out_features;
     p.dz = dz_rows.data;
     p.dz_stride = dz_rows.stride;
+    p.dz_others = others;
     p.x = x_rows.data;
     p.x_stride = x_rows.stride;
     p.t = t_rows.data;

@@ -19,6 +19,12 @@
 // and dx is the gradient of its pre-activation. Whoever made x then says so with dy_is_dz: its dy
 // is that gradient already.
 //
+// dy_k, dy_v: dy comes in thirds of y's features, dy [T, N / 3] itself being the first, as
+// attention hands the gradients of q, k and v back. Hopper's kernels read them where they lie; for
+// others they are joined. qkv is linear for a layer whose thirds are q, k and v [B, heads, tokens,
+// N / 3 / heads], given as views of one tensor, x being [B, tokens, K]; its backward takes such
+// gradients.
+//
 // add_layer_norm: h = x + delta and y = LayerNorm(h) over the last of any number of dimensions. h
 // is None without delta: it would be x. ddelta is written where its dtype is not dx's, which
 // otherwise serves as ddelta; dh is what reaches h from its other users. The kernels take a last
@@ -34,13 +40,16 @@ STABLE_TORCH_LIBRARY(pixelfly, m) {
       "backward(Tensor dy, Tensor? x, Tensor blocks, Tensor? u, Tensor? v, Tensor? t, "
       "Tensor? slope, Tensor plan, str header, bool relu, bool allow_tf32, "
       "bool deterministic, bool need_dx, bool need_dblocks, bool need_du, bool need_dv, "
-      "bool need_dbias, Tensor? x_slope, bool float32_grads) "
+      "bool need_dbias, Tensor? x_slope, bool float32_grads, Tensor? dy_k=None, Tensor? dy_v=None) "
       "-> (Tensor? dx, Tensor? dblocks, Tensor? du, Tensor? dv, Tensor? dbias)");
   m.def(
       "linear(Tensor x, Tensor blocks, Tensor? u, Tensor? v, Tensor? bias, Tensor? residual, "
       "Tensor plan, str header, int activation, bool save_slope, bool allow_tf32, "
       "Tensor? x_slope, bool dy_is_dz) "
       "-> (Tensor y, Tensor? slope)");
+  m.def(
+      "qkv(Tensor x, Tensor blocks, Tensor? u, Tensor? v, Tensor? bias, Tensor plan, str header, "
+      "bool allow_tf32, int heads) -> (Tensor q, Tensor k, Tensor v)");
   m.def(
       "add_layer_norm(Tensor x, Tensor? delta, Tensor weight, Tensor bias, float eps, "
       "ScalarType y_dtype) -> (Tensor y, Tensor? h, Tensor mean, Tensor rstd)");

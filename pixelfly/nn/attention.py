@@ -12,8 +12,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..masks.attention import ATTENTION_BLOCK_SIZES, AttentionLayout, butterfly_attention_layout
+from ..ops import butterfly_qkv
 from ..ops.attention import butterfly_attention
 from .dense import call_linear, has_hooks
+from .linear import is_plain
 
 
 @dataclass(frozen=True)
@@ -275,10 +277,14 @@ class PixelflySelfAttention(nn.Module):
     def _project(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """q, k and v, each `[B, H, N, D]`."""
         parts = self._modules
-        qkv = parts[self.names[0]](x)
-        # Taken apart in memory's order: the gradients then meet in one copy.
-        qkv = qkv.reshape(*qkv.shape[:-1], 3, self.num_heads, self.head_dim).unbind(2)
-        q, k, v = (part.transpose(1, 2) for part in qkv)
+        layer = parts[self.names[0]]
+        if is_plain(layer) and layer.activation is None:
+            q, k, v = butterfly_qkv(x, layer._weights(), self.num_heads)
+        else:
+            qkv = layer(x)
+            # Taken apart in memory's order: the gradients then meet in one copy.
+            qkv = qkv.reshape(*qkv.shape[:-1], 3, self.num_heads, self.head_dim).unbind(2)
+            q, k, v = (part.transpose(1, 2) for part in qkv)
         if "q_norm" in parts:  # a norm under autocast may widen its output
             q, k = parts["q_norm"](q).to(v.dtype), parts["k_norm"](k).to(v.dtype)
         return q, k, v

@@ -8,13 +8,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from ..masks import BlockLayout
 from ..ops import Weights, butterfly_lowrank_mm
 from ..ops.activations import ACTIVATIONS, apply_activation, check_activation
 from ..ops.functional import check_arguments
 from .choice import choose
-from .dense import dense_parameters
+from .dense import dense_parameters, has_hooks
 from .init import init_weights_
 from .project import dense_weight, project, relative_error
 from .state import decode_layout, describe, encode_layout
@@ -412,3 +413,20 @@ class PixelflyLinear(nn.Module):
             nominal = choice.density + layout.nominal_density - layout.density
         parts.append(f"density={choice.density:.4g} (nominal {nominal:.4g})")
         return ", ".join(parts)
+
+
+def is_plain(layer: nn.Module) -> bool:
+    """Whether calling a layer does no more than a `PixelflyLinear`'s weights and activation say.
+
+    Example:
+        >>> is_plain(PixelflyLinear(64, 64, block_size=16)), is_plain(nn.Linear(64, 64))
+        (True, False)
+    """
+    # Parametrisations and sharding make subclasses; accelerate's hooks are a forward of the object.
+    return (
+        type(layer) is PixelflyLinear
+        and "forward" not in vars(layer)
+        and layer.gate_kind != "token"
+        and not has_hooks(layer)
+        and not _has_any_global_hook()
+    )

@@ -6,12 +6,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.module import _has_any_global_hook
 from torch.utils.checkpoint import checkpoint
 
 from ..ops import butterfly_mlp
-from .dense import has_hooks
-from .linear import PixelflyLinear
+from .linear import PixelflyLinear, is_plain
 
 
 class PixelflyMLP(nn.Module):
@@ -126,19 +124,7 @@ class PixelflyMLP(nn.Module):
     def _apply_layers(self, x: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
         first, second = self.names
         first, second = self._modules[first], self._modules[second]
-        if _plain(first) and _plain(second) and second.activation is None:
+        if is_plain(first) and is_plain(second) and second.activation is None:
             weights = (first._weights(), second._weights())
             return butterfly_mlp(x, *weights, activation=first.activation, residual=residual)
         return second(first(x), residual)
-
-
-def _plain(layer: nn.Module) -> bool:
-    """Whether calling the layer does no more than its weights say."""
-    # Parametrisations and sharding make subclasses; accelerate's hooks are a forward of the object.
-    return (
-        type(layer) is PixelflyLinear
-        and "forward" not in vars(layer)
-        and layer.gate_kind != "token"
-        and not has_hooks(layer)
-        and not _has_any_global_hook()
-    )

@@ -1,18 +1,19 @@
-"""The operators: `butterfly_lowrank_mm` with its registrations, `butterfly_attention`, their
-specifications, `add_layer_norm` and `linear_cross_entropy`."""
+"""The operators: `butterfly_lowrank_mm` with its registrations, `butterfly_qkv`,
+`butterfly_attention`, specifications, `add_layer_norm` and `linear_cross_entropy`."""
 
 from __future__ import annotations
 
 import torch
 
 from .. import _C  # noqa: F401 (loading it defines the operators' schemas)
-from . import autograd, cpu, cross_entropy, layer_norm, rounding, token_mlp
+from . import autograd, cpu, cross_entropy, layer_norm, qkv, rounding, token_mlp
 from .attention import butterfly_attention, butterfly_attention_reference
 from .cross_entropy import linear_cross_entropy
 from .explain import Explanation, explain
 from .functional import butterfly_lowrank_mm
 from .layer_norm import add_layer_norm
 from .mlp import Weights, butterfly_mlp
+from .qkv import butterfly_qkv
 from .reference import butterfly_lowrank_mm_reference
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "butterfly_lowrank_mm",
     "butterfly_lowrank_mm_reference",
     "butterfly_mlp",
+    "butterfly_qkv",
     "explain",
     "linear_cross_entropy",
 ]
@@ -32,6 +34,7 @@ __all__ = [
 _library = torch.library.Library("pixelfly", "IMPL")
 cpu.register(_library)
 autograd.register(_library)
+qkv.register(_library)
 layer_norm.register(_library)
 rounding.register(_library)
 token_mlp.register(_library)

@@ -59,7 +59,8 @@ def _forward_fake(
 
 def _backward_fake(
     dy, x, blocks, u, v, t, slope, plan, header, relu, allow_tf32, deterministic,
-    need_dx, need_dblocks, need_du, need_dv, need_dbias, x_slope, float32_grads,
+    need_dx, need_dblocks, need_du, need_dv, need_dbias, x_slope, float32_grads, dy_k=None,
+    dy_v=None,
 ):  # fmt: skip
     _tell_inductor()
     h = Header.parse(header)

@@ -257,11 +257,16 @@ def _block_grad(dz, x, blocks, plan, h: Header, out_dtype: torch.dtype) -> torch
 
 def backward(
     dy, x, blocks, u, v, t, slope, plan, header, relu, allow_tf32, deterministic,
-    need_dx, need_dblocks, need_du, need_dv, need_dbias, x_slope, float32_grads,
+    need_dx, need_dblocks, need_du, need_dv, need_dbias, x_slope, float32_grads, dy_k=None,
+    dy_v=None,
 ):  # fmt: skip
     """Computes `pixelfly::backward`: dx, dblocks, du, dv, dbias, None where not needed."""
     with _without_autocast():
         h = Header.parse(header)
+        if (dy_k is None) != (dy_v is None):
+            raise RuntimeError("pixelfly::backward: dy_k and dy_v must be given together")
+        if dy_k is not None:
+            dy = torch.cat((dy, dy_k, dy_v), 1)
         _check_slope("slope", slope, dy, relu)
         _check_slope("x_slope", x_slope, dy, False)
         dtype = _compute_dtype(dy.dtype)

@@ -24,6 +24,9 @@ Status launch_product(const ProductParams& p, const DeviceInfo& device, Stream s
 Status launch_column_product(const ProductParams& p, const DeviceInfo& device, Stream stream);
 size_t weight_grad_workspace(const WeightGradParams& p, const DeviceInfo& device);
 Status launch_weight_grad(const WeightGradParams& p, const DeviceInfo& device, Stream stream);
+// Whether products and weight gradients of these tokens take the gradient of a layer's output as
+// three matrices.
+bool takes_thirds(DType dtype, int64_t tokens, const PlanHeader& h, const DeviceInfo& device);
 Status launch_activation_grad(const ActivationGradParams& p, const DeviceInfo& device,
                               Stream stream);
 Status launch_round_weights(const RoundWeightsParams& p, const DeviceInfo& device, Stream stream);

@@ -17,6 +17,16 @@ struct DeviceInfo {
   int32_t max_shared_bytes = 0;  // opt-in limit per thread block
 };
 
+// The second and third of three matrices of one width that stand side by side for an operand: the
+// gradients of q, k and v, as attention hands them back. Null: the operand is one matrix. Hopper's
+// kernels alone take three, of a width that is a multiple of 64 (takes_thirds() in launch.h).
+struct OtherThirds {
+  const void* data[2];
+  int64_t stride[2];
+
+  bool given() const { return data[0] != nullptr; }
+};
+
 // t = x · vᵀ, or s = dz · u when `transposed` (factor is then [features, rank]).
 struct LowRankParams {
   DType dtype;
@@ -25,9 +35,10 @@ struct LowRankParams {
   int64_t tokens;
   int32_t features;  // contraction length: K (forward) or N (transposed)
   int32_t rank;
-  const void* x;  // [T, features]
+  const void* x;  // [T, features]; its first third if x_others are given
   int64_t x_stride;
-  const void* factor;  // v: [rank, K] row-major; transposed: u: [N, rank] row-major
+  OtherThirds x_others;  // transposed only
+  const void* factor;    // v: [rank, K] row-major; transposed: u: [N, rank] row-major
   int64_t factor_stride;
   void* t;  // [T, rank], row stride t_stride (a multiple of 8 elements)
   int64_t t_stride;
@@ -47,8 +58,9 @@ struct ProductParams {
   int32_t columns;       // 0: tokens are rows
   int32_t in_features;   // contraction features: K, or N when transposed
   int32_t out_features;  // result features: N, or K when transposed
-  const void* x;         // [T, in_features]
+  const void* x;         // [T, in_features]; its first third if x_others are given
   int64_t x_stride;
+  OtherThirds x_others;   // transposed only
   const void* blocks;     // [nnz, b, b]: out x in inside a block, whatever `transposed` is
   const void* factor_in;  // v: [rank, K]; transposed: u: [N, rank]; null: t is given or rank is 0
   int64_t factor_in_stride;
@@ -80,8 +92,9 @@ struct WeightGradParams {
   int64_t tokens;
   int32_t in_features;
   int32_t out_features;
-  const void* dz;  // [T, N]
+  const void* dz;  // [T, N]; its first third if dz_others are given
   int64_t dz_stride;
+  OtherThirds dz_others;
   const void* x;  // [T, K]
   int64_t x_stride;
   const void* t;  // [T, rank] or null
