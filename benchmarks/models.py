@@ -29,6 +29,7 @@ from timing import environment, results_path
 from workloads import WORKLOADS, Loss
 
 from pixelfly import PixelflyConfig, sparsify_
+from pixelfly.nn import AttentionConfig
 
 KINDS = {  # kernels by words of their names, the first match counts
     "pixelfly": ("pixelfly",),
@@ -37,6 +38,7 @@ KINDS = {  # kernels by words of their names, the first match counts
     "optimizer": ("adam", "multi_tensor"),
     "pointwise": ("triton", "elementwise", "layer_norm", "reduce", "copy", "cat", "memset"),
 }
+LIKE = {"recompute": "blocks", "attention": "blocks"}  # forms whose ideal is another's
 LONGEST = 16  # kernels of a step that are named
 HOST_STEPS = 9
 
@@ -167,9 +169,11 @@ def host_ms(step: Callable[[], None]) -> float:
 
 
 def run(name: str, form: str, mode: str, args: argparse.Namespace) -> dict:
-    """Measures one model in one form: dense, or pixelfly's blocks | factored | global | recompute.
+    """Measures one model in one form: dense, or pixelfly's blocks | factored | global | recompute |
+    attention.
 
-    recompute: blocks, with MLPs that keep nothing of their hidden width.
+    recompute: blocks, with MLPs that keep nothing of their hidden width. attention: blocks, and
+    attention over butterfly blocks of 128.
     """
     torch.manual_seed(0)
     workload = WORKLOADS[name]
@@ -185,6 +189,7 @@ def run(name: str, form: str, mode: str, args: argparse.Namespace) -> dict:
             recompute_mlp=form == "recompute",
             fuse_blocks=args.fuse_blocks,
             fuse_loss=args.fuse_loss,
+            attention=AttentionConfig(block_size=128) if form == "attention" else None,
         )
         report = sparsify_(model, config, workload.chosen)
         if not report.layers:
@@ -211,7 +216,7 @@ def record(
     row = {"model": name, "mode": mode, "form": form, "batch": dense["batch"]}
     row["density"] = args.density
     options = {"density": args.density, "block_size": args.block_size, "rank": args.rank}
-    for side, kind in (("dense", "dense"), ("ours", "blocks" if form == "recompute" else form)):
+    for side, kind in (("dense", "dense"), ("ours", LIKE.get(form, form))):
         costs = ideal(name, kind, **options).values()
         row[f"{side}_ideal_ms"] = 1e3 * sum(cost.seconds for cost in costs)
     for side, figures in (("dense", dense), ("ours", ours)):
