@@ -23,6 +23,21 @@ class Work:
     bytes: float
     count: int = 1
 
+    def __add__(self, other: Work) -> Work:
+        return Work(
+            self.flops + other.flops, self.bytes + other.bytes, self.count + other.count
+        )
+
+    def scaled(self, factor: float) -> Work:
+        """Returns the work of so many operations like it."""
+        return Work(factor * self.flops, factor * self.bytes, round(factor * self.count))
+
+
+def add(works: dict[str, Work], more: dict[str, Work]) -> None:
+    """Adds work by kind to `works`."""
+    for kind, work in more.items():
+        works[kind] = works[kind] + work if kind in works else work
+
 
 @dataclass(frozen=True)
 class Rate:
