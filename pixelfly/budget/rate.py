@@ -24,8 +24,14 @@ class Work:
     count: int = 1
 
     def __add__(self, other: Work) -> Work:
+        return Work(self.flops + other.flops, self.bytes + other.bytes, self.count + other.count)
+
+    def less(self, part: Work) -> Work:
+        """Returns what is left without a part; never below zero."""
         return Work(
-            self.flops + other.flops, self.bytes + other.bytes, self.count + other.count
+            max(self.flops - part.flops, 0.0),
+            max(self.bytes - part.bytes, 0.0),
+            max(self.count - part.count, 0),
         )
 
     def scaled(self, factor: float) -> Work:
