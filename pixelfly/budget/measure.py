@@ -101,11 +101,12 @@ def _cases(
         if rank is None and choice.rank == 0:
             continue  # the next rank is the same layer
         layout, r = choice.layout, choice.rank
-        sizes = [(layout.nnz, b, b), *([(n, r), (r, k)] if r else [])]
+        # With a bias: unlike a dense layer's, its gradient is the kernels' own work.
+        sizes = [(n,), (layout.nnz, b, b), *([(n, r), (r, k)] if r else [])]
         parameters = [_normal(device, dtype, *size) for size in sizes]
 
-        def apply(x, blocks, *lowrank, layout=layout):
-            return butterfly_lowrank_mm(x, blocks, layout, *lowrank)
+        def apply(x, bias, blocks, u=None, v=None, layout=layout):
+            return butterfly_lowrank_mm(x, blocks, layout, u, v, bias)
 
         for mode, call in _calls(apply, xs, dys, parameters):
             work = sparse_work(t, k, n, b, layout.nnz, r, itemsize, MODES[mode])

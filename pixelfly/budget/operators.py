@@ -90,9 +90,9 @@ def moved(func: Any, args: tuple, kwargs: dict[str, Any], out: Any) -> dict[str,
     read = (args[1:], kwargs) if packet in _SKIPS_FIRST else (args, kwargs)
     work = Work(0, _bytes((read, out)))
     if packet in _NORM_BACKWARD:
-        dx = next(iter(_tensors(out)), None)
-        sums = Work(0, _bytes(args[:2]))
-        return {"pointwise": Work(0, _bytes((args[:2], dx))), "reduction": sums}
+        dx, dscale = out[:2]
+        passes = {"reduction": Work(0, _bytes(args[:2]))} if dscale is not None else {}
+        return passes | ({} if dx is None else {"pointwise": Work(0, _bytes((args[:2], dx)))})
     if packet in (_aten.sum, _aten.mean) and _keeps_columns(args):
         return {"reduction": work}
     return {"strided" if _reorders(packet, read, out) else "pointwise": work}
