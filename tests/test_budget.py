@@ -271,6 +271,14 @@ def test_bad_arguments(options, error, message):
         plan(mlp(), torch.zeros(4, 256), **options)
 
 
+def test_autocast_needs_a_dtype_to_cast_to():
+    cost = CostModel("a CPU", "float32", H100.rates)
+    with pytest.raises(
+        ValueError, match="autocast=True needs .* bfloat16 or float16, got one in f"
+    ):
+        plan(mlp(), torch.zeros(4, 256), density=0.5, cost=cost, autocast=True)
+
+
 def test_bad_model():
     with pytest.raises(TypeError, match="model must be a Module, got int"):
         plan(3, torch.zeros(4, 256), density=0.5)

@@ -39,16 +39,14 @@ class AsCUDA(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
-            return func(*args[:4], *(0.0, *args[5:])[: len(args[4:])], **_without_dropout(kwargs))
+            kwargs = {name: value for name, value in kwargs.items() if name != "dropout_p"}
+            args = (*args[:4], 0.0, *args[5:]) if len(args) > 4 else args
+            return func(*args, **kwargs)
         if func is F.dropout:
             return _dropout(*args, **kwargs)
         if self.autocast and getattr(func, "__name__", "") in _FLOAT32:
             args, kwargs = tree_map_only(torch.Tensor, _float, (args, kwargs))
         return func(*args, **kwargs)
-
-
-def _without_dropout(kwargs: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in kwargs.items() if name != "dropout_p"}
 
 
 def _dropout(

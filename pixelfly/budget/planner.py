@@ -115,6 +115,11 @@ def plan(
     given = {"density": density, "flops": flops, "params": params, "speedup": speedup}
     budget, value = _check(model, given, cost, allocation, like, block_sizes)
     target = torch.bfloat16 if cost is None else getattr(torch, cost.dtype)
+    if autocast and target not in (torch.bfloat16, torch.float16):
+        raise ValueError(
+            "plan: autocast=True needs a cost model in bfloat16 or float16, got one in "
+            f"{cost.dtype} of {cost.device}"
+        )
     run = _Run(
         training=training,
         dtype=target if fake and cost is not None and not autocast else None,
