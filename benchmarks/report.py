@@ -211,13 +211,13 @@ def plan_table(data: dict) -> str:
     for r in data["records"]:
         for side in ("dense", "pixelfly"):
             found = r[side]
-            real = [
-                f"{found[f'{mode}_ms']:.1f} ({100 * found[f'{mode}_error']:+.0f} %)"
-                for mode in ("bfloat16", "autocast")
-            ]
-            row = [f"{r['model']} {side}", f"{found['predicted_ms']:.1f}", *real]
+            row = [f"{r['model']} {side}"]
+            for mode in ("bfloat16", "autocast"):
+                row.append(f"{found[f'{mode}_predicted_ms']:.1f}")
+                row.append(f"{found[f'{mode}_ms']:.1f} ({100 * found[f'{mode}_error']:+.0f} %)")
             rows.append([*row, f"{r['plan_seconds']:.1f}"])
-    header = ["model", "predicted ms", "bf16: ms (predicted is off by)", "autocast: ms (off by)"]
+    header = ["model", "bf16: predicted ms", "real ms (predicted is off by)"]
+    header += ["autocast: predicted ms", "real ms (predicted is off by)"]
     return source(data["meta"]) + markdown([*header, "plan() s"], rows)
 
 

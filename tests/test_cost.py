@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from pixelfly.budget import GPUS, CostModel, Rate, Work
 from pixelfly.budget.cost import dense_work, sparse_work
+from pixelfly.budget.operators import MATMULS, MOVED
 from pixelfly.budget.rate import fit
 
 GRID = {
@@ -91,10 +92,27 @@ def test_unknown_names():
         CostModel.roofline("h100").sparse_seconds(8, 64, 64, block_size=48, nnz=1, rank=0)
 
 
+def test_rows_of_odd_length_have_a_rate_of_their_own():
+    slow = Rate(0.0, 1.0, 0.0)
+    cost = CostModel("x", "bfloat16", {**CostModel.roofline("h100").rates, "unaligned/step": slow})
+    assert cost.dense_seconds(8, 64, 129) == 3 * 2 * 8 * 64 * 129
+    assert cost.dense_seconds(8, 64, 136) < 1
+    with pytest.raises(ValueError, match=r"no rate 'attention/step', only .*'pointwise'"):
+        CostModel("x", "bfloat16", {"pointwise": slow}).seconds({"attention": Work(1, 1)})
+
+
+def test_seconds_of_a_step_hold_the_backward_once():
+    cost, work = CostModel.roofline("h100"), Work(1e12, 1e9)
+    for kind, times in (("attention", 3), ("dense", 3), ("convolution", 1), ("pointwise", 1)):
+        forward = cost.seconds({kind: work}, training=False)
+        assert cost.seconds({kind: work}) == pytest.approx(times * forward)
+
+
 def check_measured(cost: CostModel, path) -> None:
     assert cost.block_sizes == (32,)
     assert set(cost.rates) == {
-        *("dense/forward", "dense/step", "b32/forward", "b32/step", "pointwise")
+        *(f"{kind}/{mode}" for kind in (*MATMULS, "b32") for mode in ("forward", "step")),
+        *MOVED,
     }
     for rate in cost.rates.values():
         assert rate.launch >= 0 and rate.flop >= 0 and rate.byte >= 0
@@ -142,7 +160,10 @@ def test_other_files_are_refused(tmp_path):
     path = tmp_path / "cost.json"
     CostModel.roofline("h200").save(path)
     data = json.loads(path.read_text())
-    for change, message in (({"version": 9}, "version must be 1"), ({"format": "x"}, "file of x")):
+    for change, message in (
+        ({"version": 9}, "version must be 2, got 9.*measure again"),
+        ({"format": "x"}, "file of x"),
+    ):
         path.write_text(json.dumps({**data, **change}))
         with pytest.raises(ValueError, match=message):
             CostModel.load(path)

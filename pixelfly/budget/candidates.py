@@ -7,9 +7,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+
 from ..nn.choice import Choice, choose
 from ..sparsify import PixelflyConfig
 from .cost import CostModel
+from .rate import Work
 
 _STEPS = 40  # densities tried a shape, in equal ratios
 _SPARSEST = 1 / 128
@@ -68,8 +71,12 @@ def candidates(
     densities: Sequence[float],
     cost: CostModel | None,
     training: bool,
+    autocast: bool,
+    beside: dict[str, Work],
 ) -> tuple[Candidate, ...]:
     """Returns what a layer can become; the last candidate is the dense layer.
+
+    `beside` is what the dense layer's weight and bias move (see `LayerPlan`).
 
     Raises:
         ValueError: the features are not multiples of 8, or nothing is smaller than dense.
@@ -82,13 +89,16 @@ def candidates(
             params = choice.layout.nnz * b * b + factored + gate_params(like.gate, k)
             seconds = None
             if cost is not None:
-                seconds = cost.sparse_seconds(
+                seconds = sparse_layer_seconds(
+                    cost,
                     tokens,
                     k,
                     n,
                     block_size=b,
                     nnz=choice.layout.nnz,
                     rank=choice.factored_rank,
+                    stored=params,
+                    autocast=autocast,
                     training=training,
                 )
             macs = tokens * (choice.block_weights + choice.lowrank_weights)
@@ -96,9 +106,45 @@ def candidates(
     if not found:
         gate = f" with gate={like.gate!r}" if like.gate else ""
         raise ValueError(f"no form at block_sizes {tuple(block_sizes)}{gate} is below dense")
-    seconds = None if cost is None else cost.dense_seconds(tokens, k, n, training=training)
+    seconds = None
+    if cost is not None:
+        seconds = dense_layer_seconds(cost, tokens, k, n, beside, training)
     dense = Candidate(None, 1.0, k * n, tokens * k * n, seconds)
     return (*sorted(found, key=lambda c: c.density), dense)
+
+
+def dense_layer_seconds(
+    cost: CostModel, tokens: int, k: int, n: int, beside: dict[str, Work], training: bool
+) -> float:
+    """Returns the seconds of a dense layer with what it moves beside its matmuls."""
+    return cost.dense_seconds(tokens, k, n, training=training) + cost.seconds(beside)
+
+
+def sparse_layer_seconds(
+    cost: CostModel,
+    tokens: int,
+    k: int,
+    n: int,
+    *,
+    block_size: int,
+    nnz: int,
+    rank: int,
+    stored: int,
+    autocast: bool,
+    training: bool,
+) -> float:
+    """Returns the seconds of a Pixelfly layer.
+
+    Its kernels sum the bias gradient and write gradients in the weights' dtype; under autocast one
+    more rounds the `stored` float32 weights.
+    """
+    seconds = cost.sparse_seconds(
+        tokens, k, n, block_size=block_size, nnz=nnz, rank=rank, training=training
+    )
+    if autocast:
+        moved = (torch.float32.itemsize + cost.itemsize) * stored
+        seconds += cost.seconds({"pointwise": Work(0, moved)})
+    return seconds
 
 
 @functools.lru_cache(maxsize=256)

@@ -10,9 +10,10 @@ from dataclasses import asdict, dataclass, field
 
 import torch
 
+from .operators import MATMULS, MOVED, aligned
 from .rate import Rate, Work
 
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,11 @@ class CostModel:
     Attributes:
         device: what it describes.
         dtype: of activations and weights, by torch's name.
-        rates: "dense", "b16" ... "b128" (Pixelfly layers by block size), each followed by
-            "/forward" or "/step" (forward + backward), and "pointwise".
+        rates: by kind. Each followed by "/forward" or "/step" (forward + backward): "dense";
+            "unaligned", dense with rows that are not whole pieces of 16 bytes; "b16" ... "b128",
+            Pixelfly layers by block size; "attention"; "convolution". And, for all operators that
+            only move bytes: "pointwise"; "reduction", sums over rows; "strided", where dimensions
+            change their order in memory.
         source: where the numbers come from.
 
     Source: Pixelated Butterfly (Chen et al., ICLR 2022), section 3.3 and its appendix:
@@ -83,9 +87,9 @@ class CostModel:
             )
         sheet = GPUS[gpu]
         rate = Rate(0.0, 1 / (sheet.tflops * 1e12), 1 / (sheet.gbps * 1e9))
-        kinds = ("dense", "b16", "b32", "b64", "b128")
-        rates = {f"{kind}/{mode}": rate for kind in kinds for mode in ("forward", "step")}
-        return cls(gpu, "bfloat16", {**rates, "pointwise": rate}, sheet.source)
+        kinds = (*MATMULS, "b16", "b32", "b64", "b128")
+        names = [f"{kind}/{mode}" for kind in kinds for mode in ("forward", "step")]
+        return cls(gpu, "bfloat16", dict.fromkeys((*names, *MOVED), rate), sheet.source)
 
     @classmethod
     def measure(
@@ -99,7 +103,7 @@ class CostModel:
         block_sizes: Sequence[int] = (32, 64),
         repeats: int = 5,
     ) -> CostModel:
-        """Times dense and Pixelfly layers on a device and fits the model to what it sees.
+        """Times layers and what stands between them on a device and fits the model to that.
 
         Takes seconds to minutes. On CUDA every operation is captured into a graph that walks over
         several buffer sets, so that launches from Python and L2 hits do not count.
@@ -151,10 +155,33 @@ class CostModel:
         """Block sizes of which the model knows the cost."""
         return tuple(b for b in (16, 32, 64, 128) if f"b{b}/forward" in self.rates)
 
+    def seconds(self, works: dict[str, Work], *, training: bool = True) -> float:
+        """Returns the seconds of work by kind, as `count` tallies it.
+
+        In training a matmul's or an attention's work, which is the forward's, is done three times;
+        work of other kinds holds the backward already.
+
+        Raises:
+            ValueError: the model does not know a kind.
+        """
+        total = 0.0
+        for kind, work in works.items():
+            if kind in MATMULS:
+                if training and kind != "convolution":
+                    work = work.scaled(3)
+                kind = f"{kind}/{'step' if training else 'forward'}"
+            if kind not in self.rates:
+                raise ValueError(
+                    f"the cost model of {self.device} has no rate {kind!r}, only "
+                    f"{', '.join(map(repr, self.rates))}: measure it again"
+                )
+            total += self.rates[kind].seconds(work)
+        return total
+
     def dense_seconds(self, tokens: int, k: int, n: int, *, training: bool = True) -> float:
         """Returns the seconds of a dense layer: forward, and backward if `training`."""
-        mode, passes = ("step", 3) if training else ("forward", 1)
-        return self.rates[f"dense/{mode}"].seconds(dense_work(tokens, k, n, self.itemsize, passes))
+        kind = "dense" if aligned(self.itemsize, k, n) else "unaligned"
+        return self.seconds({kind: dense_work(tokens, k, n, self.itemsize)}, training=training)
 
     def sparse_seconds(
         self,
@@ -199,7 +226,7 @@ class CostModel:
         if data.get("version", VERSION) != VERSION:
             raise ValueError(
                 f"CostModel.load: version must be {VERSION}, got {data['version']}: written by "
-                "another pixelfly"
+                "another pixelfly, with other rates; measure again"
             )
         rates = {key: Rate(**rate) for key, rate in data["rates"].items()}
         return cls(data["device"], data["dtype"], rates, data["source"])

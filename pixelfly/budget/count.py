@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,19 +18,11 @@ from torch.nn.modules.module import (
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map_only
-from torch.utils.flop_counter import flop_registry
 
 from ..nn.linear import PixelflyLinear
-
-_aten = torch.ops.aten
-# torch's counter knows the attention of GPUs alone; the CPU's computes the same.
-_FLOPS: dict[Any, Callable[..., int]] = {
-    **flop_registry,
-    _aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[
-        _aten._scaled_dot_product_flash_attention
-    ],
-}
-_FREE = {_aten._unsafe_view, _aten.lift_fresh, _aten.detach, _aten.alias}  # move nothing
+from .as_cuda import AsCUDA
+from .operators import MOVED, is_matmul, matmul, moved
+from .rate import Work, add
 
 
 @dataclass
@@ -37,28 +30,39 @@ class Tally:
     """What ran inside one module, its children not included.
 
     Attributes:
-        macs: multiply-accumulates of matmuls, convolutions and attention.
-        matmul_bytes: what those read and wrote.
-        matmuls: how many of them ran.
-        pointwise_bytes: what all other operators read and wrote.
-        pointwise: how many of those ran.
+        macs: multiply-accumulates of matmuls, convolutions and attention in the forward.
+        works: work by the kind of its rate (see `CostModel`). Matmuls ("dense", "unaligned") and
+            "attention" count in the forward alone; convolutions and operators that only move
+            bytes ("pointwise", "reduction", "strided") also in the backward, all of which counts
+            under the model itself, "".
     """
 
     macs: int = 0
-    matmul_bytes: int = 0
-    matmuls: int = 0
-    pointwise_bytes: int = 0
-    pointwise: int = 0
+    works: dict[str, Work] = field(default_factory=dict)
 
 
-def count(model: nn.Module, example_inputs: Any, *, fake: bool = True) -> dict[str, Tally]:
-    """Runs a model's forward once and returns what every module computed.
+def count(
+    model: nn.Module,
+    example_inputs: Any,
+    *,
+    training: bool = False,
+    dtype: torch.dtype | None = None,
+    autocast: torch.dtype | None = None,
+    fake: bool = True,
+) -> dict[str, Tally]:
+    """Runs a model's forward once, and its backward if asked, and returns what modules computed.
 
-    The run is on fake tensors: nothing is computed, and no memory is taken for activations.
+    The run is on fake tensors: nothing is computed, and no memory is taken for activations. The
+    operators are the CPU's, with CUDA's dropout, attention and list of what autocast runs in
+    float32.
 
     Args:
         model: any module; its state does not change.
         example_inputs: a tensor, a tuple of positional or a dict of keyword arguments.
+        training: run the backward too, from the first scalar that the model returns or else from
+            its first tensor, to all parameters.
+        dtype: cast floating-point state and inputs to it, or None; needs `fake`.
+        autocast: the dtype of an autocast region around the forward, or None.
         fake: False runs the model for real, which models need whose Python looks at values.
 
     Returns:
@@ -80,31 +84,83 @@ def count(model: nn.Module, example_inputs: Any, *, fake: bool = True) -> dict[s
     if any(is_lazy(p) for p in model.parameters()):
         raise ValueError("count: model has lazy parameters: run it once first")
     counter = _Counter({id(m): name for name, m in reversed(list(model.named_modules()))})
-    with torch.no_grad(), _without_fast_path():
-        if not fake:
-            args, kwargs = _arguments(example_inputs)
-            with counter.hooks(), counter:
-                model(*args, **kwargs)
-            return counter.tallies
-        mode = FakeTensorMode(allow_non_fake_inputs=True)
-        state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-        with mode:  # all on the CPU, wherever the model is: one choice of operators
-            state, example_inputs = tree_map_only(
-                torch.Tensor,
-                lambda t: torch.empty(t.shape, dtype=t.dtype, device="cpu"),
-                (state, example_inputs),
-            )
+    if not fake:
         args, kwargs = _arguments(example_inputs)
-        try:
-            with mode, counter.hooks(), counter:
-                torch.func.functional_call(model, state, args, kwargs)
-        except Exception as error:
-            raise RuntimeError(
-                f"count: {type(model).__name__} did not run on fake tensors of the example inputs "
-                f"({type(error).__name__}: {error}); if it looks at values, use fake=False, which "
-                "runs it for real"
-            ) from error
+        leaves = [p for p in model.parameters() if p.requires_grad]
+        device = next(iter(leaves), torch.empty(0)).device.type
+        _run(counter, functools.partial(model, *args, **kwargs), leaves, device, training, autocast)
+        return counter.tallies
+
+    def like(t: torch.Tensor) -> torch.Tensor:
+        kept = dtype is None or not t.is_floating_point()
+        return torch.empty(t.shape, dtype=t.dtype if kept else dtype, device="cpu")
+
+    parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        # All on the CPU, wherever the model is: one choice of operators.
+        parameters, buffers, example_inputs = tree_map_only(
+            torch.Tensor, like, (parameters, buffers, example_inputs)
+        )
+    leaves = [p.requires_grad_() for p in parameters.values() if p.is_floating_point()]
+    args, kwargs = _arguments(example_inputs)
+    call = functools.partial(
+        torch.func.functional_call, model, {**parameters, **buffers}, args, kwargs
+    )
+    try:
+        with mode:
+            _run(counter, call, leaves, "cpu", training, autocast, AsCUDA(autocast is not None))
+    except Exception as error:
+        raise RuntimeError(
+            f"count: {type(model).__name__} did not run on fake tensors of the example inputs "
+            f"({type(error).__name__}: {error}); if it looks at values, use fake=False, which "
+            "runs it for real"
+        ) from error
     return counter.tallies
+
+
+def _run(
+    counter: _Counter,
+    call: functools.partial,
+    leaves: list[torch.Tensor],
+    device: str,
+    training: bool,
+    autocast: torch.dtype | None,
+    functions: Any = None,
+) -> None:
+    """Calls the model under the counter, and autograd on what it returns."""
+    cast = torch.autocast(device, autocast) if autocast else nullcontext()
+    with torch.set_grad_enabled(training), _without_fast_path():
+        with counter.hooks(), counter, cast, functions or nullcontext():
+            out = call()
+        tensors = [t for t in tree_iter(out) if isinstance(t, torch.Tensor) and t.requires_grad]
+        target = next((t for t in tensors if t.numel() == 1), tensors[0] if tensors else None)
+        if target is None or not leaves:
+            return
+        gradient = torch.ones_like(target)
+        counter.backward = True
+        with counter:  # .grad stays as it is: what accumulates there was not there before
+            torch.autograd.grad(target, leaves, gradient, allow_unused=True)
+
+
+@functools.lru_cache(maxsize=256)
+def beside_matmuls(
+    k: int,
+    n: int,
+    tokens: int,
+    bias: bool,
+    dtype: torch.dtype,
+    autocast: torch.dtype | None,
+    training: bool,
+) -> dict[str, Work]:
+    """Returns what weight and bias of a dense layer move beside its matmuls: sums, casts."""
+    with torch.device("meta"):
+        layer = nn.Linear(k, n, bias, dtype=dtype)
+        x = torch.empty(tokens, k, dtype=autocast or dtype)
+    tallies = count(layer, x, training=training, autocast=autocast)
+    works: dict[str, Work] = {}
+    for tally in tallies.values():
+        add(works, {kind: work for kind, work in tally.works.items() if kind in MOVED})
+    return works
 
 
 @contextmanager
@@ -133,6 +189,7 @@ class _Counter(TorchDispatchMode):
     names: dict[int, str]
     tallies: dict[str, Tally] = field(default_factory=dict)
     stack: list[nn.Module] = field(default_factory=list)
+    backward: bool = False
 
     def __post_init__(self) -> None:
         super().__init__()
@@ -150,10 +207,10 @@ class _Counter(TorchDispatchMode):
                 tally = self._tally()
                 tokens = args[0].numel() // module.in_features
                 weights = module.choice.block_weights + module.choice.lowrank_weights
-                tally.macs += tokens * weights
                 features = module.in_features + module.out_features
-                tally.matmul_bytes += (tokens * features + weights) * args[0].element_size()
-                tally.matmuls += 1
+                moved = (tokens * features + weights) * args[0].element_size()
+                tally.macs += tokens * weights
+                add(tally.works, {"dense": Work(2 * tokens * weights, moved)})
 
         def leave(module: nn.Module, args: Any, output: Any) -> None:
             if self.stack and self.stack[-1] is module:
@@ -177,28 +234,24 @@ class _Counter(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        packet = func._overloadpacket
-        if packet not in _FLOPS and func is not torch.ops.prim.device.default:
+        if func.namespace == "prim":
+            return func(*args, **kwargs)
+        multiplies = is_matmul(func._overloadpacket)
+        if not multiplies:
             with self:  # composite operators hide matmuls
                 out = func.decompose(*args, **kwargs)
             if out is not NotImplemented:
                 return out
         out = func(*args, **kwargs)
-        inside = self.stack and isinstance(self.stack[-1], PixelflyLinear)
-        if inside or func.is_view or packet in _FREE or func.namespace == "prim":
+        if self.stack and isinstance(self.stack[-1], PixelflyLinear):
             return out
-        read = (args[1:], kwargs, out) if packet is _aten.embedding else (args, kwargs)
-        tally, moved = self._tally(), _bytes((read, out))  # a table is read where it is looked up
-        if packet in _FLOPS:
-            tally.macs += _FLOPS[packet](*args, **kwargs, out_val=out) // 2
-            tally.matmul_bytes += moved
-            tally.matmuls += 1
-        else:
-            tally.pointwise_bytes += moved
-            tally.pointwise += 1
+        if not multiplies:
+            if works := moved(func, args, kwargs, out):
+                add(self._tally().works, works)
+            return out
+        kind, macs, work = matmul(func, args, kwargs, out)
+        if kind == "convolution" or not self.backward:
+            tally = self._tally()
+            tally.macs += 0 if self.backward else macs
+            add(tally.works, {kind: work})
         return out
-
-
-def _bytes(tree: Any) -> int:
-    tensors = (leaf for leaf in tree_iter(tree) if isinstance(leaf, torch.Tensor))
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

@@ -1,4 +1,4 @@
-"""Times dense and Pixelfly layers over a grid of shapes and fits rates to them."""
+"""Times layers and what stands between them over a grid of shapes and fits rates to that."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ Call = Callable[[int], object]  # of the index of a buffer set
 MODES = {"forward": 1, "step": 3}  # name -> matmuls as large as the forward's
 _WARM_SECONDS = 0.1  # under load before a timing: a cool chip flatters
 _POINTWISE_SIZES = (1 << 12, 1 << 23, 1 << 24)  # elements: a launch alone, and memory alone
+_HEAD = 64  # features of an attention head
 _L2_BYTES = 128 << 20  # a walk over the buffer sets is larger than any GPU's L2
 
 
@@ -56,7 +57,14 @@ def measure_rates(
         _cases(device, dtype, t, k, n, densities, block_sizes)
         for t, (k, n) in product(tokens, shapes)
     )
-    for case in chain(chain.from_iterable(layers), _pointwise_cases(device, dtype)):
+    between = (
+        _unaligned_cases(device, dtype, tokens, shapes[-2:]),
+        _attention_cases(device, dtype, max(tokens)),
+        _convolution_cases(device, dtype, max(tokens)),
+        _column_cases(device, dtype, tokens, sorted({n for _, n in shapes})),
+        _pointwise_cases(device, dtype),
+    )
+    for case in chain(chain.from_iterable(layers), chain.from_iterable(between)):
         works, seconds = samples[case.kind]
         works.append(case.work)
         seconds.append(_time(case.call, case.sets, device, repeats))
@@ -79,28 +87,10 @@ def _cases(
     block_sizes: Sequence[int],
 ) -> Iterator[_Case]:
     itemsize = dtype.itemsize
-    walk = itemsize * t * (k + n)
-    sets = max(2, min(8, -(-_L2_BYTES // walk))) if device.type == "cuda" else 2
-
-    def tensor(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, device=device, dtype=dtype)
-
-    xs, dys = [tensor(t, k) for _ in range(sets)], [tensor(t, n) for _ in range(sets)]
-
-    def calls(
-        apply: Callable[..., torch.Tensor], parameters: list[torch.Tensor]
-    ) -> Iterator[tuple[str, Call]]:
-        def forward(i: int) -> object:
-            with torch.no_grad():
-                return apply(xs[i], *parameters)
-
-        def step(i: int) -> object:
-            leaves = [p.detach().requires_grad_() for p in (xs[i], *parameters)]
-            return torch.autograd.grad(apply(*leaves), leaves, dys[i])
-
-        yield from {"forward": forward, "step": step}.items()
-
-    for mode, call in calls(F.linear, [tensor(n, k)]):
+    sets = _sets(device, itemsize * t * (k + n))
+    xs = [_normal(device, dtype, t, k) for _ in range(sets)]
+    dys = [_normal(device, dtype, t, n) for _ in range(sets)]
+    for mode, call in _calls(F.linear, xs, dys, [_normal(device, dtype, n, k)]):
         yield _Case(f"dense/{mode}", dense_work(t, k, n, itemsize, MODES[mode]), call, sets)
 
     for b, density, rank in product(block_sizes, densities, (None, 0)):
@@ -111,14 +101,101 @@ def _cases(
         if rank is None and choice.rank == 0:
             continue  # the next rank is the same layer
         layout, r = choice.layout, choice.rank
-        parameters = [tensor(layout.nnz, b, b)] + ([tensor(n, r), tensor(r, k)] if r else [])
+        # With a bias: unlike a dense layer's, its gradient is the kernels' own work.
+        sizes = [(n,), (layout.nnz, b, b), *([(n, r), (r, k)] if r else [])]
+        parameters = [_normal(device, dtype, *size) for size in sizes]
 
-        def apply(x, blocks, *lowrank, layout=layout):
-            return butterfly_lowrank_mm(x, blocks, layout, *lowrank)
+        def apply(x, bias, blocks, u=None, v=None, layout=layout):
+            return butterfly_lowrank_mm(x, blocks, layout, u, v, bias)
 
-        for mode, call in calls(apply, parameters):
+        for mode, call in _calls(apply, xs, dys, parameters):
             work = sparse_work(t, k, n, b, layout.nnz, r, itemsize, MODES[mode])
             yield _Case(f"b{b}/{mode}", work, call, sets)
+
+
+def _unaligned_cases(
+    device: torch.device,
+    dtype: torch.dtype,
+    tokens: Sequence[int],
+    shapes: Sequence[tuple[int, int]],
+) -> Iterator[_Case]:
+    """Dense layers with an odd number of outputs, as a language model's vocabulary may be."""
+    for t, (k, n) in product(tokens, shapes):
+        sets = _sets(device, dtype.itemsize * t * (k + n))
+        xs = [_normal(device, dtype, t, k) for _ in range(sets)]
+        dys = [_normal(device, dtype, t, n + 1) for _ in range(sets)]
+        for mode, call in _calls(F.linear, xs, dys, [_normal(device, dtype, n + 1, k)]):
+            work = dense_work(t, k, n + 1, dtype.itemsize, MODES[mode])
+            yield _Case(f"unaligned/{mode}", work, call, sets)
+
+
+def _attention_cases(device: torch.device, dtype: torch.dtype, t: int) -> Iterator[_Case]:
+    """Fused attention of `t` tokens, cut into sequences of several lengths."""
+    cuda = device.type == "cuda"
+    heads, lengths = (12, (197, 512, 1024, 2048)) if cuda else (4, (32, 64))
+    for length, causal in product(lengths, (False, True)):
+        batch = max(1, t // length)
+        numel = batch * length * heads * _HEAD
+        sets = _sets(device, dtype.itemsize * 3 * numel)
+
+        def tensor(batch=batch, length=length) -> torch.Tensor:  # [B, H, S, D], H beside D
+            return _normal(device, dtype, batch, length, heads, _HEAD).transpose(1, 2)
+
+        def apply(q, k, v, causal=causal):
+            return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+
+        qs, dys = [tensor() for _ in range(sets)], [tensor() for _ in range(sets)]
+        flops = (2 if causal else 4) * numel * length
+        for mode, call in _calls(apply, qs, dys, [tensor(), tensor()]):
+            passes = MODES[mode]
+            work = Work(passes * flops, passes * dtype.itemsize * 4 * numel, passes)
+            yield _Case(f"attention/{mode}", work, call, sets)
+
+
+def _convolution_cases(device: torch.device, dtype: torch.dtype, t: int) -> Iterator[_Case]:
+    """A vision transformer's patches, whose images get no gradient, and a 3 x 3 convolution."""
+    patches, middle = (3, 768, 16, 16, 0, 224), (64, 64, 3, 1, 1, 56)
+    for first, (cin, cout, kernel, stride, padding, side) in ((True, patches), (False, middle)):
+        out = (side + 2 * padding - kernel) // stride + 1
+        batch = max(1, t // out**2)
+        sets = _sets(device, dtype.itemsize * batch * (cin * side**2 + cout * out**2))
+        xs = [_normal(device, dtype, batch, cin, side, side) for _ in range(sets)]
+        dys = [_normal(device, dtype, batch, cout, out, out) for _ in range(sets)]
+        weight = _normal(device, dtype, cout, cin, kernel, kernel)
+
+        def apply(x, w, stride=stride, padding=padding):
+            return F.conv2d(x, w, stride=stride, padding=padding)
+
+        x, y, w = xs[0].numel(), dys[0].numel(), weight.numel()
+        flops, forward = 2 * y * cin * kernel**2, x + w + y
+        passes, backward = (2, x + y + 2 * w) if first else (3, 2 * x + y + 2 * w)
+        works = {
+            "forward": Work(flops, dtype.itemsize * forward),
+            "step": Work(passes * flops, dtype.itemsize * (forward + backward), 2),
+        }
+        for mode, call in _calls(apply, xs, dys, [weight], inputs=not first):
+            yield _Case(f"convolution/{mode}", works[mode], call, sets)
+
+
+def _column_cases(
+    device: torch.device, dtype: torch.dtype, tokens: Sequence[int], features: Sequence[int]
+) -> Iterator[_Case]:
+    """The sum of a bias gradient, and heads that change places with tokens."""
+    for t, n in product(tokens, features):
+        size = dtype.itemsize * t * n
+        sets = _sets(device, size)
+        xs = [_normal(device, dtype, t, n) for _ in range(sets)]
+        yield _Case("reduction", Work(0, size), lambda i, xs=xs: xs[i].sum(0), sets)
+        heads = n // _HEAD
+        if heads < 2:
+            continue
+        length = min(t, 256)
+        split = [
+            x[: t // length * length, : heads * _HEAD].reshape(-1, length, heads, _HEAD) for x in xs
+        ]
+        work = Work(0, 2 * dtype.itemsize * split[0].numel())
+        call = lambda i, split=split: split[i].transpose(1, 2).contiguous()  # noqa: E731
+        yield _Case("strided", work, call, sets)
 
 
 def _pointwise_cases(device: torch.device, dtype: torch.dtype) -> Iterator[_Case]:
@@ -127,6 +204,36 @@ def _pointwise_cases(device: torch.device, dtype: torch.dtype) -> Iterator[_Case
         x = torch.randn(2, numel, device=device, dtype=dtype)
         work = Work(0, 2 * dtype.itemsize * numel)
         yield _Case("pointwise", work, lambda i, x=x: x[i].mul(2), len(x))
+
+
+def _calls(
+    apply: Callable[..., torch.Tensor],
+    xs: Sequence[torch.Tensor],
+    dys: Sequence[torch.Tensor],
+    parameters: Sequence[torch.Tensor],
+    inputs: bool = True,
+) -> Iterator[tuple[str, Call]]:
+    """Yields forward, and forward + backward to the parameters and, if `inputs`, to x."""
+
+    def forward(i: int) -> object:
+        with torch.no_grad():
+            return apply(xs[i], *parameters)
+
+    def step(i: int) -> object:
+        leaves = [p.detach().requires_grad_() for p in parameters]
+        x = xs[i].detach().requires_grad_(inputs)
+        return torch.autograd.grad(apply(x, *leaves), [x, *leaves][not inputs :], dys[i])
+
+    yield from {"forward": forward, "step": step}.items()
+
+
+def _normal(device: torch.device, dtype: torch.dtype, *shape: int) -> torch.Tensor:
+    return torch.randn(shape, device=device, dtype=dtype)
+
+
+def _sets(device: torch.device, walk: int) -> int:
+    """How many buffer sets of `walk` bytes a timing goes through."""
+    return max(2, min(8, -(-_L2_BYTES // walk))) if device.type == "cuda" else 2
 
 
 def _time(call: Call, sets: int, device: torch.device, repeats: int) -> float:

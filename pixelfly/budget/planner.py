@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -13,10 +13,12 @@ from torch import nn
 from ..nn.dense import is_conv1d
 from ..sparsify import FilterFn, PixelflyConfig, find_obstacles
 from .allocate import fastest, proportional
-from .candidates import Candidate, Group, candidates
+from .candidates import Candidate, Group, candidates, dense_layer_seconds
 from .cost import CostModel
-from .count import Tally, count
+from .count import Tally, beside_matmuls, count
 from .kinds import layer_type
+from .operators import MOVED
+from .rate import Work, add
 from .result import LayerPlan, Plan, Rest, rest_seconds
 
 BUDGETS = ("density", "flops", "params", "speedup")
@@ -42,14 +44,21 @@ def plan(
     like: PixelflyConfig | None = None,
     filter_fn: FilterFn | str | None = None,
     training: bool = True,
+    autocast: bool = False,
     type_fn: Callable[[str], str] = layer_type,
     fake: bool = True,
 ) -> Plan:
     """Chooses block size, stride and rank of every linear layer so that a budget is met.
 
-    The model's forward runs once on fake tensors, under a counter of every operator. Exactly one
-    of `density`, `flops`, `params` and `speedup` says what may be spent. Convolutions, attention
-    and embeddings are counted and left as they are.
+    The model runs once on fake tensors, forward and in training backward, under a counter of every
+    operator. Exactly one of `density`, `flops`, `params` and `speedup` says what may be spent.
+    Convolutions, attention and embeddings are counted and left as they are.
+
+    Times are of eager PyTorch in a CUDA graph. With a cost model the whole model, inputs too, is
+    counted in the model's dtype; with `autocast` it keeps its float32 weights, and operators run in
+    the dtypes that CUDA's autocast gives them. The backward starts at the first scalar that the
+    model returns (a loss) or else at its first tensor (a loss outside the model is not counted),
+    and all parameters are trained.
 
     allocation="proportional" is the paper's rule: the compute of every layer type shrinks in
     proportion, so that all have one density, up to what their shapes allow. "time" spends where a
@@ -75,8 +84,10 @@ def plan(
             size do not count.
         filter_fn: which layers may be converted, as for `sparsify_`.
         training: times are of forward + backward + optimizer; False: of forward alone.
+        autocast: times are of float32 weights under autocast to the cost model's dtype.
         type_fn: a layer's name -> its type; layers of one type and shape become alike.
-        fake: False runs the model for real, for models whose Python looks at values.
+        fake: False runs the model for real, in its own dtype, for models whose Python looks at
+            values.
 
     Returns:
         The plan; it never spends more than the budget. Where the dense model keeps the budget,
@@ -103,10 +114,21 @@ def plan(
     like = PixelflyConfig() if like is None else like
     given = {"density": density, "flops": flops, "params": params, "speedup": speedup}
     budget, value = _check(model, given, cost, allocation, like, block_sizes)
-    tallies = count(model, example_inputs, fake=fake)
-    layers = _linear_layers(model, tallies, filter_fn, type_fn)
-    rest = _rest(model, tallies, {x.name for x in layers})
-    groups, layers = _groups(layers, like, block_sizes, given["density"], cost, training)
+    target = torch.bfloat16 if cost is None else getattr(torch, cost.dtype)
+    if autocast and target not in (torch.bfloat16, torch.float16):
+        raise ValueError(
+            "plan: autocast=True needs a cost model in bfloat16 or float16, got one in "
+            f"{cost.dtype} of {cost.device}"
+        )
+    run = _Run(
+        training=training,
+        dtype=target if fake and cost is not None and not autocast else None,
+        autocast=target if autocast else None,
+    )
+    tallies = count(model, example_inputs, **asdict(run), fake=fake)
+    layers = _linear_layers(model, tallies, filter_fn, type_fn, run)
+    rest = _rest(model, tallies, layers, run)
+    groups, layers = _groups(layers, like, block_sizes, given["density"], cost, run)
     if not groups:
         reasons = "; ".join(sorted({f"{x.name}: {x.reason}" for x in layers})[:3])
         raise ValueError(f"plan: model has no layer that can be converted ({reasons or 'none'})")
@@ -124,11 +146,13 @@ def plan(
         }
         if cost is not None:
             seconds = sum(m * c.seconds for m, _, c in spent) + sum(
-                cost.dense_seconds(x.tokens, x.in_features, x.out_features, training=training)
+                dense_layer_seconds(
+                    cost, x.tokens, x.in_features, x.out_features, x.beside, training
+                )
                 for x in kept
             )
             out["seconds"] = seconds + sum(
-                rest_seconds(rest, cost, out["params"], training).values()
+                rest_seconds(rest, cost, out["params"], training, autocast).values()
             )
         return out
 
@@ -149,7 +173,16 @@ def plan(
         raise ValueError(_unreachable(budget, value, measure(smallest), dense))
     chosen = {name: c for g, c in zip(groups, selection, strict=True) for name in g.names}
     final = tuple(_with(x, chosen.get(x.name), like.max_stride is not None) for x in layers)
-    return Plan(budget, float(value), allocation, final, rest, like, training, cost)
+    return Plan(budget, float(value), allocation, final, rest, like, training, cost, autocast)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """How the model is counted; see `count`."""
+
+    training: bool
+    dtype: torch.dtype | None
+    autocast: torch.dtype | None
 
 
 def _check(
@@ -196,6 +229,7 @@ def _linear_layers(
     tallies: dict[str, Tally],
     filter_fn: FilterFn | str | None,
     type_fn: Callable[[str], str],
+    run: _Run,
 ) -> list[LayerPlan]:
     """Returns all linear layers as dense ones, with the reason of those that stay so."""
     obstacles = find_obstacles(model, filter_fn)
@@ -208,22 +242,38 @@ def _linear_layers(
         reason = obstacles.get(name, "")
         if not reason and macs == 0:
             reason = "the example inputs do not reach it"
-        layer = LayerPlan(name, type_fn(name), k, n, macs // (k * n), weights=k * n, reason=reason)
+        tokens = macs // (k * n)
+        dtype = run.dtype or module.weight.dtype
+        beside = {}
+        if tokens:
+            bias = module.bias is not None
+            beside = beside_matmuls(k, n, tokens, bias, dtype, run.autocast, run.training)
+        layer = LayerPlan(
+            name, type_fn(name), k, n, tokens, weights=k * n, reason=reason, beside=dict(beside)
+        )
         found.append(layer)
     return found
 
 
-def _rest(model: nn.Module, tallies: dict[str, Tally], linear: set[str]) -> Rest:
-    other = [tally for name, tally in tallies.items() if name not in linear]
+def _rest(
+    model: nn.Module, tallies: dict[str, Tally], layers: Sequence[LayerPlan], run: _Run
+) -> Rest:
+    """Returns the sum of all tallies less what the layers are."""
+    linear = {x.name for x in layers}
+    works: dict[str, Work] = {}
+    for name, tally in tallies.items():
+        kinds = MOVED if name in linear else tally.works
+        add(works, {kind: work for kind, work in tally.works.items() if kind in kinds})
+    for x in layers:
+        for kind, work in x.beside.items():
+            works[kind] = works.get(kind, Work(0, 0, 0)).less(work)
     floats = [p for p in model.parameters() if p.is_floating_point()]
+    dtype = run.dtype or (floats[0].dtype if floats else torch.float32)
     return Rest(
         params=sum(p.numel() for p in model.parameters()),
-        macs=sum(t.macs for t in other),
-        matmul_bytes=sum(t.matmul_bytes for t in other),
-        matmuls=sum(t.matmuls for t in other),
-        pointwise_bytes=sum(t.pointwise_bytes for t in tallies.values()),
-        pointwise=sum(t.pointwise for t in tallies.values()),
-        itemsize=floats[0].element_size() if floats else torch.float32.itemsize,
+        macs=sum(tally.macs for name, tally in tallies.items() if name not in linear),
+        works=works,
+        itemsize=dtype.itemsize,
     )
 
 
@@ -233,19 +283,26 @@ def _groups(
     block_sizes: Sequence[int],
     density: float | None,
     cost: CostModel | None,
-    training: bool,
+    run: _Run,
 ) -> tuple[list[Group], list[LayerPlan]]:
     """Returns the groups of layers to plan, and all layers with the reasons found on the way."""
-    together: dict[tuple[str, int, int, int], list[str]] = {}
+    together: dict[tuple, list[str]] = {}
     for x in layers:
         if not x.reason:
-            key = (x.type, x.in_features, x.out_features, x.tokens)
+            beside = tuple(sorted(x.beside.items()))
+            key = (x.type, x.in_features, x.out_features, x.tokens, beside)
             together.setdefault(key, []).append(x.name)
     groups, reasons = [], {}
-    for (kind, k, n, tokens), names in together.items():
+    autocast = run.autocast is not None
+    for (kind, k, n, tokens, beside), names in together.items():
         wanted = () if density is None else (density,)
         try:
-            forms = candidates(k, n, tokens, like, block_sizes, wanted, cost, training)
+            forms = candidates(
+                *(k, n, tokens, like, block_sizes, wanted, cost),
+                training=run.training,
+                autocast=autocast,
+                beside=dict(beside),
+            )
         except ValueError as error:
             reasons.update(dict.fromkeys(names, str(error)))
             continue

@@ -23,6 +23,27 @@ class Work:
     bytes: float
     count: int = 1
 
+    def __add__(self, other: Work) -> Work:
+        return Work(self.flops + other.flops, self.bytes + other.bytes, self.count + other.count)
+
+    def less(self, part: Work) -> Work:
+        """Returns what is left without a part; never below zero."""
+        return Work(
+            max(self.flops - part.flops, 0.0),
+            max(self.bytes - part.bytes, 0.0),
+            max(self.count - part.count, 0),
+        )
+
+    def scaled(self, factor: float) -> Work:
+        """Returns the work of so many operations like it."""
+        return Work(factor * self.flops, factor * self.bytes, round(factor * self.count))
+
+
+def add(works: dict[str, Work], more: dict[str, Work]) -> None:
+    """Adds work by kind to `works`."""
+    for kind, work in more.items():
+        works[kind] = works[kind] + work if kind in works else work
+
 
 @dataclass(frozen=True)
 class Rate:

@@ -6,22 +6,32 @@ import json
 import os
 import pathlib
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from .._table import print_rich
 from ..nn.dense import dense_parameters, is_conv1d
 from ..sparsify import PixelflyConfig
 from . import show
-from .candidates import gate_params
+from .candidates import dense_layer_seconds, gate_params, sparse_layer_seconds
 from .cost import CostModel
 from .rate import Work
 
-VERSION = 1
+VERSION = 2
 _FORMAT = "pixelfly.Plan"
-_ADAMW_BYTES = 28  # a float32 parameter: weight, gradient and two moments read, three written
+_ADAMW_PASSES = 7  # over a parameter: weight, gradient and two moments read, three written
+_PARTS = {  # of what is not a linear layer, by the kind of its rate
+    "dense": "other matmuls",
+    "unaligned": "other matmuls",
+    "attention": "attention",
+    "convolution": "convolutions",
+    "pointwise": "pointwise",
+    "reduction": "reductions",
+    "strided": "strided copies",
+}
 
 
 @dataclass(frozen=True)
@@ -40,6 +50,8 @@ class LayerPlan:
         weights: weights inside the layer's features, low rank included.
         requested: the density that `pixelfly.nn.choose` gets.
         reason: why it stays dense, or "".
+        beside: what the dense layer's weight and bias move beside its matmuls (the sum of the
+            bias gradient, autocast's casts), by the kind of its rate.
     """
 
     name: str
@@ -53,6 +65,7 @@ class LayerPlan:
     weights: int = 0
     requested: float = 1.0
     reason: str = ""
+    beside: dict[str, Work] = field(default_factory=dict, hash=False)
 
     @property
     def dense_weights(self) -> int:
@@ -66,24 +79,18 @@ class LayerPlan:
 
 @dataclass(frozen=True)
 class Rest:
-    """What the model computes outside its linear layers, in one forward.
+    """What the model computes beside its linear layers.
 
     Attributes:
         params: parameters of the whole dense model, shared ones once.
-        macs: of convolutions, attention and other matmuls.
-        matmul_bytes: what those move.
-        matmuls: how many they are.
-        pointwise_bytes: what all other operators move.
-        pointwise: how many they are.
-        itemsize: bytes an element had.
+        macs: of convolutions, attention and other matmuls, in one forward.
+        works: work by the kind of its rate (see `count`).
+        itemsize: bytes of an element of what was counted.
     """
 
     params: int
     macs: int
-    matmul_bytes: int
-    matmuls: int
-    pointwise_bytes: int
-    pointwise: int
+    works: dict[str, Work] = field(hash=False)
     itemsize: int
 
 
@@ -92,8 +99,10 @@ class Prediction:
     """Predicted seconds of a step, in parts.
 
     Attributes:
-        parts: seconds by what takes them: the layer types, "other matmuls", "pointwise" and, in
-            training, "optimizer".
+        parts: seconds by what takes them: the layer types, "other matmuls", "attention",
+            "convolutions", "pointwise", "reductions" (sums over rows), "strided copies" and, in
+            training, "optimizer". A layer's bias gradient and autocast's casts of its weight are
+            in its type's part.
     """
 
     parts: dict[str, float]
@@ -118,6 +127,7 @@ class Plan:
         like: what the layers have in common: low-rank form, gate, initialisation.
         training: whether times are of forward + backward + optimizer, or of forward alone.
         cost: the cost model, or None.
+        autocast: whether times are of float32 weights under autocast.
     """
 
     budget: str
@@ -128,6 +138,7 @@ class Plan:
     like: PixelflyConfig
     training: bool = True
     cost: CostModel | None = None
+    autocast: bool = False
 
     @property
     def planned(self) -> tuple[LayerPlan, ...]:
@@ -173,12 +184,14 @@ class Plan:
     def predicted_step(self, cost: CostModel | None = None, *, dense: bool = False) -> Prediction:
         """Predicts the time of a step with the example inputs.
 
-        In training a matmul counts three times (forward and two gradients), a pointwise operator
-        twice, and AdamW passes over every parameter in float32. Pointwise operators count one by
-        one, as eager PyTorch runs them; torch.compile fuses many.
+        A matmul's time is a measured rate's, in training with its two gradients. All other
+        operators of forward and backward count one by one with the bytes that they read and write,
+        as eager PyTorch runs them; torch.compile fuses many. Launches from the host cost nothing,
+        as in a CUDA graph. AdamW passes over every parameter in the dtype of the parameters.
 
         Args:
-            cost: the cost model; None takes the plan's own.
+            cost: the cost model; None takes the plan's own. One of another dtype gets the counted
+                bytes in proportion.
             dense: predict the dense model instead.
 
         Raises:
@@ -192,22 +205,26 @@ class Plan:
         parts: dict[str, float] = {}
         for x in self.layers:
             if dense or x.block_size is None:
-                seconds = cost.dense_seconds(
-                    x.tokens, x.in_features, x.out_features, training=self.training
+                seconds = dense_layer_seconds(
+                    cost, x.tokens, x.in_features, x.out_features, x.beside, self.training
                 )
             else:
-                seconds = cost.sparse_seconds(
+                seconds = sparse_layer_seconds(
+                    cost,
                     x.tokens,
                     x.in_features,
                     x.out_features,
                     block_size=x.block_size,
                     nnz=x.nnz,
                     rank=self._factored_rank(x),
+                    stored=self.stored(x),
+                    autocast=self.autocast,
                     training=self.training,
                 )
             parts[x.type] = parts.get(x.type, 0.0) + seconds
         params = self.rest.params if dense else self.params
-        return Prediction({**parts, **rest_seconds(self.rest, cost, params, self.training)})
+        rest = rest_seconds(self.rest, cost, params, self.training, self.autocast)
+        return Prediction({**parts, **rest})
 
     @property
     def predicted_speedup(self) -> float | None:
@@ -266,8 +283,10 @@ class Plan:
                 f"Plan.load: version must be {VERSION}, got {version!r}: written by another "
                 "pixelfly; make the plan again"
             )
-        data["layers"] = tuple(LayerPlan(**layer) for layer in data["layers"])
-        data["rest"], data["like"] = Rest(**data["rest"]), PixelflyConfig(**data["like"])
+        layers = [{**x, "beside": _works(x["beside"])} for x in data["layers"]]
+        data["layers"] = tuple(LayerPlan(**layer) for layer in layers)
+        rest = {**data["rest"], "works": _works(data["rest"]["works"])}
+        data["rest"], data["like"] = Rest(**rest), PixelflyConfig(**data["like"])
         cost = data["cost"]
         data["cost"] = None if cost is None else CostModel.from_dict(cost)
         return cls(**data)
@@ -303,20 +322,21 @@ class Plan:
         return show.plot(self, path)
 
 
-def rest_seconds(rest: Rest, cost: CostModel, params: int, training: bool) -> dict[str, float]:
+def _works(data: dict[str, dict[str, float]]) -> dict[str, Work]:
+    return {kind: Work(**work) for kind, work in data.items()}
+
+
+def rest_seconds(
+    rest: Rest, cost: CostModel, params: int, training: bool, autocast: bool
+) -> dict[str, float]:
     """Returns the parts of a step that are not linear layers."""
-    passes, mode = (3, "step") if training else (1, "forward")
-    scale = cost.itemsize / rest.itemsize
-    pointwise = cost.rates["pointwise"]
-    matmuls = Work(
-        2.0 * passes * rest.macs, passes * scale * rest.matmul_bytes, passes * rest.matmuls
-    )
-    twice = 2 if training else 1
-    moved = Work(0, twice * scale * rest.pointwise_bytes, twice * rest.pointwise)
-    parts = {
-        "other matmuls": cost.rates[f"dense/{mode}"].seconds(matmuls) if rest.matmuls else 0.0,
-        "pointwise": pointwise.seconds(moved),
-    }
+    scale = 1.0 if autocast else cost.itemsize / rest.itemsize
+    parts = {"other matmuls": 0.0}
+    for kind, work in rest.works.items():
+        sized = Work(work.flops, scale * work.bytes, work.count)
+        seconds = cost.seconds({kind: sized}, training=training)
+        parts[_PARTS[kind]] = parts.get(_PARTS[kind], 0.0) + seconds
     if training:
-        parts["optimizer"] = pointwise.seconds(Work(0, _ADAMW_BYTES * params))
-    return parts
+        moved = _ADAMW_PASSES * (torch.float32.itemsize if autocast else cost.itemsize) * params
+        parts["optimizer"] = cost.seconds({"pointwise": Work(0, moved)})
+    return {part: seconds for part, seconds in parts.items() if seconds}

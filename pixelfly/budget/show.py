@@ -41,6 +41,7 @@ def remarks(plan: Plan) -> list[str]:
     if plan.cost is not None:
         dense, ours = plan.predicted_step(dense=True), plan.predicted_step()
         what = "step" if plan.training else "forward"
+        what += " under autocast" if plan.autocast else ""
         lines.append(
             f"predicted {what} on {plan.cost.device} ({plan.cost.source}): "
             f"{1e3 * dense.total:.3g} -> {1e3 * ours.total:.3g} ms, "

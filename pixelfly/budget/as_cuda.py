@@ -1,0 +1,61 @@
+"""Makes a run on the CPU's fake tensors choose the operators that CUDA would."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map_only
+
+# What CUDA's autocast runs in float32, as torch's page on automatic mixed precision lists it. The
+# CPU's autocast leaves most of these alone.
+_FLOAT32 = frozenset(
+    """
+    __pow__ __rdiv__ __rpow__ __rtruediv__ acos asin binary_cross_entropy_with_logits cosh
+    cosine_embedding_loss cdist cosine_similarity cross_entropy cumprod cumsum dist erfinv exp
+    expm1 group_norm hinge_embedding_loss kl_div l1_loss layer_norm log log10 log_softmax log1p
+    log2 margin_ranking_loss mse_loss multilabel_margin_loss multi_margin_loss nll_loss norm
+    normalize pdist poisson_nll_loss pow prod reciprocal rsqrt sinh smooth_l1_loss
+    soft_margin_loss softmax softmin softplus sum renorm tan triplet_margin_loss
+    """.split()
+)
+
+
+class AsCUDA(TorchFunctionMode):
+    """Dropout as one operator, attention fused with dropout too, and CUDA's autocast list.
+
+    The CPU's own autocast, which the caller enters, casts the inputs of matmuls as CUDA's does.
+    """
+
+    def __init__(self, autocast: bool) -> None:
+        super().__init__()
+        self.autocast = autocast
+
+    def __torch_function__(
+        self, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention:
+            kwargs = {name: value for name, value in kwargs.items() if name != "dropout_p"}
+            args = (*args[:4], 0.0, *args[5:]) if len(args) > 4 else args
+            return func(*args, **kwargs)
+        if func is F.dropout:
+            return _dropout(*args, **kwargs)
+        if self.autocast and getattr(func, "__name__", "") in _FLOAT32:
+            args, kwargs = tree_map_only(torch.Tensor, _float, (args, kwargs))
+        return func(*args, **kwargs)
+
+
+def _dropout(
+    input: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
+) -> torch.Tensor:
+    if not training or p == 0:
+        return input
+    return torch.native_dropout(input, p, True)[0]
+
+
+def _float(t: torch.Tensor) -> torch.Tensor:
+    return t.float() if t.dtype in (torch.bfloat16, torch.float16) else t

@@ -1,0 +1,192 @@
+"""What is counted: MACs, and the bytes that every operator of forward and backward moves."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from pixelfly import PixelflyLinear
+from pixelfly.budget import Work, count
+from pixelfly.budget.count import Tally, beside_matmuls
+from pixelfly.budget.rate import add
+
+
+class Block(nn.Module):
+    """Attention and MLP under the names that libraries use."""
+
+    def __init__(self, d: int = 256) -> None:
+        super().__init__()
+        self.attn = nn.ModuleDict({"qkv": nn.Linear(d, 3 * d), "proj": nn.Linear(d, d)})
+        self.mlp = nn.ModuleDict({"fc1": nn.Linear(d, 4 * d), "fc2": nn.Linear(4 * d, d)})
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.attn["qkv"](x).chunk(3, -1)
+        x = x + self.attn["proj"](nn.functional.scaled_dot_product_attention(q, k, v))
+        return x + self.mlp["fc2"](self.mlp["fc1"](x).relu())
+
+
+def test_macs_are_the_flop_counters():
+    model, x = Block(), torch.randn(2, 16, 256)
+    tallies = count(model, x)
+    with FlopCounterMode(display=False) as counter:
+        model.to("meta")(x.to("meta"))
+    assert 2 * sum(t.macs for t in tallies.values()) == counter.get_total_flops()
+    assert tallies["attn.qkv"].macs == 32 * 256 * 768
+    assert tallies[""].macs == 2 * 2 * 16 * 16 * 256  # the attention itself
+
+
+def test_bytes_of_a_matmul_are_its_tensors():
+    tally = count(nn.Linear(64, 32, bias=False), torch.zeros(8, 64))[""]
+    macs = 8 * 64 * 32
+    assert tally == Tally(macs, {"dense": Work(2 * macs, 4 * (8 * 64 + 64 * 32 + 8 * 32))})
+
+
+def test_embedding_reads_what_it_looks_up():
+    tally = count(nn.Embedding(1000, 16), torch.zeros(8, dtype=torch.long))[""]
+    assert tally.macs == 0
+    assert tally.works["pointwise"].bytes < 1000 * 16 * 4
+
+
+BF16, F32 = 2, 4  # bytes
+
+
+def total(tallies: dict[str, Tally]) -> dict[str, Work]:
+    works: dict[str, Work] = {}
+    for tally in tallies.values():
+        add(works, tally.works)
+    return works
+
+
+def test_backward_sums_the_bias_gradient():
+    x = torch.zeros(64, 128)
+    step = total(count(nn.Linear(128, 256), x, training=True, dtype=torch.bfloat16))
+    assert step["reduction"] == Work(0, BF16 * (64 * 256 + 256))
+    assert "pointwise" not in step
+    assert step["dense"] == total(count(nn.Linear(128, 256), x, dtype=torch.bfloat16))["dense"]
+    assert beside_matmuls(128, 256, 64, True, torch.bfloat16, None, True).keys() == {"reduction"}
+
+
+def test_autocast_casts_weight_and_gradient():
+    step = beside_matmuls(128, 256, 64, False, torch.float32, torch.bfloat16, True)
+    assert step == {"pointwise": Work(0, 2 * (F32 + BF16) * 128 * 256, 2)}
+
+
+def test_layer_norm_backward_is_two_passes():
+    model, x = nn.Sequential(nn.Linear(64, 64, bias=False), nn.LayerNorm(64)), torch.zeros(8, 64)
+    forward, step = (total(count(model, x, training=t)) for t in (False, True))
+    assert step["reduction"] == Work(0, 2 * F32 * 8 * 64)
+    assert step["pointwise"].bytes - forward["pointwise"].bytes == 3 * F32 * 8 * 64
+
+
+class Function(nn.Module):
+    """A parameter p [4, 64] and a function of x and p."""
+
+    def __init__(self, function) -> None:
+        super().__init__()
+        self.function, self.p = function, nn.Parameter(torch.zeros(4, 64))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.function(x, self.p)
+
+
+@pytest.mark.parametrize(
+    ("function", "kind", "elements"),
+    [
+        (lambda x, p: x.transpose(1, 2).contiguous(), "strided", 2 * 8 * 4 * 64),
+        (lambda x, p: x * p, "pointwise", 2 * 8 * 4 * 64 + 4 * 64),
+        (lambda x, p: x.sum((0, 1)), "reduction", 8 * 4 * 64 + 64),
+        (lambda x, p: x.sum(-1), "pointwise", 8 * 4 * 64 + 8 * 4),
+        (lambda x, p: torch.zeros_like(x), "pointwise", 8 * 4 * 64),
+        (lambda x, p: torch.cat([x.mT, x.mT]), "strided", 4 * 8 * 4 * 64),
+        (lambda x, p: F.dropout(x, 0.5), "pointwise", 2 * 8 * 4 * 64 + 8 * 64),  # a byte a mask
+    ],
+)
+def test_what_an_operator_moves(function, kind, elements):
+    works = total(count(Function(function), torch.zeros(8, 4, 64)))
+    assert works == {kind: Work(0, F32 * elements)}
+
+
+@pytest.mark.parametrize("power", [lambda x, p: x**3, lambda x, p: torch.pow(x, 3)])
+def test_autocast_runs_in_float32_what_it_does_on_cuda(power):
+    x = torch.zeros(8, 64, dtype=torch.bfloat16)
+    (work,) = total(count(Function(power), x, autocast=torch.bfloat16)).values()
+    assert work == Work(0, (BF16 + F32) * 512 + 2 * F32 * 512, 2)  # a cast, then the power
+    (plain,) = total(count(Function(power), x)).values()
+    assert plain == Work(0, 2 * BF16 * 512)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_attention_has_a_rate_of_its_own(causal):
+    def attend(x, p):
+        q = x.view(2, 32, 4, 16).transpose(1, 2)
+        return F.scaled_dot_product_attention(q, q, q, dropout_p=0.1, is_causal=causal)
+
+    tally = count(Function(attend), torch.zeros(2, 32, 64))[""]
+    assert tally.macs == 2 * 2 * 4 * 32 * 32 * 16
+    flops = tally.macs if causal else 2 * tally.macs  # kernels skip the upper half
+    assert tally.works == {"attention": Work(flops, F32 * 4 * 2 * 32 * 64)}
+
+
+def test_backward_of_a_loss_starts_there():
+    class Model(nn.Linear):
+        def forward(self, x):
+            logits = super().forward(x)
+            return {"logits": logits, "loss": logits.float().square().mean()}
+
+    model, x = Model(64, 64), torch.zeros(8, 64)
+    before = total(count(nn.Linear(64, 64), x, training=True))
+    assert total(count(model, x, training=True))["pointwise"].count > 3
+    assert model.weight.grad is None and before.keys() == {"dense", "reduction"}
+    real = total(count(model, x, training=True, fake=False))
+    assert real == total(count(model, x, training=True))
+
+
+def test_convolution_counts_its_own_backward():
+    model, x = nn.Conv2d(3, 8, 3, bias=False), torch.zeros(4, 3, 5, 5)
+    forward, step = (total(count(model, x, training=t))["convolution"] for t in (False, True))
+    assert step.flops == 2 * forward.flops and step.count == 2  # no gradient of the image
+
+
+def test_real_and_fake_runs_agree_and_nothing_changes():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(8, 8))
+    x, before = torch.randn(4, 3, 3, 3), {k: v.clone() for k, v in model.state_dict().items()}
+    fake = count(model, x)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert fake["0"].macs == 4 * 8 * 27
+    real = count(model, x, fake=False)
+    assert {k: t.macs for k, t in real.items()} == {k: t.macs for k, t in fake.items()}
+
+
+def test_pixelfly_layers_are_counted_as_what_they_are():
+    layer = PixelflyLinear(256, 256, density=0.25, block_size=32)
+    weights = layer.choice.block_weights + layer.choice.lowrank_weights
+    assert count(nn.Sequential(layer), torch.zeros(8, 256))["0"].macs == 8 * weights
+
+
+def test_keyword_inputs():
+    class Keyed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(64, 64)
+
+        def forward(self, *, pixels: torch.Tensor) -> torch.Tensor:
+            return self.fc(pixels)
+
+    assert count(Keyed(), {"pixels": torch.zeros(4, 64)})["fc"].macs == 4 * 64 * 64
+
+
+def test_model_that_looks_at_values_says_what_to_do():
+    class Looks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(64, 64)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.fc(x) if x.sum().item() > 0 else x
+
+    with pytest.raises(RuntimeError, match="fake=False"):
+        count(Looks(), torch.ones(4, 64))
+    assert count(Looks(), torch.ones(4, 64), fake=False)["fc"].macs == 4 * 64 * 64
