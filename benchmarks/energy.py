@@ -6,16 +6,21 @@ import ctypes
 
 
 class EnergyCounter:
-    """Reads millijoules of one GPU; `read()` returns None where NVML has no such counter."""
+    """Reads millijoules of one GPU; `read()` returns None where NVML has no such counter.
 
-    def __init__(self, index: int = 0) -> None:
+    uuid: as `torch.cuda.get_device_properties(...).uuid` says. NVML's own numbers know nothing of
+    CUDA_VISIBLE_DEVICES.
+    """
+
+    def __init__(self, uuid: object) -> None:
         self._nvml, self._device = None, ctypes.c_void_p()
         try:
             nvml = ctypes.CDLL("libnvidia-ml.so.1")
         except OSError:
             return
+        name = f"GPU-{uuid}".encode()
         if nvml.nvmlInit_v2() == 0:
-            if nvml.nvmlDeviceGetHandleByIndex_v2(index, ctypes.byref(self._device)) == 0:
+            if nvml.nvmlDeviceGetHandleByUUID(name, ctypes.byref(self._device)) == 0:
                 self._nvml = nvml
 
     def read(self) -> int | None:

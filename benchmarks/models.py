@@ -88,7 +88,7 @@ def time_cuda(step: Callable[[], None], steps: int) -> dict[str, float | None]:
     for _ in range(5):
         step()
     torch.cuda.synchronize()
-    counter = EnergyCounter(torch.cuda.current_device())
+    counter = EnergyCounter(torch.cuda.get_device_properties().uuid)
     marks = [torch.cuda.Event(enable_timing=True) for _ in range(steps + 1)]
     before = counter.read()
     marks[0].record()
