@@ -10,16 +10,18 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
-# What CUDA's autocast runs in float32, as torch's page on automatic mixed precision lists it. The
-# CPU's autocast leaves most of these alone.
+# What CUDA's autocast runs in float32 (AT_FORALL_FP32 and AT_FORALL_FP32_SET_OPT_DTYPE of torch's
+# ATen/autocast_mode.h), by the names of the functions that call it. The CPU's autocast leaves most
+# of these alone.
 _FLOAT32 = frozenset(
     """
-    __pow__ __rdiv__ __rpow__ __rtruediv__ acos asin binary_cross_entropy_with_logits cosh
-    cosine_embedding_loss cdist cosine_similarity cross_entropy cumprod cumsum dist erfinv exp
-    expm1 group_norm hinge_embedding_loss kl_div l1_loss layer_norm log log10 log_softmax log1p
-    log2 margin_ranking_loss mse_loss multilabel_margin_loss multi_margin_loss nll_loss norm
-    normalize pdist poisson_nll_loss pow prod reciprocal rsqrt sinh smooth_l1_loss
-    soft_margin_loss softmax softmin softplus sum renorm tan triplet_margin_loss
+    __pow__ __rdiv__ __rpow__ __rtruediv__ acos asin binary_cross_entropy_with_logits cdist cosh
+    cosine_embedding_loss cosine_similarity cross_entropy cumprod cumsum dist erfinv exp expm1
+    group_norm hinge_embedding_loss huber_loss interpolate kl_div l1_loss layer_norm log log10
+    log1p log2 log_softmax logsumexp margin_ranking_loss mse_loss multi_margin_loss
+    multilabel_margin_loss nll_loss norm normalize pdist poisson_nll_loss pow prod reciprocal
+    renorm rms_norm rsqrt sinh smooth_l1_loss soft_margin_loss softmax softmin softplus sum tan
+    triplet_margin_loss
     """.split()
 )
 
