@@ -212,6 +212,20 @@ def test_import_needs_nothing_before_it():
     assert done.stdout.strip() == pixelfly.__version__, done.stderr
 
 
+def test_import_uses_no_network():
+    code = """
+import sys
+def hook(event, args):
+    if event in ("socket.connect", "socket.getaddrinfo", "socket.sendto"):
+        raise SystemExit(f"{event} {args}")
+sys.addaudithook(hook)
+import pixelfly
+"""
+    home = pathlib.Path(pixelfly.__file__).parent.parent
+    done = subprocess.run([sys.executable, "-c", code], cwd=home, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def collect_env(folder: pathlib.Path, **variables: str) -> dict[str, str]:
     """What `python -m pixelfly.collect_env` prints, run in a folder."""
     done = subprocess.run(
