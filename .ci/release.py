@@ -70,7 +70,7 @@ def fresh_venv(python: str, name: str) -> pathlib.Path:
 
 def pip_install(python: pathlib.Path, *packages: object, torch: str | None = None) -> bool:
     """Whether pip installed the packages, with this torch and no other constraint."""
-    constraints = WORK / "constraints.txt"
+    constraints = python.parent.parent / "constraints.txt"
     constraints.write_text(f"torch=={torch}\n" if torch else "")
     names = ("PIP_CONSTRAINT", "PIP_BUILD_CONSTRAINT")  # newer pips take the latter for builds
     environment = {**os.environ, **dict.fromkeys(names, str(constraints))}
@@ -149,9 +149,10 @@ def path_without_nvcc() -> str:
 
 def try_install(python: str, torch: str, some: bool, from_sdist: bool) -> None:
     """One row of the table: this Python and this torch, with the wheel or what pip builds."""
-    venv = fresh_venv(python, "try-env")
     code = "import sys; print('cp%d%d' % sys.version_info[:2])"
-    tag = run(venv, "-c", code, capture_output=True).stdout.strip()
+    tag = run(python, "-c", code, capture_output=True).stdout.strip()
+    name = f"try-{tag}-{torch}{'-sdist' if from_sdist else ''}"
+    venv = fresh_venv(python, name)
     (package,) = DIST.glob("*.tar.gz" if from_sdist else f"*-{tag}-{tag}-*.whl")
     row = {"python": tag, "torch": torch, "from": "sdist, no nvcc" if from_sdist else "wheel"}
     row["tests"] = "some" if some else "all"
@@ -164,7 +165,7 @@ def try_install(python: str, torch: str, some: bool, from_sdist: bool) -> None:
         imported = run(*offline, venv, "-c", code, cwd=WORK, check=False, capture_output=True)
         row["import"] = "yes" if imported.returncode == 0 else "no"
         print(imported.stdout, imported.stderr)
-        log = WORK / f"try-{tag}-{torch}.log"
+        log = WORK / f"{name}.log"
         environment = {"OMP_NUM_THREADS": "2", **os.environ}
         environment["PATH"] = f"{venv.parent}{os.pathsep}{os.environ['PATH']}"
         with log.open("w") as file:  # pytest alone, without -m, leaves the source off sys.path
