@@ -8,10 +8,12 @@
 `build` checks that the sdist holds the tracked files and nothing else, builds each wheel from the
 unpacked sdist (where `unshare` works, without a network), checks its files and has auditwheel give
 it the manylinux tag. The kernels do not see Python, so nvcc's objects are shared by all wheels.
-nvcc, MAX_JOBS and the variables of setup.py are as there; the glibc of this machine is the oldest
-that the wheels run on. `try` runs the sdist's tests against a wheel, the whole suite or, with
---some, what differs between versions of torch. Both need pip's index and nothing else; scratch
-files (several GB where torch comes with CUDA) and results are in build/release.
+nvcc, MAX_JOBS and the variables of setup.py are as there. The tag follows from this machine's glibc
+and compiler: build on an old one to reach more machines.
+
+`try` runs the sdist's tests against a wheel, the whole suite or, with --some, what differs between
+versions of torch. Both need pip's index and nothing else; scratch files (several GB where torch
+comes with CUDA) and results are in build/release.
 """
 
 from __future__ import annotations
