@@ -12,6 +12,8 @@ The kernels do not depend on torch, and the operators only on torch's stable ABI
 serves every torch from 2.11 on, CPU or CUDA, and compiles where there is no GPU.
 """
 
+import importlib.metadata
+import importlib.util
 import os
 import pathlib
 import re
@@ -175,20 +177,26 @@ def find_ninja() -> str:
     return found
 
 
+def find_package(name: str) -> tuple[pathlib.Path, str]:
+    """Folder and version of an installed package, which is not imported: the build reads torch's
+    headers, and a torch whose CUDA libraries are not installed has them too."""
+    spec = importlib.util.find_spec(name)
+    if spec is None or spec.origin is None:
+        raise SystemExit(
+            f"pixelfly: the build needs {name}: run `pip install {name}`, or build without "
+            "--no-build-isolation"
+        )
+    return pathlib.Path(spec.origin).parent, importlib.metadata.version(name)
+
+
 class NinjaBuild(build_ext):
     """Writes a build.ninja for the one extension and runs it."""
 
     def build_extension(self, ext: Extension) -> None:
         ninja = find_ninja()
-        try:
-            import pybind11
-            import torch
-        except ImportError as error:
-            raise SystemExit(
-                f"pixelfly: the build needs {error.name}: run `pip install {error.name}`, or build "
-                "without --no-build-isolation"
-            ) from error
-        check_torch(torch.__version__)
+        torch_home, torch_version = find_package("torch")
+        pybind11_home, _ = find_package("pybind11")
+        check_torch(torch_version)
         cxx = find_compiler()
 
         work = pathlib.Path(self.build_temp).resolve()
@@ -196,17 +204,16 @@ class NinjaBuild(build_ext):
         output = pathlib.Path(self.get_ext_fullpath(ext.name)).resolve()
         output.parent.mkdir(parents=True, exist_ok=True)
         nvcc = find_nvcc()
-        torch_home = pathlib.Path(torch.__file__).parent
         python_include = os.environ.get("PIXELFLY_PYTHON_INCLUDE", sysconfig.get_path("include"))
         ours = [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc/include'}"]
         theirs = [
             f"-isystem{path}"
-            for path in (python_include, pybind11.get_include(), torch_home / "include")
+            for path in (python_include, pybind11_home / "include", torch_home / "include")
         ]
         defines = [
             f"-DTORCH_TARGET_VERSION={TORCH_TARGET}",
             f'-DPIXELFLY_VERSION=\\"{VERSION}\\"',
-            f'-DPIXELFLY_TORCH_VERSION=\\"{torch.__version__}\\"',
+            f'-DPIXELFLY_TORCH_VERSION=\\"{torch_version}\\"',
         ]
         link = [f"-L{torch_home / 'lib'}", "-ltorch_cpu", "-ldl", "-lpthread"]
         sources = sorted(ROOT.glob("csrc/planner/*.cpp")) + [

@@ -131,6 +131,19 @@ def test_ninja_of_the_package_or_on_path(build, monkeypatch, tmp_path):
     assert build.find_ninja() == str(tmp_path / "package/bin/ninja")
 
 
+def test_packages_are_found_without_importing_them(build, monkeypatch, tmp_path):
+    """The build reads torch's headers: it works where torch's CUDA libraries are not installed."""
+    (tmp_path / "headers_only").mkdir()
+    (tmp_path / "headers_only/__init__.py").write_text("raise OSError('libcudart.so')")
+    (tmp_path / "headers_only-2.11.0.dist-info").mkdir()
+    metadata = "Metadata-Version: 2.1\nName: headers_only\nVersion: 2.11.0\n"
+    (tmp_path / "headers_only-2.11.0.dist-info/METADATA").write_text(metadata)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert build.find_package("headers_only") == (tmp_path / "headers_only", "2.11.0")
+    with pytest.raises(SystemExit, match="the build needs no_such: run `pip install no_such`"):
+        build.find_package("no_such")
+
+
 def test_compiler_with_a_launcher(build, monkeypatch, tmp_path):
     executable(tmp_path / "ccache")
     monkeypatch.setenv("CXX", "ccache g++")
@@ -165,6 +178,31 @@ def test_load_failures_name_the_cure(tmp_path, monkeypatch, files, torch_version
     assert message in text and "undefined symbol" in text
 
 
+@pytest.mark.parametrize(
+    ("pattern", "replacement", "reason"),
+    [
+        (rb"(?<=\A.{18})..", b"\xf3\x00", "cannot open shared object file"),  # RISC-V
+        (rb"\x00GLIBC_2\.\d", b"\x00GLIBC_9.9", "GLIBC_9.9\\S* not found"),
+    ],
+    ids=["processor", "glibc"],
+)
+def test_import_of_a_library_for_another_machine(tmp_path, pattern, replacement, reason):
+    """What a wheel that was renamed past pip's check of its tag says: one sentence."""
+    home = pathlib.Path(pixelfly.__file__).parent
+    (tmp_path / "pixelfly").mkdir()
+    for source in home.glob("*.py"):
+        shutil.copy(source, tmp_path / "pixelfly")
+    library = pathlib.Path(pixelfly._C.__file__)
+    other = re.sub(pattern, replacement, library.read_bytes(), flags=re.S)
+    (tmp_path / "pixelfly" / library.name).write_bytes(other)
+    command = [sys.executable, "-c", "import pixelfly"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    last = done.stderr.splitlines()[-1]
+    assert done.returncode == 1 and last.startswith("ImportError: pixelfly: "), done.stderr
+    assert "does not fit this machine" in last and "pip install ." in last
+    assert re.search(reason, last), last
+
+
 def test_import_needs_nothing_before_it():
     """Torch's libraries are loaded by pixelfly itself."""
     code = "import pixelfly; print(pixelfly.__version__)"
@@ -172,6 +210,20 @@ def test_import_needs_nothing_before_it():
     home = pathlib.Path(pixelfly.__file__).parent.parent
     done = subprocess.run([sys.executable, "-c", code], cwd=home, capture_output=True, text=True)
     assert done.stdout.strip() == pixelfly.__version__, done.stderr
+
+
+def test_import_uses_no_network():
+    code = """
+import sys
+def hook(event, args):
+    if event in ("socket.connect", "socket.getaddrinfo", "socket.sendto"):
+        raise SystemExit(f"{event} {args}")
+sys.addaudithook(hook)
+import pixelfly
+"""
+    home = pathlib.Path(pixelfly.__file__).parent.parent
+    done = subprocess.run([sys.executable, "-c", code], cwd=home, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def collect_env(folder: pathlib.Path, **variables: str) -> dict[str, str]:
