@@ -160,6 +160,15 @@ def test_real_and_fake_runs_agree_and_nothing_changes():
     assert {k: t.macs for k, t in real.items()} == {k: t.macs for k, t in fake.items()}
 
 
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("fake", [False, True])
+def test_lstm_is_matmuls(training, fake):
+    lstm = nn.LSTM(16, 32, batch_first=True)
+    found = count(lstm, torch.zeros(2, 8, 16), training=training, fake=fake)[""]
+    assert found.macs == 2 * 8 * (4 * 32 * (16 + 32))
+    assert torch.backends.mkldnn.is_available() == torch._C._get_mkldnn_enabled()
+
+
 def test_pixelfly_layers_are_counted_as_what_they_are():
     layer = PixelflyLinear(256, 256, density=0.25, block_size=32)
     weights = layer.choice.block_weights + layer.choice.lowrank_weights

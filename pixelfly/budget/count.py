@@ -54,10 +54,11 @@ def count(
 
     The run is on fake tensors: nothing is computed, and no memory is taken for activations. The
     operators are the CPU's, with CUDA's dropout, attention and list of what autocast runs in
-    float32.
+    float32. Matmuls that a checkpoint computes again in the backward do not count.
 
     Args:
-        model: any module; its state does not change.
+        model: any module; its state does not change, but for `fake=False`, with which buffers and
+            random numbers move on as in any forward.
         example_inputs: a tensor, a tuple of positional or a dict of keyword arguments.
         training: run the backward too, from the first scalar that the model returns or else from
             its first tensor, to all parameters.
@@ -129,7 +130,7 @@ def _run(
 ) -> None:
     """Calls the model under the counter, and autograd on what it returns."""
     cast = torch.autocast(device, autocast) if autocast else nullcontext()
-    with torch.set_grad_enabled(training), _without_fast_path():
+    with torch.set_grad_enabled(training), _without_fused_layers():
         with counter.hooks(), counter, cast, functions or nullcontext():
             out = call()
         tensors = [t for t in tree_iter(out) if isinstance(t, torch.Tensor) and t.requires_grad]
@@ -164,14 +165,18 @@ def beside_matmuls(
 
 
 @contextmanager
-def _without_fast_path() -> Iterator[None]:
-    """Makes torch's transformer layers call their linear layers in evaluation too."""
-    before = torch.backends.mha.get_fastpath_enabled()
+def _without_fused_layers() -> Iterator[None]:
+    """Makes torch's transformer layers call their linear layers in evaluation too, and the CPU's
+    LSTM, one operator of oneDNN else, run as matmuls."""
+    # Not torch.backends.mkldnn.flags, which sets the precision of float32 too, with a warning.
+    before = torch.backends.mha.get_fastpath_enabled(), torch._C._get_mkldnn_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
+    torch._C._set_mkldnn_enabled(False)
     try:
         yield
     finally:
-        torch.backends.mha.set_fastpath_enabled(before)
+        torch.backends.mha.set_fastpath_enabled(before[0])
+        torch._C._set_mkldnn_enabled(before[1])
 
 
 def _arguments(example_inputs: Any) -> tuple[tuple, dict[str, Any]]:
