@@ -127,6 +127,11 @@ def test_measures_the_cpu(tmp_path):
     check_measured(CostModel.measure("cpu", block_sizes=(32,), **GRID), tmp_path / "cost.json")
 
 
+def test_narrow_layers_alone_give_every_rate(tmp_path):
+    grid = {"tokens": (16,), "shapes": ((64, 64),), "densities": (0.75,), "repeats": 1}
+    check_measured(CostModel.measure("cpu", block_sizes=(32,), **grid), tmp_path / "cost.json")
+
+
 @pytest.mark.gpu
 def test_measures_a_gpu(tmp_path):
     grid = {**GRID, "tokens": (1024, 8192), "shapes": ((1024, 1024), (1024, 4096))}

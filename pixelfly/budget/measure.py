@@ -186,12 +186,10 @@ def _column_cases(
         sets = _sets(device, size)
         xs = [_normal(device, dtype, t, n) for _ in range(sets)]
         yield _Case("reduction", Work(0, size), lambda i, xs=xs: xs[i].sum(0), sets)
-        heads = n // _HEAD
-        if heads < 2:
-            continue
-        length = min(t, 256)
+        head = min(_HEAD, n // 2)  # narrow layers have small heads, but two of them
+        length, heads = min(t, 256), n // head
         split = [
-            x[: t // length * length, : heads * _HEAD].reshape(-1, length, heads, _HEAD) for x in xs
+            x[: t // length * length, : heads * head].reshape(-1, length, heads, head) for x in xs
         ]
         work = Work(0, 2 * dtype.itemsize * split[0].numel())
         call = lambda i, split=split: split[i].transpose(1, 2).contiguous()  # noqa: E731
