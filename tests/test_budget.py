@@ -261,6 +261,7 @@ def test_unreachable_says_what_is_reachable_and_that_is(budget, allocation):
         ({"density": 0.5, "allocation": "best"}, ValueError, "'proportional' or 'time'"),
         ({"density": 0.5, "cost": "h100"}, TypeError, "cost must be a CostModel"),
         ({"density": 0.5, "like": 0.5}, TypeError, "like must be a PixelflyConfig"),
+        ({"density": 0.5, "autocast": torch.float16}, TypeError, "autocast must be a bool"),
         ({"density": 0.5, "block_sizes": (24,)}, ValueError, "block_sizes must be among"),
         ({"density": 0.5, "block_sizes": ()}, ValueError, "block_sizes must be among"),
         ({"density": 0.5, "filter_fn": "bert"}, ValueError, "filter_fn must be one of"),
@@ -278,6 +279,9 @@ def test_autocast_needs_a_dtype_to_cast_to():
         ValueError, match="autocast=True needs .* bfloat16 or float16, got one in f"
     ):
         plan(mlp(), torch.zeros(4, 256), density=0.5, cost=cost, autocast=True)
+    made = plan(mlp(), torch.zeros(4, 256), density=0.5, autocast=True)
+    with pytest.raises(ValueError, match="predicted_step: autocast=True needs"):
+        made.predicted_step(cost)
 
 
 def test_bad_model():
@@ -320,6 +324,19 @@ def test_another_model_is_refused():
         sparsify_(model, result)
     with pytest.raises(TypeError, match="PixelflyConfig or a Plan, got dict"):
         sparsify_(mlp(), result.to_dict())
+
+
+def test_what_was_counted_in_another_dtype_is_resized():
+    x, options = torch.zeros(512, 256), {"density": 0.25, "block_sizes": (32,)}
+    own = plan(mlp(), x, cost=H100, **options)
+    for other in (plan(mlp(), x, **options), plan(mlp(), x, cost=H100, fake=False, **options)):
+        for dense in (False, True):
+            found = other.predicted_step(H100, dense=dense).parts
+            assert found == pytest.approx(own.predicted_step(H100, dense=dense).parts)
+    made = plan(mlp(), x, cost=H100, fake=False, speedup=1.2)  # the search predicts the same
+    assert made.predicted_speedup >= 1.2
+    twin = plan(mlp(), x, cost=H100, speedup=1.2)
+    assert [x.nnz for x in made.layers] == [x.nnz for x in twin.layers]
 
 
 def test_predicted_step_has_parts():

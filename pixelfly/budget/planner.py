@@ -18,8 +18,8 @@ from .cost import CostModel
 from .count import Tally, beside_matmuls, count
 from .kinds import layer_type
 from .operators import MOVED
-from .rate import Work, add
-from .result import LayerPlan, Plan, Rest, rest_seconds
+from .rate import Work, add, resized
+from .result import LayerPlan, Plan, Rest, check_autocast, rest_seconds
 
 BUDGETS = ("density", "flops", "params", "speedup")
 _SPENDS: dict[str, Callable[[Candidate], float]] = {
@@ -114,12 +114,14 @@ def plan(
     like = PixelflyConfig() if like is None else like
     given = {"density": density, "flops": flops, "params": params, "speedup": speedup}
     budget, value = _check(model, given, cost, allocation, like, block_sizes)
-    target = torch.bfloat16 if cost is None else getattr(torch, cost.dtype)
-    if autocast and target not in (torch.bfloat16, torch.float16):
-        raise ValueError(
-            "plan: autocast=True needs a cost model in bfloat16 or float16, got one in "
-            f"{cost.dtype} of {cost.device}"
+    if not isinstance(autocast, bool):
+        raise TypeError(
+            "plan: autocast must be a bool, the dtype being the cost model's, "
+            f"got {type(autocast).__name__}"
         )
+    if autocast and cost is not None:
+        check_autocast("plan", cost)
+    target = torch.bfloat16 if cost is None else getattr(torch, cost.dtype)
     run = _Run(
         training=training,
         dtype=target if fake and cost is not None and not autocast else None,
@@ -128,7 +130,8 @@ def plan(
     tallies = count(model, example_inputs, **asdict(run), fake=fake)
     layers = _linear_layers(model, tallies, filter_fn, type_fn, run)
     rest = _rest(model, tallies, layers, run)
-    groups, layers = _groups(layers, like, block_sizes, given["density"], cost, run)
+    scale = 1.0 if cost is None else rest.scale(cost, autocast)
+    groups, layers = _groups(layers, like, block_sizes, given["density"], cost, run, scale)
     if not groups:
         reasons = "; ".join(sorted({f"{x.name}: {x.reason}" for x in layers})[:3])
         raise ValueError(f"plan: model has no layer that can be converted ({reasons or 'none'})")
@@ -147,7 +150,9 @@ def plan(
         if cost is not None:
             seconds = sum(m * c.seconds for m, _, c in spent) + sum(
                 dense_layer_seconds(
-                    cost, x.tokens, x.in_features, x.out_features, x.beside, training
+                    *(cost, x.tokens, x.in_features, x.out_features),
+                    resized(x.beside, scale),
+                    training,
                 )
                 for x in kept
             )
@@ -284,6 +289,7 @@ def _groups(
     density: float | None,
     cost: CostModel | None,
     run: _Run,
+    scale: float,
 ) -> tuple[list[Group], list[LayerPlan]]:
     """Returns the groups of layers to plan, and all layers with the reasons found on the way."""
     together: dict[tuple, list[str]] = {}
@@ -301,7 +307,7 @@ def _groups(
                 *(k, n, tokens, like, block_sizes, wanted, cost),
                 training=run.training,
                 autocast=autocast,
-                beside=dict(beside),
+                beside=resized(dict(beside), scale),
             )
         except ValueError as error:
             reasons.update(dict.fromkeys(names, str(error)))

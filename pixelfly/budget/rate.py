@@ -45,6 +45,11 @@ def add(works: dict[str, Work], more: dict[str, Work]) -> None:
         works[kind] = works[kind] + work if kind in works else work
 
 
+def resized(works: dict[str, Work], scale: float) -> dict[str, Work]:
+    """Returns the works of tensors whose elements are so many times as large."""
+    return {kind: Work(w.flops, scale * w.bytes, w.count) for kind, w in works.items()}
+
+
 @dataclass(frozen=True)
 class Rate:
     """Seconds of a kind of operation.

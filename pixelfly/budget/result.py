@@ -18,7 +18,7 @@ from ..sparsify import PixelflyConfig
 from . import show
 from .candidates import dense_layer_seconds, gate_params, sparse_layer_seconds
 from .cost import CostModel
-from .rate import Work
+from .rate import Work, resized
 
 VERSION = 2
 _FORMAT = "pixelfly.Plan"
@@ -92,6 +92,10 @@ class Rest:
     macs: int
     works: dict[str, Work] = field(hash=False)
     itemsize: int
+
+    def scale(self, cost: CostModel, autocast: bool) -> float:
+        """Returns bytes in the cost model's dtype / counted bytes."""
+        return 1.0 if autocast else cost.itemsize / self.itemsize
 
 
 @dataclass(frozen=True)
@@ -195,18 +199,22 @@ class Plan:
             dense: predict the dense model instead.
 
         Raises:
-            ValueError: there is no cost model.
+            ValueError: there is no cost model, or it is not of a dtype that autocast casts to.
         """
         cost = self.cost if cost is None else cost
         if cost is None:
             raise ValueError(
                 "predicted_step: cost must be a CostModel, since the plan was made without one"
             )
+        if self.autocast:
+            check_autocast("predicted_step", cost)
+        scale = self.rest.scale(cost, self.autocast)
         parts: dict[str, float] = {}
         for x in self.layers:
             if dense or x.block_size is None:
+                beside = resized(x.beside, scale)
                 seconds = dense_layer_seconds(
-                    cost, x.tokens, x.in_features, x.out_features, x.beside, self.training
+                    cost, x.tokens, x.in_features, x.out_features, beside, self.training
                 )
             else:
                 seconds = sparse_layer_seconds(
@@ -326,15 +334,22 @@ def _works(data: dict[str, dict[str, float]]) -> dict[str, Work]:
     return {kind: Work(**work) for kind, work in data.items()}
 
 
+def check_autocast(caller: str, cost: CostModel) -> None:
+    """Raises ValueError if autocast does not cast to the cost model's dtype."""
+    if cost.dtype not in ("bfloat16", "float16"):
+        raise ValueError(
+            f"{caller}: autocast=True needs a cost model in bfloat16 or float16, got one in "
+            f"{cost.dtype} of {cost.device}"
+        )
+
+
 def rest_seconds(
     rest: Rest, cost: CostModel, params: int, training: bool, autocast: bool
 ) -> dict[str, float]:
     """Returns the parts of a step that are not linear layers."""
-    scale = 1.0 if autocast else cost.itemsize / rest.itemsize
     parts = {"other matmuls": 0.0}
-    for kind, work in rest.works.items():
-        sized = Work(work.flops, scale * work.bytes, work.count)
-        seconds = cost.seconds({kind: sized}, training=training)
+    for kind, work in resized(rest.works, rest.scale(cost, autocast)).items():
+        seconds = cost.seconds({kind: work}, training=training)
         parts[_PARTS[kind]] = parts.get(_PARTS[kind], 0.0) + seconds
     if training:
         moved = _ADAMW_PASSES * (torch.float32.itemsize if autocast else cost.itemsize) * params
