@@ -118,6 +118,16 @@ def test_autocast_runs_in_float32_what_it_does_on_cuda(power):
     assert plain == Work(0, 2 * BF16 * 512)
 
 
+def test_a_region_without_autocast_runs_as_it_is():
+    def power(x, p):
+        with torch.autocast(x.device.type, enabled=False):
+            return torch.pow(x, 3)
+
+    x = torch.zeros(8, 64, dtype=torch.bfloat16)
+    (work,) = total(count(Function(power), x, autocast=torch.bfloat16)).values()
+    assert work == Work(0, 2 * BF16 * 512)
+
+
 @pytest.mark.parametrize("causal", [False, True])
 def test_attention_has_a_rate_of_its_own(causal):
     def attend(x, p):

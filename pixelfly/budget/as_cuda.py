@@ -29,12 +29,9 @@ _FLOAT32 = frozenset(
 class AsCUDA(TorchFunctionMode):
     """Dropout as one operator, attention fused with dropout too, and CUDA's autocast list.
 
-    The CPU's own autocast, which the caller enters, casts the inputs of matmuls as CUDA's does.
+    The CPU's own autocast, where the caller or the model enters it, casts the inputs of matmuls as
+    CUDA's does.
     """
-
-    def __init__(self, autocast: bool) -> None:
-        super().__init__()
-        self.autocast = autocast
 
     def __torch_function__(
         self, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
@@ -46,7 +43,7 @@ class AsCUDA(TorchFunctionMode):
             return func(*args, **kwargs)
         if func is F.dropout:
             return _dropout(*args, **kwargs)
-        if self.autocast and getattr(func, "__name__", "") in _FLOAT32:
+        if getattr(func, "__name__", "") in _FLOAT32 and torch.is_autocast_enabled("cpu"):
             args, kwargs = tree_map_only(torch.Tensor, _float, (args, kwargs))
         return func(*args, **kwargs)
 

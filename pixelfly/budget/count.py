@@ -109,7 +109,7 @@ def count(
     )
     try:
         with mode:
-            _run(counter, call, leaves, "cpu", training, autocast, AsCUDA(autocast is not None))
+            _run(counter, call, leaves, "cpu", training, autocast, AsCUDA())
     except Exception as error:
         raise RuntimeError(
             f"count: {type(model).__name__} did not run on fake tensors of the example inputs "
