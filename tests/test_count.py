@@ -12,6 +12,7 @@ from pixelfly import PixelflyLinear
 from pixelfly.budget import Work, count
 from pixelfly.budget.count import Tally, beside_matmuls
 from pixelfly.budget.rate import add
+from pixelfly.ops import butterfly_lowrank_mm
 
 
 class Block(nn.Module):
@@ -183,6 +184,26 @@ def test_pixelfly_layers_are_counted_as_what_they_are():
     layer = PixelflyLinear(256, 256, density=0.25, block_size=32)
     weights = layer.choice.block_weights + layer.choice.lowrank_weights
     assert count(nn.Sequential(layer), torch.zeros(8, 256))["0"].macs == 8 * weights
+    # Its backward is twice its forward, and nothing beside.
+    model, x = nn.Sequential(layer, nn.Linear(256, 64, bias=False)), torch.zeros(8, 256)
+    found = count(model, x, training=True)
+    assert "" not in found and set(found["0"].works) == {"dense"}
+
+
+def test_our_operators_are_matmuls_outside_their_layers_too():
+    class Direct(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = PixelflyLinear(256, 256, density=0.25, rank=0, block_size=32)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return butterfly_lowrank_mm(x, self.layer.blocks, self.layer.layout)
+
+    model = Direct()
+    for training in (False, True):
+        (tally,) = count(model, torch.zeros(8, 256), training=training).values()
+        assert tally.macs == 8 * model.layer.choice.block_weights
+        assert tally.works.keys() - {"pointwise"} == {"dense"} and tally.works["dense"].count == 1
 
 
 def test_keyword_inputs():

@@ -208,7 +208,7 @@ class _Counter(TorchDispatchMode):
                 return
             self.stack.append(module)
             if isinstance(module, PixelflyLinear) and args:
-                # torch's counter does not know our operators.
+                # By what the layer keeps: blocks at the edge hold more.
                 tally = self._tally()
                 tokens = args[0].numel() // module.in_features
                 weights = module.choice.block_weights + module.choice.lowrank_weights

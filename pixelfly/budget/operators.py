@@ -9,6 +9,7 @@ import torch
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
 
+from .. import ops  # noqa: F401 (tells torch's counter the FLOPs of our operators)
 from .rate import Work
 
 MATMULS = ("dense", "unaligned", "attention", "convolution")
