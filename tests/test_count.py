@@ -7,26 +7,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
+from toy_models import Block
 
 from pixelfly import PixelflyLinear
 from pixelfly.budget import Work, count
 from pixelfly.budget.count import Tally, beside_matmuls
 from pixelfly.budget.rate import add
 from pixelfly.ops import butterfly_lowrank_mm
-
-
-class Block(nn.Module):
-    """Attention and MLP under the names that libraries use."""
-
-    def __init__(self, d: int = 256) -> None:
-        super().__init__()
-        self.attn = nn.ModuleDict({"qkv": nn.Linear(d, 3 * d), "proj": nn.Linear(d, d)})
-        self.mlp = nn.ModuleDict({"fc1": nn.Linear(d, 4 * d), "fc2": nn.Linear(4 * d, d)})
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        q, k, v = self.attn["qkv"](x).chunk(3, -1)
-        x = x + self.attn["proj"](nn.functional.scaled_dot_product_attention(q, k, v))
-        return x + self.mlp["fc2"](self.mlp["fc1"](x).relu())
 
 
 def test_macs_are_the_flop_counters():

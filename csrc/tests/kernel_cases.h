@@ -1,10 +1,12 @@
-// The calls that test_kernels.cpp makes: named ones, and random ones.
+// Calls of whole layers on the emulator: the named and random ones of test_kernels.cpp, and what
+// test_thirds.cpp shares with it.
 #pragma once
 
 #include <string>
 #include <vector>
 
 #include "kernel_case.h"
+#include "planner/plan.h"
 
 namespace pixelfly {
 
@@ -140,6 +142,36 @@ inline Case random_case(uint64_t seed) {
   }
   c.name = "fuzz " + std::to_string(seed) + " b" + std::to_string(c.block);
   return c;
+}
+
+inline LayoutView layout_of(const Case& c) {
+  LayoutView layout{c.n(), c.k(), c.block, c.rank, {}, {}};
+  for (int i = 0; i < c.rows; ++i) {
+    for (int j = 0; j < c.cols; ++j) {
+      if (!c.keep(i, j)) continue;
+      layout.row_idx.push_back(i);
+      layout.col_idx.push_back(j);
+    }
+  }
+  return layout;
+}
+
+// When copies and products complete.
+struct Mood {
+  const char* name;
+  emulator::Eagerness eagerness;
+  uint64_t seed;
+};
+constexpr Mood kMoods[] = {{"late", emulator::Eagerness::kLate, 1},
+                           {"early", emulator::Eagerness::kEarly, 2},
+                           {"random", emulator::Eagerness::kRandom, 3}};
+
+// Whether a name contains every word of the command line.
+inline bool wanted(const std::string& name, int argc, char** argv) {
+  for (int i = 1; i < argc; ++i) {
+    if (name.find(argv[i]) == std::string::npos) return false;
+  }
+  return true;
 }
 
 }  // namespace pixelfly

@@ -11,7 +11,6 @@
 #include "device/activation_codes.cuh"
 #include "device/epilogue_math.cuh"
 #include "kernel_cases.h"
-#include "planner/plan.h"
 
 namespace pixelfly {
 namespace {
@@ -42,14 +41,7 @@ struct Run {
   double tolerance = sizeof(T) == 4 ? 2e-5 : std::is_same_v<T, __half> ? 2e-3 : 1.5e-2;
 
   explicit Run(const Case& which) : c(which) {
-    layout = {c.n(), c.k(), c.block, c.rank, {}, {}};
-    for (int i = 0; i < c.rows; ++i) {
-      for (int j = 0; j < c.cols; ++j) {
-        if (!c.keep(i, j)) continue;
-        layout.row_idx.push_back(i);
-        layout.col_idx.push_back(j);
-      }
-    }
+    layout = layout_of(c);
     plan = build_plan(layout);
     std::memcpy(&header, plan.data(), sizeof(header));
     device = {0, c.arch, c.sms, static_cast<int32_t>(emulator::kSharedLimit)};
@@ -371,13 +363,6 @@ void check_codes() {
   std::printf("FAILED codes of slopes\n");
 }
 
-bool wanted(const std::string& name, int argc, char** argv) {
-  for (int i = 1; i < argc; ++i) {
-    if (name.find(argv[i]) == std::string::npos) return false;
-  }
-  return true;
-}
-
 }  // namespace
 }  // namespace pixelfly
 
@@ -402,13 +387,6 @@ int main(int argc, char** argv) {
   check_gelu();
   check_codes();
   check_gelu_codes();
-  const struct {
-    const char* name;
-    Eagerness eagerness;
-    uint64_t seed;
-  } moods[] = {{"late", Eagerness::kLate, 1},
-               {"early", Eagerness::kEarly, 2},
-               {"random", Eagerness::kRandom, 3}};
   for (Case c : cases()) {
     const std::string name = c.name;
     for (size_t m = 0; m < 3; ++m) {
@@ -417,9 +395,9 @@ int main(int argc, char** argv) {
         // One dtype a mood is enough, fp32 has portable kernels only.
         if (wide ? std::string(c.path) != "sm80" || m != 0 : (m == 1) != (dtype[0] == 'f'))
           continue;
-        c.name = name + " " + dtype + " " + moods[m].name;
+        c.name = name + " " + dtype + " " + kMoods[m].name;
         if (!wanted(c.name, argc, argv)) continue;
-        emulator::configure(moods[m].seed, moods[m].eagerness);
+        emulator::configure(kMoods[m].seed, kMoods[m].eagerness);
         try {
           if (dtype[0] == 'b') {
             run<__nv_bfloat16>(c);
