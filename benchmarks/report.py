@@ -221,7 +221,23 @@ def plan_table(data: dict) -> str:
     return source(data["meta"]) + markdown([*header, "plan() s"], rows)
 
 
+def release_table(data: dict) -> str:
+    """One row per torch and Python that a release was tried with."""
+    rows = [
+        [
+            *(r[key] for key in ("torch", "python", "from", "tests")),
+            str(r["passed"]),
+            str(r["failed"] + r["errors"]) + (f": {r['note']}" if "note" in r else ""),
+        ]
+        for r in data["records"]
+    ]
+    header = ["torch", "CPython", "installed from", "tests", "passed", "failed"]
+    meta = data["meta"]
+    return f"Tried {meta['date']} on {meta['device']}: {meta['sha']}.\n\n" + markdown(header, rows)
+
+
 TABLES = {
+    "releases": release_table,
     "attention": attention_table,
     "lra": lra_table,
     "plan": plan_table,
