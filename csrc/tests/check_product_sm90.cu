@@ -92,10 +92,19 @@ int run(const Case& c, bool timing) {
   auto launch = [&](int i, cudaStream_t stream) {
     const ProductParams& p = params[i % sets];
     if (c.form_t) {
-      must(
-          launch_low_rank_sm90({p.dtype, false, p.transposed, p.tokens, p.in_features, c.rank, p.x,
-                                p.x_stride, factor_in, p.transposed ? c.rank : in, p.t, p.t_stride},
-                               device, stream));
+      LowRankParams q{};
+      q.dtype = p.dtype;
+      q.transposed = p.transposed;
+      q.tokens = p.tokens;
+      q.features = p.in_features;
+      q.rank = c.rank;
+      q.x = p.x;
+      q.x_stride = p.x_stride;
+      q.factor = factor_in;
+      q.factor_stride = p.transposed ? c.rank : in;
+      q.t = p.t;
+      q.t_stride = p.t_stride;
+      must(launch_low_rank_sm90(q, device, stream));
     }
     must(launch_product_sm90(p, device, stream));
   };
