@@ -15,26 +15,30 @@ constexpr int64_t kMostTokens = 8 * sm80::kFewMaxTiles;
 
 // `chunks`: the longest contraction of a thread block, in steps of kFewDepth. A warp takes at least
 // two.
-template <typename T, int kRows, int kTiles>
+template <typename T, int kTiles>
 Status launch_tiles(const sm80::FewArgs& args, int chunks, Stream stream) {
-  constexpr int kFeatures = kRows * sm80::kFewFeatures;
-  const int warps = std::clamp(chunks / 2, 1, sm80::few_max_warps(kRows));
-  const auto grid = static_cast<unsigned>((args.p.out_features + kFeatures - 1) / kFeatures);
-  const int shared_bytes = warps * kFeatures * (kTiles * 8 + 1) * 4;
-  return launch_kernel(sm80::product_few_sm80<T, kRows, kTiles>, grid,
-                       static_cast<unsigned>(warps * 32), shared_bytes, stream, args);
+  const int warps = std::clamp(chunks / 2, 1, sm80::kFewMaxWarps);
+  const int features = args.p.out_features;
+  const auto grid = static_cast<unsigned>((features + sm80::kFewFeatures - 1) / sm80::kFewFeatures);
+  const int shared_bytes = warps * kTiles * 8 * sm80::kFewStride * static_cast<int>(sizeof(float));
+  return launch_kernel(sm80::product_few_sm80<T, kTiles>, grid, static_cast<unsigned>(warps * 32),
+                       shared_bytes, stream, args);
 }
 
 template <typename T>
 Status launch_dtype(const sm80::FewArgs& args, int chunks, Stream stream) {
   const int64_t tiles = (args.p.tokens + 7) / 8;
-  if (tiles <= 1) return launch_tiles<T, 1, 1>(args, chunks, stream);
-  if (tiles <= 2) return launch_tiles<T, 1, 2>(args, chunks, stream);
-  if (tiles <= 4) return launch_tiles<T, 1, 4>(args, chunks, stream);
-  return launch_tiles<T, 2, 8>(args, chunks, stream);
+  if (tiles <= 1) return launch_tiles<T, 1>(args, chunks, stream);
+  if (tiles <= 2) return launch_tiles<T, 2>(args, chunks, stream);
+  if (tiles <= 4) return launch_tiles<T, 4>(args, chunks, stream);
+  return launch_tiles<T, 8>(args, chunks, stream);
 }
 
-Status launch(const sm80::FewArgs& args, int chunks, Stream stream) {
+Status launch(sm80::FewArgs& args, int chunks, Stream stream) {
+  const ProductParams& p = args.p;
+  args.quads_aligned = aligned_rows(p.y, p.y_stride, p.dtype) &&
+                       aligned_rows(p.residual, p.residual_stride, p.dtype) &&
+                       aligned_rows(p.slope_out, p.slope_out_stride, p.dtype);
   return args.p.dtype == DType::kBFloat16 ? launch_dtype<__nv_bfloat16>(args, chunks, stream)
                                           : launch_dtype<__half>(args, chunks, stream);
 }
