@@ -1,36 +1,50 @@
 """Long Range Arena: dense transformers against Pixelfly ones, in speed and in accuracy.
 
-    python benchmarks/lra.py --mode speed                            # all five sizes, one GPU
+    python benchmarks/lra.py --mode speed --compile --graph          # all five sizes, one GPU
     python benchmarks/lra.py --mode train --tasks listops --steps 2000 --seeds 0 1
     python benchmarks/lra.py --mode speed --tasks toy --device cpu --steps 2   # does it work?
 
 `speed` times training steps on random tokens without padding: dense attention with its scores in
-memory, dense with torch's fused attention, Pixelfly; and their peak memory. `train` gives fused
+memory, dense with torch's fused attention, Pixelfly; and their peak memory. With --compile all of
+them are compiled, and dense attention with its scores in memory is there uncompiled too, as
+publications have it. A step of a small model is bound by the host: --graph also replays it as a
+CUDA graph, and ratios are then those of the graphs. `train` gives fused
 dense and Pixelfly the same batches for the same number of steps and reports test accuracy, a row
 for each seed of weights and batches (--data-seed is the data's own). Writes
-lra_<mode>_<device>.json to benchmarks/results after every row and prints a table.
+lra_<mode>_<device>.json to benchmarks/results, in speed mode after every kind, else after every
+row, and prints a table.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import gc
 import json
 import pathlib
+import statistics
 import time
+from collections.abc import Callable
 
 import torch
 import torch._inductor.config
 from data import Data, DataMissing
 from display import make_console, print_table
 from lra_data import listops, load
-from lra_model import KINDS, SIZES, Size, build
+from lra_model import SIZES, Size, build
+from models import captured, earlier, time_cuda
 from timing import environment, results_path
 from training import Learner, Settings, train
 
+DENSE = ("scores_eager", "scores", "sdpa", "sdpa_cudnn")  # what Pixelfly is compared with
+WARM = 5  # steps that compile and warm up: Learner.step_ms leaves them out
+REPLAYS = 100  # of a graph: the GPU's energy counter moves every tenth of a second
+# Attention over blocks of 64 has no kernel but the tuned ones.
+TUNED = {"max_autotune": True, "max_autotune_gemm_backends": "ATEN", "triton.cudagraphs": False}
 
-def settings(args: argparse.Namespace, size: Size, seed: int) -> Settings:
+
+def settings(args: argparse.Namespace, size: Size, seed: int, compiled: bool = False) -> Settings:
     return Settings(
         steps=args.steps,
         batch=args.batch or size.batch,
@@ -41,14 +55,15 @@ def settings(args: argparse.Namespace, size: Size, seed: int) -> Settings:
         seed=seed,
         device=args.device,
         amp="bf16" if args.device == "cuda" else None,
-        compile=args.compile,
+        compile=compiled,
     )
 
 
 def make(kind: str, size: Size, args: argparse.Namespace, seed: int = 0) -> Learner:
     torch.manual_seed(seed)
-    model = build(kind, size, args.density, args.attention_block)
-    return Learner(kind, model, settings(args, size, seed))
+    model = build(kind.removesuffix("_eager"), size, args.density, args.attention_block)
+    compiled = args.compile and not kind.endswith("_eager")
+    return Learner(kind, model, settings(args, size, seed, compiled))
 
 
 def free() -> None:
@@ -64,38 +79,114 @@ def described(task: str, size: Size, args: argparse.Namespace) -> dict:
     return row | dataclasses.asdict(size) | {"batch": args.batch or size.batch}
 
 
-def speed(task: str, args: argparse.Namespace) -> dict:
-    """Milliseconds of a training step and peak memory of every kind, one after the other."""
-    size = SIZES[task]
+def problem(error: BaseException) -> str:
+    return f"{type(error).__name__}: {str(error).strip()[:400]}"
+
+
+def kinds_of(args: argparse.Namespace) -> list[str]:
+    """The kinds that `speed` measures. Without --compile "scores" itself is the uncompiled one."""
+    kinds = args.kinds or ["scores_eager", "scores", "sdpa", "pixelfly"]
+    return [kind for kind in kinds if args.compile or kind != "scores_eager"]
+
+
+def finished(found: dict | None, args: argparse.Namespace) -> bool:
+    """Whether a kind of an earlier run has all that this one would measure."""
+    return found is not None and "error" not in found and (not args.graph or "graph_ms" in found)
+
+
+def replayed(learner: Learner, x: torch.Tensor, y: torch.Tensor) -> dict:
+    """Milliseconds and joules of the step as a CUDA graph, or why there is none."""
+    for group in learner.optimizer.param_groups:
+        group["capturable"] = True
+    stream = torch.cuda.current_stream()
+    torch.cuda.empty_cache()  # the steps so far ran on another stream and share no memory with it
+    try:
+        graph = time_cuda(captured(lambda: learner.update(x, y)), REPLAYS)
+    except Exception as error:  # whatever a capture stumbles over: the step's own time stays
+        torch.cuda.synchronize()
+        torch.cuda.set_stream(stream)  # a capture that breaks off leaves its own
+        # The end of a broken capture raises too, and says less than what broke it.
+        told = [problem(e) for e in (error, error.__context__) if e is not None]
+        return {"graph_ms": None, "graph_error": " after ".join(told)}
+    return {"graph_ms": graph["ms"], "graph_joules": graph["joules"]}
+
+
+def measure(kind: str, size: Size, args: argparse.Namespace) -> dict:
+    """One kind's step: milliseconds, peak memory, seconds of compiling; or its error."""
     batch = args.batch or size.batch
-    # Full sequences: without a padding mask every kind runs its fastest kernels.
-    size = dataclasses.replace(size, padded=False)
     x = torch.randint(1, size.vocabulary, (batch, size.length), device=args.device)
     y = torch.randint(0, size.classes, (batch,), device=args.device)
-    kinds: dict[str, dict] = {}
-    for kind in KINDS:
-        try:
-            learner = make(kind, size, args)
-            if args.device == "cpu":
-                learner.count_memory(x, y)
-            for step in range(5 + args.steps):  # step_ms leaves the first five out
-                learner.step(x, y, step)
-            kinds[kind] = {
-                "ms": learner.step_ms(),
-                "peak_gb": learner.peak_bytes / 2**30,
-                "params": sum(p.numel() for p in learner.model.parameters()),
+    try:
+        learner = make(kind, size, args)
+        if args.device == "cpu":
+            learner.count_memory(x, y)
+        for step in range(WARM + args.steps):
+            learner.step(x, y, step)
+        found = {
+            "ms": learner.step_ms(),
+            "peak_gb": learner.peak_bytes / 2**30,
+            "params": sum(p.numel() for p in learner.model.parameters()),
+        }
+        if learner.settings.compile:
+            warm = sum(learner.step_seconds[:WARM]) - WARM * found["ms"] / 1e3
+            found["compile_s"] = max(0.0, warm)
+        return found | (replayed(learner, x, y) if args.graph else {})
+    except (RuntimeError, ValueError, torch._dynamo.exc.TorchDynamoException) as error:
+        return {"error": problem(error)}
+
+
+def compare(record: dict) -> None:
+    """Writes every dense kind's ratio to Pixelfly into the record: of the graphs' times where both
+    have one ("graphed" names these), else of the steps'."""
+    ours = record["kinds"].get("pixelfly", {})
+    record["graphed"] = []
+    for kind in DENSE:
+        found = record["kinds"].get(kind)
+        if found is None:
+            continue
+        both = [(found.get(key), ours.get(key)) for key in ("graph_ms", "ms")]
+        times = next((pair for pair in both if None not in pair), None)
+        record[f"ratio_{kind}"] = times[0] / times[1] if times else None
+        if times is not None and times == both[0]:
+            record["graphed"].append(kind)
+
+
+def means(records: list[dict]) -> dict[str, dict]:
+    """Every dense kind's mean ratio, over how many tasks, and how many of these were graphs."""
+    out = {}
+    for kind in DENSE:
+        having = [r for r in records if r.get(f"ratio_{kind}")]
+        if having:
+            out[kind] = {
+                "ratio": statistics.mean(r[f"ratio_{kind}"] for r in having),
+                "tasks": len(having),
+                "graphed": sum(kind in r.get("graphed", []) for r in having),
             }
-        except (RuntimeError, ValueError, torch._dynamo.exc.TorchDynamoException) as error:
-            kinds[kind] = {"error": f"{type(error).__name__}: {str(error).strip()[:400]}"}
-        learner = None
+    return out
+
+
+def speed(
+    task: str, args: argparse.Namespace, records: list[dict], write: Callable[[], None]
+) -> None:
+    """Measures the kinds that the task's record lacks, one after the other, and writes each."""
+    # Full sequences: without a padding mask every kind runs its fastest kernels.
+    size = dataclasses.replace(SIZES[task], padded=False)
+    row = described(task, size, args)
+    record = next((r for r in records if row.items() <= r.items()), None)
+    if record is None:
+        record = row | {"kinds": {}}
+        records.append(record)
+    for kind in kinds_of(args):
+        if finished(record["kinds"].get(kind), args):
+            print(f"{task} {kind}: kept", flush=True)
+            continue
+        begin = time.perf_counter()
+        found = record["kinds"][kind] = measure(kind, size, args)
         free()
-    ms = {kind: result.get("ms") for kind, result in kinds.items()}
-    ours = ms["pixelfly"]
-    ratios = {
-        f"ratio_{kind}": ms[kind] / ours if ours and ms[kind] else None
-        for kind in ("scores", "sdpa")
-    }
-    return described(task, size, args) | {"kinds": kinds} | ratios
+        compare(record)
+        write()
+        spent = f"{time.perf_counter() - begin:.0f} s, {found.get('compile_s', 0):.0f} compiling"
+        print(f"{task} {kind}: {spent}; {json.dumps(found)}", flush=True)
 
 
 def task_data(task: str, args: argparse.Namespace) -> tuple[Data, str]:
@@ -138,17 +229,20 @@ def accuracy(task: str, data: Data, name: str, seed: int, args: argparse.Namespa
 
 def table(records: list[dict]) -> tuple[list[str], list[list[str]]]:
     """Header and rows of what was measured."""
-    header, rows = ["task", "kind", "ms / step", "peak GB", "params", "accuracy", "vs pixelfly"], []
+    header = ["task", "kind", "ms / step", "in a graph", "compiling s", "peak GB", "params"]
+    rows = []
     for r in records:
         for kind, found in r.get("kinds", {}).items():
             if "error" in found:
-                rows.append([r["task"], kind, found["error"][:40], "", "", "", ""])
+                rows.append([r["task"], kind, found["error"][:40], *[""] * 6])
                 continue
+            graph, compiling = found.get("graph_ms"), found.get("compile_s")
             ratio, right = r.get(f"ratio_{kind}"), found.get("accuracy")
-            row = [r["task"], kind, f"{found['ms']:.2f}", f"{found['peak_gb']:.2f}"]
+            row = [r["task"], kind, f"{found['ms']:.2f}", "" if graph is None else f"{graph:.2f}"]
+            row += ["" if compiling is None else f"{compiling:.0f}", f"{found['peak_gb']:.2f}"]
             row += [str(found["params"]), "" if right is None else f"{100 * right:.2f} %"]
             rows.append([*row, "" if ratio is None else f"{ratio:.2f}x"])
-    return header, rows
+    return [*header, "accuracy", "vs pixelfly"], rows
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -166,6 +260,11 @@ def main(argv: list[str] | None = None) -> None:
     add("--density", type=float, default=0.5, help="of the linear layers")
     add("--attention-block", type=int, default=64, help="tokens; on a GPU 64 or 128")
     add("--compile", action="store_true", help="torch.compile every model, with its autotuner")
+    add("--kinds", nargs="*", choices=(*DENSE, "pixelfly"), default=None,
+        help="speed; default: all but sdpa_cudnn")  # fmt: skip
+    add("--graph", action="store_true", help="speed: also the step replayed as a CUDA graph")
+    add("--add", action="store_true",
+        help="keep what --out has, of this commit; speed: measure only what it lacks")  # fmt: skip
     add("--train-samples", type=int, default=20000)
     add("--test-samples", type=int, default=2000)
     add("--data-dir", default="data", help="images, and what was generated")
@@ -176,32 +275,43 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("benchmarks/lra.py: torch sees no CUDA device; use --device cpu")
-    if args.compile:  # attention over blocks of 64 has no kernel but the tuned ones
-        torch._inductor.config.max_autotune = True
-        torch._inductor.config.max_autotune_gemm_backends = "ATEN"
+    if args.graph and (args.device == "cpu" or args.mode != "speed"):
+        parser.error("--graph needs --mode speed and --device cuda")
+    tuned = torch._inductor.config.patch(TUNED) if args.compile else contextlib.nullcontext()
+    with tuned:
+        run(args)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Measures every task, and prints and writes what came out."""
     trained = ["listops", "image", "pathfinder"]
     tasks = args.tasks or (trained if args.mode == "train" else [t for t in SIZES if t != "toy"])
     meta = environment(args.device)
     out = args.out or results_path(f"lra_{args.mode}", meta["device"])
     out.parent.mkdir(parents=True, exist_ok=True)
-    records: list[dict] = []
+    records = earlier(out, meta) if args.add else []
 
-    def keep(record: dict) -> None:
-        records.append(record)
-        print(json.dumps(record), flush=True)
-        out.write_text(json.dumps({"meta": meta, "records": records}, indent=1) + "\n")
+    def write() -> None:
+        content = {"meta": meta, "records": records}
+        content |= {"means": means(records)} if args.mode == "speed" else {}
+        out.write_text(json.dumps(content, indent=1) + "\n")
 
     for task in tasks:
         if args.mode == "speed":
-            keep(speed(task, args))
+            speed(task, args, records, write)
             continue
         try:
             data, name = task_data(task, args)
         except DataMissing as error:
             raise SystemExit(f"benchmarks/lra.py: {error}") from None
         for seed in args.seeds:
-            keep(accuracy(task, data, name, seed, args))
+            records.append(accuracy(task, data, name, seed, args))
+            print(json.dumps(records[-1]), flush=True)
+            write()
     print_table(make_console(), f"Long Range Arena, {args.mode}", *table(records))
+    for kind, mean in means(records).items():
+        of = f"{mean['tasks']} tasks, {mean['graphed']} of them in graphs"
+        print(f"{kind} / pixelfly: {mean['ratio']:.2f}x on average over {of}")
     print(f"wrote {out}")
 
 

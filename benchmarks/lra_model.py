@@ -8,6 +8,7 @@ import functools
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pixelfly.nn import AttentionConfig, PixelflyLinear, PixelflySelfAttention
 
@@ -36,22 +37,26 @@ SIZES = {
     "pathfinder": Size(1024, 64, 2, 2, 128, 256, 2, 512, None),
     "toy": Size(96, 32, 2, 1, 64, 16, 10, 4, 16, padded=True),
 }
-KINDS = ("scores", "sdpa", "pixelfly")
+KINDS = ("scores", "sdpa", "sdpa_cudnn", "pixelfly")
 
 
 class DenseAttention(nn.Module):
-    """All scores: formed in memory ("scores"), or by torch's fused kernels ("sdpa")."""
+    """All scores: formed in memory ("scores"), or by torch's fused kernels: those that torch
+    chooses ("sdpa"), or cuDNN's ("sdpa_cudnn")."""
 
-    def __init__(self, width: int, heads: int, fused: bool) -> None:
+    def __init__(self, width: int, heads: int, kind: str) -> None:
         super().__init__()
-        self.heads, self.fused = heads, fused
+        self.heads, self.kind = heads, kind
         self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
 
     def forward(self, x: torch.Tensor, attn_mask: torch.Tensor | None = None) -> torch.Tensor:
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         q, k, v = qkv.unbind(0)
-        if self.fused:
+        if self.kind == "sdpa":
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask)
+        elif self.kind == "sdpa_cudnn":
+            with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+                y = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask)
         else:
             scores = q @ k.mT * q.shape[-1] ** -0.5
             if attn_mask is not None:
@@ -100,7 +105,7 @@ class Encoder(nn.Module):
 
 
 def build(kind: str, size: Size, density: float, attention_block: int) -> Encoder:
-    """A model of one kind: dense with "scores" or "sdpa"; or "pixelfly", with sparse attention and,
+    """A model of one kind: one of `DenseAttention`'s; or "pixelfly", with sparse attention and,
     where the model is wide enough, linear layers of butterfly + global blocks.
 
     Raises:
@@ -118,6 +123,6 @@ def build(kind: str, size: Size, density: float, attention_block: int) -> Encode
     def attention() -> nn.Module:
         if kind == "pixelfly":
             return PixelflySelfAttention(size.width, size.heads, attention=config, linear=linear)
-        return DenseAttention(size.width, size.heads, fused=kind == "sdpa")
+        return DenseAttention(size.width, size.heads, kind)
 
     return Encoder(size, [Block(size, attention(), linear) for _ in range(size.layers)])

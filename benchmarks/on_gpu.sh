@@ -31,7 +31,7 @@ models() { python3 benchmarks/models.py --fuse-mlp --fuse-blocks --fuse-loss --o
 host() { python3 benchmarks/host.py --compile --out "$OUT/host.json"; }
 plan() { python3 benchmarks/plan.py --out "$OUT/plan.json"; }
 recipe() { python3 benchmarks/recipe.py --time-limit 560 --out "$OUT/recipe.json"; }
-lra() { python3 benchmarks/lra.py --mode speed --out "$OUT/lra.json"; }
+lra() { python3 benchmarks/lra.py --mode speed --compile --graph --out "$OUT/lra.json"; }
 attention() { python3 benchmarks/attention.py --out "$OUT/attention.json"; }
 train() {
   python3 benchmarks/train.py --data fashion-mnist --model mixer --width 512 --layers 4 \

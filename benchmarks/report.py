@@ -194,15 +194,57 @@ def lra_table(data: dict) -> str:
             rows.append([r["data"], str(r["seed"]), samples, steps, *right])
         header = ["data", "seed", "samples: training / test", "steps x batch", "dense", "pixelfly"]
         return source(data["meta"]) + markdown(header, rows)
+    kinds = [kind for kind in LRA_KINDS if any(kind in r["kinds"] for r in data["records"])]
+    dense = [kind for kind in kinds if kind != "pixelfly"]
+    eager = "scores_eager" in kinds
+    graphs = any("graph_ms" in found for r in data["records"] for found in r["kinds"].values())
     for r in data["records"]:
         cells = [f"{r['task']} ({r['batch']} x {r['length']})"]
-        for kind in ("scores", "sdpa", "pixelfly"):
-            found = r["kinds"][kind]
-            cells.append(f"{found['ms']:.1f}, {found['peak_gb']:.1f} GB" if "ms" in found else "–")
-        ratios = [r["ratio_scores"], r["ratio_sdpa"]]
-        rows.append([*cells, *("–" if q is None else f"**{q:.2f}×**" for q in ratios)])
-    header = ["task (batch x tokens)", "dense, scores in memory: ms a step", "dense, fused", "ours"]
-    return source(data["meta"]) + markdown([*header, "to scores", "to fused"], rows)
+        cells += [lra_cell(r["kinds"].get(kind, {}), graphs) for kind in kinds]
+        rows.append([*cells, *(lra_ratio(r, kind, graphs) for kind in dense)])
+    if len(rows) > 1 and "means" in data:
+        found = [data["means"].get(kind) for kind in dense]
+        cells = ["–" if m is None else f"**{m['ratio']:.2f}×** ({m['tasks']})" for m in found]
+        rows.append(["mean (of tasks)", *[""] * len(kinds), *cells])
+    names = [LRA_KINDS[kind] for kind in kinds]
+    if eager:
+        names = [names[0], *(f"{name}, compiled" for name in names[1:])]
+    names[0] += ": ms a step, in a graph" if graphs else ": ms a step"
+    to = [f"to {LRA_RATIOS[kind]}" for kind in dense]
+    return source(data["meta"]) + markdown(["task (batch x tokens)", *names, *to], rows)
+
+
+LRA_KINDS = {
+    "scores_eager": "dense, scores in memory, eager (as published)",
+    "scores": "dense, scores in memory",
+    "sdpa": "dense, fused",
+    "sdpa_cudnn": "dense, cuDNN",
+    "pixelfly": "ours",
+}
+LRA_RATIOS = {
+    "scores_eager": "eager scores",
+    "scores": "scores",
+    "sdpa": "fused",
+    "sdpa_cudnn": "cuDNN",
+}
+
+
+def lra_cell(found: dict, graphs: bool) -> str:
+    """A kind's step, and the same as a CUDA graph if there are such times, and its memory."""
+    if "ms" not in found:
+        return "–"
+    graph = found.get("graph_ms")
+    graph = (" → –" if graph is None else f" → {graph:.1f}") if graphs else ""
+    return f"{found['ms']:.1f}{graph}, {found['peak_gb']:.1f} GB"
+
+
+def lra_ratio(record: dict, kind: str, graphs: bool) -> str:
+    """Times a kind takes as long as ours; marked if it is of steps where others are of graphs."""
+    ratio = record.get(f"ratio_{kind}")
+    if ratio is None:
+        return "–"
+    steps = graphs and kind not in record.get("graphed", [])
+    return f"**{ratio:.2f}×**" + (" (steps)" if steps else "")
 
 
 def plan_table(data: dict) -> str:

@@ -90,6 +90,15 @@ class Learner:
         tensors = [*self.model.parameters(), *self.model.buffers(), *state]
         return sum(local(t).nbytes for t in tensors if isinstance(t, torch.Tensor))
 
+    def update(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """A step's work on the device, which nothing here waits for; returns the loss."""
+        loss = self._loss(self.call, x, y)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss
+
     def step(self, x: torch.Tensor, y: torch.Tensor, step: int) -> float:
         """One training step on this rank's samples; returns the loss of the whole batch."""
         cuda = self.device.type == "cuda"
@@ -103,11 +112,7 @@ class Learner:
         begin = time.perf_counter()
         for group in self.optimizer.param_groups:
             group["lr"] = self.settings.lr * schedule(step, self.settings)
-        loss = self._loss(self.call, x, y)
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        loss = self.update(x, y)
         if cuda:
             torch.cuda.synchronize()
             # The other model's weights are allocated too: count from what was there before.

@@ -125,6 +125,7 @@ def test_generated_data_is_kept(tmp_path, monkeypatch):
 def test_kinds_agree_where_all_scores_are_kept():
     size = SIZES["toy"]
     models = [build(kind, size, 0.5, 128).eval() for kind in ("scores", "sdpa")]
+    assert build("sdpa_cudnn", size, 0.5, 128).state_dict().keys() == models[0].state_dict().keys()
     models[1].load_state_dict(models[0].state_dict())
     ids = torch.randint(1, 16, (3, 96))
     ids[0, 50:] = 0
@@ -163,6 +164,160 @@ def test_toy_run(mode, tmp_path, capsys):
         assert [record["seed"], *(r["seed"] for r in others)] == [0, 7]
         assert record["steps_done"] == 2 and 0 <= record["kinds"]["sdpa"]["accuracy"] <= 1
     assert "toy" in capsys.readouterr().out
+
+
+TOY = "--mode speed --tasks toy --device cpu --steps 2 --attention-block 16"
+
+
+@pytest.fixture
+def toy(tmp_path):
+    """Runs the toy task in speed mode, nothing really compiled, and returns the file's content."""
+    out = tmp_path / "lra.json"
+
+    def run(*options: str) -> dict:
+        with torch.compiler.set_stance("force_eager"):
+            lra.main([*TOY.split(), "--compile", "--out", str(out), *options])
+        return json.loads(out.read_text())
+
+    run.out = out
+    return run
+
+
+def test_compiled_speed_has_the_published_baseline_beside_it(toy, monkeypatch):
+    compiled = {}
+    real = lra.Learner
+    monkeypatch.setattr(
+        lra,
+        "Learner",
+        lambda name, model, s: compiled.update({name: s.compile}) or real(name, model, s),
+    )
+    data = toy()
+    assert compiled == {"scores_eager": False, "scores": True, "sdpa": True, "pixelfly": True}
+    (record,) = data["records"]
+    assert list(record["kinds"]) == list(compiled) and record["graphed"] == []
+    for kind, found in record["kinds"].items():
+        assert ("compile_s" in found) == compiled[kind]
+    assert set(data["means"]) == {"scores_eager", "scores", "sdpa"}
+    assert data["means"]["sdpa"] == {"ratio": record["ratio_sdpa"], "tasks": 1, "graphed": 0}
+    assert not torch._inductor.config.max_autotune  # left as it was
+
+
+def test_add_measures_only_what_is_missing(toy, monkeypatch, capsys):
+    first = toy("--kinds", "sdpa")
+    assert first["records"][0]["ratio_sdpa"] is None and first["means"] == {}
+    measured = []
+    real = lra.measure
+    monkeypatch.setattr(lra, "measure", lambda kind, *a: measured.append(kind) or real(kind, *a))
+    (record,) = toy("--add")["records"]
+    assert measured == ["scores_eager", "scores", "pixelfly"]
+    assert "toy sdpa: kept" in capsys.readouterr().out
+    assert record["kinds"]["sdpa"] == first["records"][0]["kinds"]["sdpa"]
+    assert record["ratio_sdpa"] > 0
+    content = json.loads(toy.out.read_text())
+    content["records"][0]["kinds"]["scores"] = {"error": "OutOfMemoryError: x"}
+    toy.out.write_text(json.dumps(content))
+    assert "ms" in toy("--add")["records"][0]["kinds"]["scores"]
+    assert measured[3:] == ["scores"]
+    assert len(toy("--add", "--batch", "2")["records"]) == 2  # other options, another row
+    content["meta"]["sha"] = "another"
+    toy.out.write_text(json.dumps(content))
+    with pytest.raises(SystemExit, match="its rows cannot be kept"):
+        toy("--add")
+
+
+def test_every_kind_is_written_as_soon_as_it_is_measured(toy, monkeypatch):
+    real = lra.measure
+
+    def cut_off(kind, *rest):
+        if kind == "sdpa":
+            raise KeyboardInterrupt
+        return real(kind, *rest)
+
+    monkeypatch.setattr(lra, "measure", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        toy()
+    (record,) = json.loads(toy.out.read_text())["records"]
+    assert list(record["kinds"]) == ["scores_eager", "scores"]
+
+
+def test_a_kind_that_fails_is_a_row(toy):
+    """cuDNN has no attention on a CPU."""
+    record = toy("--kinds", "sdpa_cudnn", "pixelfly")["records"][0]
+    assert "error" in record["kinds"]["sdpa_cudnn"] and record["ratio_sdpa_cudnn"] is None
+    assert record["kinds"]["pixelfly"]["ms"] > 0
+
+
+def no_gpu(monkeypatch, captured):
+    def timed(step, steps):
+        step()
+        return {"ms": 2.0, "joules": steps / 100}
+
+    for name in ("synchronize", "empty_cache", "current_stream"):
+        monkeypatch.setattr(torch.cuda, name, lambda: "stream")
+    streams = []
+    monkeypatch.setattr(torch.cuda, "set_stream", streams.append)
+    monkeypatch.setattr(lra, "captured", captured)
+    monkeypatch.setattr(lra, "time_cuda", timed)
+    return streams
+
+
+def toy_learner() -> tuple[lra.Learner, torch.Tensor, torch.Tensor]:
+    torch.manual_seed(0)
+    size = SIZES["toy"]
+    settings = lra.Settings(4, size.batch, 1e-2, 0.0, 1, 4, 0, "cpu", None, False)
+    learner = lra.Learner("sdpa", build("sdpa", size, 0.5, 16), settings)
+    return learner, torch.randint(1, 16, (4, size.length)), torch.randint(0, 10, (4,))
+
+
+def test_what_a_graph_replays_is_the_whole_step(monkeypatch):
+    learner, x, y = toy_learner()
+
+    def captured(step):
+        for group in learner.optimizer.param_groups:
+            assert group["capturable"]
+            group["capturable"] = False  # which a CPU has no step for
+        return step
+
+    no_gpu(monkeypatch, captured)
+    before = [p.detach().clone() for p in learner.model.parameters()]
+    assert lra.replayed(learner, x, y) == {"graph_ms": 2.0, "graph_joules": 1.0}
+    assert not any(
+        torch.equal(a, b) for a, b in zip(before, learner.model.parameters(), strict=True)
+    )
+    assert all(p.grad is None for p in learner.model.parameters())
+
+
+def test_a_capture_that_fails_is_in_the_record(monkeypatch):
+    def fails(step):
+        try:
+            raise RuntimeError("not while capturing")
+        finally:
+            raise RuntimeError("the capture was invalidated")
+
+    streams = no_gpu(monkeypatch, fails)
+    found = lra.replayed(*toy_learner())
+    assert found["graph_ms"] is None and streams == ["stream"]
+    assert "invalidated after RuntimeError: not while capturing" in found["graph_error"]
+
+
+def test_ratios_are_of_graphs_where_both_have_one():
+    kinds = {
+        "scores": {"ms": 12.0, "graph_ms": None, "graph_error": "x"},
+        "sdpa": {"ms": 9.0, "graph_ms": 6.0},
+        "pixelfly": {"ms": 8.0, "graph_ms": 2.0},
+    }
+    record = {"kinds": kinds}
+    lra.compare(record)
+    assert record["ratio_scores"] == 1.5 and record["ratio_sdpa"] == 3.0
+    assert record["graphed"] == ["sdpa"] and "ratio_scores_eager" not in record
+    found = lra.means([record, {"ratio_sdpa": 5.0, "graphed": []}, {"ratio_sdpa": None}])
+    assert found["sdpa"] == {"ratio": 4.0, "tasks": 2, "graphed": 1}
+
+
+def test_graphs_need_a_gpu(capsys):
+    with pytest.raises(SystemExit):
+        lra.main([*TOY.split(), "--graph"])
+    assert "--graph needs --mode speed and --device cuda" in capsys.readouterr().err
 
 
 def test_tasks_without_data_say_so():

@@ -65,6 +65,50 @@ def test_training_table(results):
     assert "| ours | 90.00 % | 2.00 M | 3 M | 4.00 |" in text
 
 
+LRA = {
+    "task": "text",
+    "mode": "speed",
+    "batch": 32,
+    "length": 1000,
+    "kinds": {
+        "scores": {"ms": 12.0, "peak_gb": 3.0},
+        "sdpa": {"ms": 9.0, "peak_gb": 2.0},
+        "pixelfly": {"ms": 8.0, "peak_gb": 1.0},
+    },
+    "ratio_scores": 1.5,
+    "ratio_sdpa": 1.125,
+}
+
+
+def test_lra_table_of_steps_alone(results):
+    text = report.render(results("lra_x", [LRA]))
+    assert "| dense, scores in memory: ms a step | dense, fused | ours | to scores | to " in text
+    row = "| text (32 x 1000) | 12.0, 3.0 GB | 9.0, 2.0 GB | 8.0, 1.0 GB | **1.50×** | **1.12×** |"
+    assert row in text
+
+
+def test_lra_table_with_graphs_and_the_published_baseline(results, tmp_path):
+    kinds = {"scores_eager": {"ms": 20.0, "graph_ms": 16.0, "peak_gb": 4.0}} | {
+        kind: found | {"graph_ms": found["ms"] - 7} for kind, found in LRA["kinds"].items()
+    }
+    kinds["scores"] = LRA["kinds"]["scores"] | {"graph_ms": None, "graph_error": "x"}
+    ratios = {"ratio_scores_eager": 16.0, "ratio_sdpa": 2.0, "graphed": ["scores_eager", "sdpa"]}
+    cut_off = LRA | {"task": "image", "kinds": {"scores_eager": {"error": "x"}}}
+    cut_off |= {f"ratio_{kind}": None for kind in ("scores_eager", "scores", "sdpa")}
+    means = {"scores_eager": {"ratio": 16.0, "tasks": 1, "graphed": 1}}
+    marked = results("lra_x", [])
+    content = {"meta": META, "records": [LRA | {"kinds": kinds} | ratios, cut_off], "means": means}
+    (tmp_path / "lra_x.json").write_text(json.dumps(content))
+    text = report.render(marked)
+    assert "eager (as published): ms a step, in a graph | dense, scores in memory, comp" in text
+    assert (
+        "| text (32 x 1000) | 20.0 → 16.0, 4.0 GB | 12.0 → –, 3.0 GB | 9.0 → 2.0, 2.0 GB "
+        "| 8.0 → 1.0, 1.0 GB | **16.00×** | **1.50×** (steps) | **2.00×** |" in text
+    )
+    assert "| image (32 x 1000) | – | – | – | – | – | – | – |" in text
+    assert "| mean (of tasks) |  |  |  |  | **16.00×** (1) | – | – |" in text
+
+
 def test_missing_results_leave_the_table_empty(results):
     text = "<!-- results:op_none -->\nold\n<!-- /results -->\n"
     assert report.render(text) == "<!-- results:op_none -->\n<!-- /results -->\n"
