@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 from toy_models import Block
 
@@ -126,6 +127,24 @@ def test_attention_has_a_rate_of_its_own(causal):
     assert tally.macs == 2 * 2 * 4 * 32 * 32 * 16
     flops = tally.macs if causal else 2 * tally.macs  # kernels skip the upper half
     assert tally.works == {"attention": Work(flops, F32 * 4 * 2 * 32 * 64)}
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, part: nn.Module) -> None:
+        super().__init__()
+        self.part = part
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return checkpoint(self.part, x, use_reentrant=False)
+
+
+def test_a_checkpoint_moves_again_what_its_forward_does():
+    part = nn.Sequential(nn.Linear(64, 64), nn.Dropout(0.1))
+    x = torch.zeros(2, 48, 64)
+    forward, step = (total(count(part, x, training=t)) for t in (False, True))
+    found = total(count(Checkpointed(part), x, training=True))
+    assert found.pop("pointwise") == step.pop("pointwise") + forward["pointwise"]
+    assert found == step  # its matmuls once
 
 
 def test_backward_of_a_loss_starts_there():

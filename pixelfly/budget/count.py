@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import _engine_run_backward
 from torch.nn.modules.module import (
     register_module_forward_hook,
     register_module_forward_pre_hook,
@@ -139,8 +140,13 @@ def _run(
             return
         gradient = torch.ones_like(target)
         counter.backward = True
-        with counter:  # .grad stays as it is: what accumulates there was not there before
-            torch.autograd.grad(target, leaves, gradient, allow_unused=True)
+        with counter, functions or nullcontext():
+            # .grad stays as it is: what accumulates there was not there before. torch.autograd.grad
+            # would put `functions` away, but a checkpoint's forward, which runs here again, must
+            # choose the same operators.
+            _engine_run_backward(
+                (target,), (gradient,), False, False, tuple(leaves), True, accumulate_grad=False
+            )
 
 
 @functools.lru_cache(maxsize=256)
