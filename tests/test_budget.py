@@ -15,6 +15,7 @@ from toy_models import Block
 
 from pixelfly import PixelflyConfig, sparsify_
 from pixelfly.budget import CostModel, LayerPlan, Plan, Rate, count, layer_type, plan
+from pixelfly.nn import AttentionConfig
 
 H100 = CostModel.roofline("h100")
 
@@ -23,11 +24,12 @@ def mlp(width: int = 256, hidden: int = 1024) -> nn.Module:
     return nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
 
 
-def gpt2(layers: int, width: int, heads: int) -> nn.Module:
+def gpt2(layers: int, width: int, heads: int, **options) -> nn.Module:
     from transformers import GPT2Config, GPT2LMHeadModel
 
+    config = GPT2Config(n_layer=layers, n_embd=width, n_head=heads, **options)
     with torch.device("meta"):
-        return GPT2LMHeadModel(GPT2Config(n_layer=layers, n_embd=width, n_head=heads))
+        return GPT2LMHeadModel(config)
 
 
 @pytest.mark.parametrize(
@@ -210,6 +212,42 @@ def test_filter_chooses_the_layers():
 def test_small_features_fall_back_to_smaller_blocks():
     result = plan(mlp(128, 128), torch.zeros(4, 128), density=0.3, block_sizes=(64, 32))
     assert {x.block_size for x in result.planned} == {32}
+
+
+def vit_inputs() -> tuple[nn.Module, torch.Tensor]:
+    from timm.models.vision_transformer import VisionTransformer
+
+    sizes = {"img_size": 64, "patch_size": 8, "embed_dim": 128, "depth": 2, "num_heads": 2}
+    return VisionTransformer(**sizes, num_classes=16), torch.zeros(2, 3, 64, 64)
+
+
+def gpt2_inputs() -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    model = gpt2(2, 128, 2, attn_pdrop=0.0, vocab_size=64, bos_token_id=0, eos_token_id=0)
+    ids = torch.zeros(2, 65, dtype=torch.long)
+    return model, {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize(("make", "causal"), [(vit_inputs, False), (gpt2_inputs, True)])
+def test_attention_over_a_layout_is_planned_around(make, causal, autocast, tmp_path):
+    options = {"density": 0.5, "cost": H100, "block_sizes": (16,), "autocast": autocast}
+    (model, x), attention = make(), AttentionConfig(block_size=16)
+    dense = plan(model, x, **options)
+    sparsify_(model, PixelflyConfig(attention=attention), filter_fn=lambda module, name: False)
+    result = plan(model, x, **options)
+    assert result.layers == dense.layers
+    full, density = 2 * 2 * 2 * 65**2 * 128, attention.layout(65, causal).density
+    assert 0.1 < density < 0.9
+    assert dense.rest.macs - result.rest.macs == round(full * (1 - density))
+    kept = result.rest.works["attention"]
+    # GPT-2's dense attention gets its padding as a mask, with which nothing is skipped.
+    assert kept.flops == round(2 * full * density) and kept.count == 2
+    assert dense.rest.works["attention"].flops == 2 * full
+    assert result.predicted_step().parts["attention"] > 0
+    result.save(tmp_path / "plan.json")
+    assert Plan.load(tmp_path / "plan.json") == result
+    sparsify_(model, result)
+    assert 2 * sum(t.macs for t in count(model, x).values()) == result.flops
 
 
 # Bad input

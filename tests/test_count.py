@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 from toy_models import Block
 
@@ -13,7 +14,10 @@ from pixelfly import PixelflyLinear
 from pixelfly.budget import Work, count
 from pixelfly.budget.count import Tally, beside_matmuls
 from pixelfly.budget.rate import add
-from pixelfly.ops import butterfly_lowrank_mm
+from pixelfly.masks import AttentionLayout
+from pixelfly.nn import AttentionConfig, PixelflySelfAttention
+from pixelfly.nn.attention import FullSelfAttention
+from pixelfly.ops import butterfly_attention, butterfly_lowrank_mm
 
 
 def test_macs_are_the_flop_counters():
@@ -126,6 +130,82 @@ def test_attention_has_a_rate_of_its_own(causal):
     assert tally.macs == 2 * 2 * 4 * 32 * 32 * 16
     flops = tally.macs if causal else 2 * tally.macs  # kernels skip the upper half
     assert tally.works == {"attention": Work(flops, F32 * 4 * 2 * 32 * 64)}
+
+
+# Rows keep 16 + 8, 16 and 16 + 16 + 8 of 40 keys, in rows of 16, 16 and 8 queries.
+GRID = torch.tensor([[1, 0, 1], [0, 1, 0], [1, 1, 1]]).bool()
+LAYOUT = AttentionLayout.from_grid(GRID, 16, 40, 40)
+
+
+@pytest.mark.parametrize("per_head", [False, True])
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("causal", [False, True])
+def test_attention_over_a_layout_is_its_kept_blocks(causal, training, per_head):
+    empty = AttentionLayout.from_grid(torch.zeros_like(GRID), 16, 40, 40)
+    layout = AttentionLayout.per_head([LAYOUT, empty, LAYOUT, empty]) if per_head else LAYOUT
+
+    def attend(x, p):
+        q = (x * p[0]).view(2, 40, 4, 16).transpose(1, 2)
+        padding = torch.zeros(2, 40, dtype=torch.bool, device=x.device)
+        options = {"is_causal": causal, "key_padding_mask": padding}
+        y = butterfly_attention(q, q, q[..., :8], layout, **options)
+        assert y.shape == (2, 4, 40, 8)
+        return y
+
+    tally = count(Function(attend), torch.zeros(2, 40, 64), training=training)[""]
+    scores = 16 * (16 if causal else 16 + 8) + 16 * 16 + 8 * 40
+    assert tally.macs == 2 * (2 if per_head else 4) * scores * (16 + 8)
+    moved = F32 * 2 * 40 * 4 * (16 + 16 + 8 + 8)
+    assert tally.works["attention"] == Work(2 * tally.macs, moved)
+    assert not tally.works.keys() & {"dense", "unaligned"}
+
+
+def self_attention(kind=PixelflySelfAttention, block_size: int = 16, **options) -> nn.Module:
+    return kind(64, 4, attention=AttentionConfig(block_size=block_size), **options)
+
+
+@pytest.mark.parametrize("options", [{}, {"dtype": torch.bfloat16}, {"autocast": torch.bfloat16}])
+def test_a_layout_of_all_blocks_counts_as_dense_attention(options):
+    x = torch.zeros(2, 48, 64)
+    whole = count(self_attention(block_size=128), x, training=True, **options)
+    assert whole == count(self_attention(FullSelfAttention), x, training=True, **options)
+    assert whole[""].macs == 2 * 2 * 48 * 48 * 64
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_sparse_attention_counts_at_any_length_and_with_padding(causal):
+    model, mask = self_attention(is_causal=causal), torch.ones(2, 90, dtype=torch.bool)
+    x = torch.zeros(2, 90, 64)
+    plain = count(model, x, training=True)[""]
+    padded = count(model, {"x": x, "attn_mask": mask}, training=True)[""]
+    layout = model.attention.layout(90, causal)
+    assert plain.macs == padded.macs == round(layout.density * 90 * 90) * 2 * 2 * 64
+    assert plain.works["attention"] == padded.works["attention"]
+    assert model(torch.randn(2, 90, 64)).isfinite().all()  # the layout is real
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, part: nn.Module) -> None:
+        super().__init__()
+        self.part = part
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return checkpoint(self.part, x, use_reentrant=False)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: nn.Sequential(nn.Linear(64, 64), nn.Dropout(0.1)),
+        lambda: self_attention(proj_drop=0.1),
+    ],
+)
+def test_a_checkpoint_moves_again_what_its_forward_does(make):
+    part, x = make(), torch.zeros(2, 48, 64)
+    forward, step = (total(count(part, x, training=t)) for t in (False, True))
+    found = total(count(Checkpointed(part), x, training=True))
+    assert found.pop("pointwise") == step.pop("pointwise") + forward["pointwise"]
+    assert found == step  # its matmuls and attention once
 
 
 def test_backward_of_a_loss_starts_there():

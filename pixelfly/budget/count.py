@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import _engine_run_backward
 from torch.nn.modules.module import (
     register_module_forward_hook,
     register_module_forward_pre_hook,
@@ -30,7 +31,8 @@ class Tally:
     """What ran inside one module, its children not included.
 
     Attributes:
-        macs: multiply-accumulates of matmuls, convolutions and attention in the forward.
+        macs: multiply-accumulates of matmuls, convolutions and attention in the forward; of
+            `butterfly_attention`, those of its kept blocks.
         works: work by the kind of its rate (see `CostModel`). Matmuls ("dense", "unaligned") and
             "attention" count in the forward alone; convolutions and operators that only move
             bytes ("pointwise", "reduction", "strided") also in the backward, all of which counts
@@ -53,8 +55,9 @@ def count(
     """Runs a model's forward once, and its backward if asked, and returns what modules computed.
 
     The run is on fake tensors: nothing is computed, and no memory is taken for activations. The
-    operators are the CPU's, with CUDA's dropout, attention and list of what autocast runs in
-    float32. Matmuls that a checkpoint computes again in the backward do not count.
+    operators are the CPU's, with CUDA's dropout, attention (`butterfly_attention` too is one
+    operator) and list of what autocast runs in float32. Matmuls that a checkpoint computes again in
+    the backward do not count.
 
     Args:
         model: any module; its state does not change, but for `fake=False`, with which buffers and
@@ -64,7 +67,8 @@ def count(
             its first tensor, to all parameters.
         dtype: cast floating-point state and inputs to it, or None; needs `fake`.
         autocast: the dtype of an autocast region around the forward, or None.
-        fake: False runs the model for real, which models need whose Python looks at values.
+        fake: False runs the model for real, which models need whose Python looks at values; all
+            operators are then the device's, those inside of `butterfly_attention` too.
 
     Returns:
         name of a module -> its tally, for modules that ran anything; a module in several places
@@ -109,7 +113,7 @@ def count(
     )
     try:
         with mode:
-            _run(counter, call, leaves, "cpu", training, autocast, AsCUDA())
+            _run(counter, call, leaves, "cpu", training, autocast, AsCUDA(counter.attended))
     except Exception as error:
         raise RuntimeError(
             f"count: {type(model).__name__} did not run on fake tensors of the example inputs "
@@ -139,8 +143,13 @@ def _run(
             return
         gradient = torch.ones_like(target)
         counter.backward = True
-        with counter:  # .grad stays as it is: what accumulates there was not there before
-            torch.autograd.grad(target, leaves, gradient, allow_unused=True)
+        with counter, functions or nullcontext():
+            # .grad stays as it is: what accumulates there was not there before. torch.autograd.grad
+            # would put `functions` away, but a checkpoint's forward, which runs here again, must
+            # choose the same operators.
+            _engine_run_backward(
+                (target,), (gradient,), False, False, tuple(leaves), True, accumulate_grad=False
+            )
 
 
 @functools.lru_cache(maxsize=256)
@@ -230,6 +239,13 @@ class _Counter(TorchDispatchMode):
         finally:
             for handle in handles:
                 handle.remove()
+
+    def attended(self, macs: int, work: Work) -> None:
+        """Tallies attention over a layout, which `AsCUDA` reports."""
+        if not self.backward:
+            tally = self._tally()
+            tally.macs += macs
+            add(tally.works, {"attention": work})
 
     def _tally(self) -> Tally:
         name = self.names[id(self.stack[-1])] if self.stack else ""

@@ -10,6 +10,7 @@ from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
 
 from .. import ops  # noqa: F401 (tells torch's counter the FLOPs of our operators)
+from ..masks import AttentionLayout
 from .rate import Work
 
 MATMULS = ("dense", "unaligned", "attention", "convolution")
@@ -75,6 +76,18 @@ def matmul(func: Any, args: tuple, kwargs: dict[str, Any], out: Any) -> tuple[st
     matrices = [t for t in _tensors((args, out)) if t.dim() > 1]
     whole = all(aligned(t.element_size(), t.shape[-1]) for t in matrices)
     return "dense" if whole else "unaligned", flops // 2, work
+
+
+def block_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, y: torch.Tensor, layout: AttentionLayout
+) -> tuple[int, Work]:
+    """Returns the MACs of the kept blocks of `butterfly_attention`, and its work.
+
+    Blocks at the edge count as far as the sequence goes, those on a causal diagonal whole.
+    """
+    scores = round(layout.density * q.shape[1] * layout.q_len * layout.kv_len)  # of all heads
+    macs = q.shape[0] * scores * (q.shape[3] + v.shape[3])
+    return macs, Work(2 * macs, _bytes((q, k, v, y)))
 
 
 def moved(func: Any, args: tuple, kwargs: dict[str, Any], out: Any) -> dict[str, Work]:

@@ -52,7 +52,8 @@ def plan(
 
     The model runs once on fake tensors, forward and in training backward, under a counter of every
     operator. Exactly one of `density`, `flops`, `params` and `speedup` says what may be spent.
-    Convolutions, attention and embeddings are counted and left as they are.
+    Convolutions, attention and embeddings are counted and left as they are; attention that is
+    already over a layout by its kept blocks.
 
     Times are of eager PyTorch in a CUDA graph. With a cost model the whole model, inputs too, is
     counted in the model's dtype; with `autocast` it keeps its float32 weights, and operators run in

@@ -8,6 +8,7 @@ from dataclasses import FrozenInstanceError
 from typing import Any, NoReturn
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 from .layout import boolean_grid, is_int
 
@@ -117,13 +118,15 @@ class AttentionLayout:
     def row_groups(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Block rows that keep equally many key blocks: `[R]` rows of (head, query block),
         flattened, and their `[R, d]` key blocks; rows that keep none are left out."""
-        flat = self.grid.flatten(0, 1)
-        counts = flat.sum(1)
         groups = []
-        for d in counts.unique().tolist():
-            if d:
-                which = (counts == d).nonzero().flatten()
-                groups.append((which, flat[which].nonzero()[:, 1].reshape(len(which), d)))
+        # Whatever mode the caller is in, they are plain tensors that later calls can use.
+        with _disable_current_modes(), torch.inference_mode(False):
+            flat = self.grid.flatten(0, 1)
+            counts = flat.sum(1)
+            for d in counts.unique().tolist():
+                if d:
+                    which = (counts == d).nonzero().flatten()
+                    groups.append((which, flat[which].nonzero()[:, 1].reshape(len(which), d)))
         return groups
 
     def causal(self) -> AttentionLayout:

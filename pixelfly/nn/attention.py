@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from ..masks.attention import ATTENTION_BLOCK_SIZES, AttentionLayout, butterfly_attention_layout
 from ..ops import butterfly_qkv
@@ -78,14 +79,16 @@ def _layout(
     length: int, causal: bool, block_size: int, stride: int | None, global_: int, local: int
 ) -> AttentionLayout:
     full = 1 << (-(-length // block_size) - 1).bit_length()
-    return butterfly_attention_layout(
-        length,
-        block_size=block_size,
-        max_stride=None if stride is None else min(stride, full),
-        global_blocks=global_,
-        local_blocks=local,
-        causal=causal,
-    )
+    # Whatever mode the caller is in, a layout is of plain tensors that later calls can use.
+    with _disable_current_modes(), torch.inference_mode(False):
+        return butterfly_attention_layout(
+            length,
+            block_size=block_size,
+            max_stride=None if stride is None else min(stride, full),
+            global_blocks=global_,
+            local_blocks=local,
+            causal=causal,
+        )
 
 
 class _Store:

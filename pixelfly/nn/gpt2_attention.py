@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import is_fake
 
 from ..ops.attention import attend_rows
 from .attention import AttentionConfig, PixelflySelfAttention
@@ -110,7 +111,7 @@ def _hidden_keys(mask: torch.Tensor, batch: int, length: int, past: int) -> torc
 
 def _require(holds: torch.Tensor) -> None:
     message = "PixelflyGPT2Attention: attention_mask must be causal masking and padding alone"
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or is_fake(holds):
         torch._assert_async(holds.all(), message)
     elif not holds.all():
         raise ValueError(message)

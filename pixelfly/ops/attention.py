@@ -11,6 +11,7 @@ import functools
 import types
 
 import torch
+from torch.overrides import handle_torch_function, has_torch_function
 
 from ..masks.attention import AttentionLayout
 from .block_mask import block_mask_of
@@ -61,6 +62,9 @@ def butterfly_attention(
         torch.Size([2, 4, 100, 32])
     """
     _check(q, k, v, layout, is_causal, key_padding_mask)
+    if has_torch_function((q, k, v)):  # a mode may stand in for it, as for torch's own
+        options = {"is_causal": is_causal, "scale": scale, "key_padding_mask": key_padding_mask}
+        return handle_torch_function(butterfly_attention, (q, k, v), q, k, v, layout, **options)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if q.is_cuda:
         return _flex(q, k, v, layout, is_causal, scale, key_padding_mask)

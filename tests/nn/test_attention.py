@@ -150,6 +150,16 @@ def test_compiles_whole():
         torch.testing.assert_close(compiled(x), layer(x))
 
 
+def test_what_one_mode_makes_of_a_layout_serves_every_other():
+    layer = PixelflySelfAttention(64, 2, attention=FINE)
+    x, y = torch.randn(2, 87, 64), torch.randn(2, 103, 64)
+    with torch.inference_mode():
+        layer(x)
+    layer(x).sum().backward()
+    exported = torch.export.export(layer, (y,), strict=False).module()
+    torch.testing.assert_close(exported(y), layer(y))
+
+
 def test_layouts_are_made_once():
     assert FINE.layout(100) is FINE.layout(100)
     assert AttentionConfig(16, max_stride=64).layout(40).grid.shape == (1, 3, 3)
