@@ -21,6 +21,7 @@ import torch
 from data import DataMissing, load
 from display import print_table, progress_bar
 from networks import build, sparsify
+from timing import environment
 from train import parse, settings_of
 from training import Learner, Settings, batch_at
 
@@ -87,7 +88,8 @@ def main(argv: list[str] | None = None) -> int:
     noise = distance(curves["reference"], curves["reference float32"])
     console.print(f"kernels to reference {ours:.2e}, reference to float32 {noise:.2e} (RMS)")
     args.out.mkdir(parents=True, exist_ok=True)
-    outcome = {"kernels_to_reference": ours, "reference_to_float32": noise, "curves": curves}
+    outcome = {"meta": environment(args.device) | {"arguments": " ".join(argv)}}
+    outcome |= {"kernels_to_reference": ours, "reference_to_float32": noise, "curves": curves}
     (args.out / "parity.json").write_text(json.dumps(outcome, indent=1) + "\n")
     # In float32 both references are one: what is left is the order of sums.
     return 0 if ours <= 2 * max(noise, 1e-3) else 1
