@@ -88,7 +88,9 @@ def main(argv: list[str] | None = None) -> int:
     noise = distance(curves["reference"], curves["reference float32"])
     console.print(f"kernels to reference {ours:.2e}, reference to float32 {noise:.2e} (RMS)")
     args.out.mkdir(parents=True, exist_ok=True)
-    outcome = {"meta": environment(args.device) | {"arguments": " ".join(argv)}}
+    options = ("data", "model", "width", "block_size", "steps", "amp")
+    meta = environment(args.device) | {name: getattr(args, name) for name in options}
+    outcome = {"meta": meta}
     outcome |= {"kernels_to_reference": ours, "reference_to_float32": noise, "curves": curves}
     (args.out / "parity.json").write_text(json.dumps(outcome, indent=1) + "\n")
     # In float32 both references are one: what is left is the order of sums.

@@ -23,7 +23,7 @@ constexpr int kFewFeatures = 16;  // of a thread block
 constexpr int kFewDepth = 32;     // contraction features of a chunk
 constexpr int kFewMaxTiles = 8;   // of 8 tokens
 constexpr int kFewMaxWarps = 16;
-constexpr int kFewStride = kFewFeatures + 4;  // of a token's sums: no conflicts of banks
+constexpr int kFewStride = kFewFeatures + 4;  // of a token: writes meet no bank twice
 
 struct FewArgs {
   ProductParams p;
