@@ -26,38 +26,18 @@ from timing import environment, results_path
 
 DIRECTIONS = ("forward", "dx", "dw")
 MARK = "spin_kernel"  # torch.cuda._sleep: stands before each case's kernels
-OURS = "product_sm90|low_rank_sm90|weight_grad_sm90|product_sm80|product_few_sm80"
-# Name in the results: metrics that may have it (names differ between versions of ncu), and what one
-# unit of the result is.
-METRICS = {
-    "us": (("gpu__time_duration.sum",), 1e3),
-    "dram_read_mb": (("dram__bytes_read.sum",), 1e6),
-    "dram_write_mb": (("dram__bytes_write.sum",), 1e6),
-    "l2_to_sm_mb": (("l1tex__m_xbar2l1tex_read_bytes.sum",), 1e6),
-    "l2_hit_percent": (("lts__t_sector_hit_rate.pct",), 1),
+OURS = "product_sm90|low_rank_sm90|weight_grad_sm90|product_sm80|product_few_sm80|weight_grad_sm80"
+METRICS = {  # name in the results: metric, and how many of its units are one of the results'
+    "us": ("gpu__time_duration.sum", 1e3),
+    "dram_read_mb": ("dram__bytes_read.sum", 1e6),
+    "dram_write_mb": ("dram__bytes_write.sum", 1e6),
+    "l2_to_sm_mb": ("l1tex__m_xbar2l1tex_read_bytes.sum", 1e6),
+    "l2_hit_percent": ("lts__t_sector_hit_rate.pct", 1),
     "tensor_percent": (
-        (
-            "sm__pipe_tensor_op_hmma_cycles_active.avg.pct_of_peak_sustained_elapsed",
-            "sm__inst_executed_pipe_tensor_op_hmma.avg.pct_of_peak_sustained_elapsed",
-            "sm__pipe_tensor_cycles_active.avg.pct_of_peak_sustained_elapsed",
-        ),
+        "sm__pipe_tensor_op_hmma_cycles_active.avg.pct_of_peak_sustained_elapsed",
         1,
     ),
 }
-
-
-def known_metrics() -> dict[str, str]:
-    """The first metric of each row of METRICS that this ncu has: name in the results -> metric."""
-    listed = subprocess.run(
-        ["ncu", "--query-metrics", "--chips", "gh100"], capture_output=True, text=True, check=True
-    ).stdout
-    bases = set(re.findall(r"^(\w+)", listed, re.MULTILINE))
-    found = {}
-    for name, (metrics, _) in METRICS.items():
-        usable = [m for m in metrics if m.split(".")[0] in bases]
-        if usable:
-            found[name] = usable[0]
-    return found
 
 
 def run_case(layer: Layer, x: torch.Tensor, dy: torch.Tensor, direction: str, record: bool) -> None:
@@ -91,7 +71,7 @@ def run_cases(cases: list[Case], directions: list[str]) -> None:
                 run_case(layer, x, dy, direction, record)
 
 
-def parse(text: str, metrics: dict[str, str]) -> list[list[dict]]:
+def parse(text: str) -> list[list[dict]]:
     """ncu's raw CSV -> the kernels after each marker."""
     lines = text.splitlines()
     start = next((i for i, line in enumerate(lines) if line.startswith('"ID"')), None)
@@ -106,10 +86,11 @@ def parse(text: str, metrics: dict[str, str]) -> list[list[dict]]:
             groups.append([])
             continue
         kernel: dict = {"kernel": name}
-        for key, metric in metrics.items():
-            value = row.get(metric, "").replace(",", "")
-            kernel[key] = float(value) / METRICS[key][1] if value else None
+        for key, (metric, unit) in METRICS.items():
+            kernel[key] = float(row[metric].replace(",", "")) / unit
         groups[-1].append(kernel)
+    if not all(groups):
+        raise SystemExit("ncu saw none of our kernels in a case: is one missing in OURS?")
     return groups
 
 
@@ -129,9 +110,9 @@ def main() -> None:
         return run_cases(cases, args.directions)
     if shutil.which("ncu") is None:
         raise SystemExit("benchmarks/kernel_profile.py: ncu (Nsight Compute) is not on PATH")
-    metrics = known_metrics()
+    metrics = ",".join(metric for metric, _ in METRICS.values())
     command = ["ncu", "--clock-control", "none", "--profile-from-start", "off", "--csv"]
-    command += ["--page", "raw", "--print-units", "base", "--metrics", ",".join(metrics.values())]
+    command += ["--page", "raw", "--print-units", "base", "--metrics", metrics]
     command += ["--kernel-name", f"regex:{OURS}|{MARK}", sys.executable, __file__, "--child"]
     command += ["--shapes", *args.shapes, "--kinds", *args.kinds, "--directions", *args.directions]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -148,10 +129,10 @@ def main() -> None:
             "direction": direction,
             "kernels": kernels,
         }
-        for (case, direction), kernels in zip(labels, parse(done.stdout, metrics), strict=True)
+        for (case, direction), kernels in zip(labels, parse(done.stdout), strict=True)
     ]
     out = args.out or results_path("kernel_profile", meta["device"])
-    out.write_text(json.dumps({"meta": meta, "metrics": metrics, "records": records}, indent=1))
+    out.write_text(json.dumps({"meta": meta, "metrics": METRICS, "records": records}, indent=1))
     print(f"wrote {out}")
 
 

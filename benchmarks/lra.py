@@ -33,8 +33,7 @@ from data import Data, DataMissing
 from display import make_console, print_table
 from lra_data import listops, load
 from lra_model import SIZES, Size, build
-from models import captured, earlier, time_cuda
-from timing import environment, results_path
+from timing import captured, earlier, environment, results_path, time_cuda
 from training import Learner, Settings, train
 
 DENSE = ("scores_eager", "scores", "sdpa", "sdpa_cudnn")  # what Pixelfly is compared with
@@ -277,6 +276,8 @@ def main(argv: list[str] | None = None) -> None:
         raise SystemExit("benchmarks/lra.py: torch sees no CUDA device; use --device cpu")
     if args.graph and (args.device == "cpu" or args.mode != "speed"):
         parser.error("--graph needs --mode speed and --device cuda")
+    if args.mode == "speed" and not kinds_of(args):
+        parser.error("--kinds scores_eager needs --compile: without it that is scores")
     tuned = torch._inductor.config.patch(TUNED) if args.compile else contextlib.nullcontext()
     with tuned:
         run(args)

@@ -23,9 +23,8 @@ from collections.abc import Callable
 import torch
 import torch.nn as nn
 from display import pyplot
-from energy import EnergyCounter
 from ideal import ideal
-from timing import environment, results_path
+from timing import captured, earlier, environment, results_path, time_cpu, time_cuda
 from workloads import WORKLOADS, Loss
 
 from pixelfly import PixelflyConfig, sparsify_
@@ -66,51 +65,6 @@ def make_step(
         optimizer.zero_grad(set_to_none=True)
 
     return step
-
-
-def captured(step: Callable[[], None]) -> Callable[[], None]:
-    """Returns the step as one CUDA graph."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        step()
-    return graph.replay
-
-
-def time_cuda(step: Callable[[], None], steps: int) -> dict[str, float | None]:
-    """Median milliseconds of a step, its quartiles, and joules a step."""
-    for _ in range(5):
-        step()
-    torch.cuda.synchronize()
-    counter = EnergyCounter(torch.cuda.get_device_properties().uuid)
-    marks = [torch.cuda.Event(enable_timing=True) for _ in range(steps + 1)]
-    before = counter.read()
-    marks[0].record()
-    for i in range(steps):
-        step()
-        marks[i + 1].record()
-    torch.cuda.synchronize()
-    after = counter.read()
-    times = [a.elapsed_time(b) for a, b in zip(marks, marks[1:], strict=False)]
-    low, _, high = statistics.quantiles(times, n=4)
-    energy = None if before is None or after is None else (after - before) / 1e3 / steps
-    return {"ms": statistics.median(times), "low_ms": low, "high_ms": high, "joules": energy}
-
-
-def time_cpu(step: Callable[[], None], steps: int) -> dict[str, float | None]:
-    step()
-    times = []
-    for _ in range(steps):
-        begin = time.perf_counter()
-        step()
-        times.append(1e3 * (time.perf_counter() - begin))
-    return {"ms": statistics.median(times), "low_ms": min(times), "high_ms": max(times)}
 
 
 def measure(model: nn.Module, loss: Loss, args: argparse.Namespace, graph: bool) -> dict:
@@ -225,16 +179,6 @@ def record(
     if dense.get("graph_ms") and ours.get("graph_ms"):
         row["graph_ratio"] = dense["graph_ms"] / ours["graph_ms"]
     return row
-
-
-def earlier(path: pathlib.Path, meta: dict) -> list[dict]:
-    """The rows of an earlier run, each measured beside its own dense model; [] without a file."""
-    if not path.exists():
-        return []
-    data = json.loads(path.read_text())
-    if data["meta"] != meta:
-        raise SystemExit(f"{path} is of {data['meta']}, not of {meta}: its rows cannot be kept")
-    return data["records"]
 
 
 def plot(path: pathlib.Path, records: list[dict]) -> None:

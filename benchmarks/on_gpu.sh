@@ -10,7 +10,7 @@ set -uo pipefail
 cd "$(dirname "$0")/.."
 OUT=${OUT:-runs/gpu}
 mkdir -p "$OUT"
-stages=${*:-suite sanitizer op plots models train parity attention host plan recipe lra}
+stages=${*:-suite sanitizer op plots profile models train parity attention host plan recipe lra}
 failed=0
 
 sanitizer() {
@@ -27,6 +27,7 @@ sanitizer() {
 suite() { python3 -m pytest -m gpu -q -rs --tb=short; }
 op() { python3 benchmarks/op.py --out "$OUT/op.json"; }
 plots() { python3 benchmarks/op_plots.py "$OUT/op.json"; }
+profile() { python3 benchmarks/kernel_profile.py --out "$OUT/kernel_profile.json"; }
 models() { python3 benchmarks/models.py --fuse-mlp --fuse-blocks --fuse-loss --out "$OUT/models.json"; }
 host() { python3 benchmarks/host.py --compile --out "$OUT/host.json"; }
 plan() { python3 benchmarks/plan.py --out "$OUT/plan.json"; }
@@ -44,7 +45,7 @@ parity() {
     --out "$OUT/parity"
 }
 
-export -f sanitizer suite op plots models train parity attention host plan recipe lra
+export -f sanitizer suite op plots profile models train parity attention host plan recipe lra
 export OUT PYTHONUNBUFFERED=1
 for stage in $stages; do
   limit="LIMIT_$stage"

@@ -22,8 +22,7 @@ from collections.abc import Callable
 
 import torch
 from display import make_console, print_table
-from models import captured
-from timing import environment
+from timing import captured, environment
 from torch import nn
 from workloads import WORKLOADS
 

@@ -13,9 +13,10 @@ from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
-from models import make_step, time_cpu, time_cuda
+from models import make_step
 from networks import Mlp
 from ranks import PARALLEL, Ranks, shard
+from timing import time_cpu, time_cuda
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy

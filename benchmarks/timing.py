@@ -9,6 +9,7 @@ candidates are called in turn.
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import pathlib
 import platform
@@ -19,6 +20,7 @@ import time
 from collections.abc import Callable
 
 import torch
+from energy import EnergyCounter
 
 L2_ROTATION_BYTES = 256 * 2**20  # several times the 50 MB of an H100's L2
 WARM_SECONDS = 0.3
@@ -56,6 +58,41 @@ def capture(call: Callable[[int], object], sets: int, calls: int) -> torch.cuda.
         for i in range(calls):
             call(i % sets)
     return graph
+
+
+def captured(step: Callable[[], None]) -> Callable[[], None]:
+    """Returns a step, which is warmed up three times, as one CUDA graph."""
+    return capture(lambda _: step(), 3, 1).replay
+
+
+def time_cuda(step: Callable[[], None], steps: int) -> dict[str, float | None]:
+    """Median milliseconds of a step, its quartiles, and joules a step."""
+    for _ in range(5):
+        step()
+    torch.cuda.synchronize()
+    counter = EnergyCounter(torch.cuda.get_device_properties().uuid)
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(steps + 1)]
+    before = counter.read()
+    marks[0].record()
+    for i in range(steps):
+        step()
+        marks[i + 1].record()
+    torch.cuda.synchronize()
+    after = counter.read()
+    times = [a.elapsed_time(b) for a, b in zip(marks, marks[1:], strict=False)]
+    low, _, high = statistics.quantiles(times, n=4)
+    energy = None if before is None or after is None else (after - before) / 1e3 / steps
+    return {"ms": statistics.median(times), "low_ms": low, "high_ms": high, "joules": energy}
+
+
+def time_cpu(step: Callable[[], None], steps: int) -> dict[str, float | None]:
+    step()
+    times = []
+    for _ in range(steps):
+        begin = time.perf_counter()
+        step()
+        times.append(1e3 * (time.perf_counter() - begin))
+    return {"ms": statistics.median(times), "low_ms": min(times), "high_ms": max(times)}
 
 
 def time_all(
@@ -175,6 +212,16 @@ def environment(device: str = "cuda") -> dict[str, object]:
         "cuda": torch.version.cuda,
         "sha": git_sha(),
     }
+
+
+def earlier(path: pathlib.Path, meta: dict) -> list[dict]:
+    """The rows of an earlier run, each measured beside its own dense model; [] without a file."""
+    if not path.exists():
+        return []
+    data = json.loads(path.read_text())
+    if data["meta"] != meta:
+        raise SystemExit(f"{path} is of {data['meta']}, not of {meta}: its rows cannot be kept")
+    return data["records"]
 
 
 def results_path(study: str, device: object) -> pathlib.Path:

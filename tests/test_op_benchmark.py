@@ -6,6 +6,7 @@ import json
 import sys
 
 import cases
+import kernel_profile
 import op
 import op_plots
 import pytest
@@ -77,3 +78,21 @@ def test_plots(tmp_path):
 def test_crossover():
     assert op_plots.crossover([(1, 0.5), (3, 1.5)]) == 2
     assert op_plots.crossover([(1, 1.5), (3, 2)]) is None
+
+
+def test_counters_of_ncu_are_told_apart_by_case(monkeypatch):
+    metrics = ["gpu__time_duration.sum", "dram__bytes_read.sum"]
+    units = dict(zip(("us", "dram_read_mb"), zip(metrics, (1e3, 1e6), strict=True), strict=True))
+    monkeypatch.setattr(kernel_profile, "METRICS", units)
+    mark = '"0","void at::cuda::spin_kernel(long)","900","0"'
+    ours = '"1","void pixelfly::product_sm90<__nv_bfloat16, 0>(Args)","1,500","2,000,000"'
+    other = '"2","void pixelfly::reduce_weight_grad_sm90<float>(Args)","500","0"'
+    header = '"ID","Kernel Name","' + '","'.join(metrics) + '"'
+    lines = ["==PROF== noise", header, '"","","ns","byte"', mark, ours, other, mark, ours]
+    product = {"kernel": "product_sm90", "us": 1.5, "dram_read_mb": 2}
+    reduction = {"kernel": "reduce_weight_grad_sm90", "us": 0.5, "dram_read_mb": 0}
+    assert kernel_profile.parse("\n".join(lines)) == [[product, reduction], [product]]
+    with pytest.raises(SystemExit, match="none of our kernels"):
+        kernel_profile.parse("\n".join([*lines, mark]))
+    with pytest.raises(SystemExit, match="no table"):
+        kernel_profile.parse("==ERROR== no permission")

@@ -69,7 +69,7 @@ __device__ __forceinline__ uint4 load_vector(const void* row, bool valid) {
   return valid ? __ldg(static_cast<const uint4*>(row)) : uint4{0, 0, 0, 0};
 }
 
-// One chunk: a lane's weights of rows g + 8 h, and its 8 values of each token tile.
+// One chunk: a lane's weights of rows g and g + 8, and its 8 values of each token tile.
 template <int kTiles>
 struct FewChunk {
   uint4 weights[2];
@@ -119,7 +119,7 @@ template <typename T, int kTiles>
 __global__ void __launch_bounds__(kFewMaxWarps * 32)
     product_few_sm80(const __grid_constant__ FewArgs args) {
   constexpr int kAhead = kTiles <= 2 ? 4 : 2;  // chunks in flight
-  constexpr int kTokens = kTiles * 8, kStride = kFewStride;
+  constexpr int kTokens = kTiles * 8;
   const ProductParams& p = args.p;
   const int feature = blockIdx.x * kFewFeatures;
   const int warp = threadIdx.x / 32, warps = blockDim.x / 32;
@@ -162,7 +162,7 @@ __global__ void __launch_bounds__(kFewMaxWarps * 32)
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
       const int token = i * 8 + t * 2 + e % 2;
-      sums[(warp * kTokens + token) * kStride + g + e / 2 * 8] = acc[i][e];
+      sums[(warp * kTokens + token) * kFewStride + g + e / 2 * 8] = acc[i][e];
     }
   }
   // A thread finishes four features, the same ones of all its tokens.
@@ -182,7 +182,7 @@ __global__ void __launch_bounds__(kFewMaxWarps * 32)
       for (int e = 0; e < 4; ++e) z[e] = p.bias != nullptr ? device::to_float(bias.of[e]) : 0.f;
 #pragma unroll 4
       for (int w = 0; w < warps; ++w) {
-        const float* row = sums + (w * kTokens + token) * kStride + quad;
+        const float* row = sums + (w * kTokens + token) * kFewStride + quad;
         const auto sum = *reinterpret_cast<const Four<float>*>(row);
 #pragma unroll
         for (int e = 0; e < 4; ++e) z[e] += sum.of[e];

@@ -37,21 +37,7 @@ Status launch_product(const ProductParams& p, const DeviceInfo& device, Stream s
   // The kernels read t: form it first if it was not given.
   ProductParams given = p;
   if (p.factor_in != nullptr) {
-    LowRankParams q{};
-    q.dtype = p.dtype;
-    q.allow_tf32 = p.allow_tf32;
-    q.transposed = p.transposed;
-    q.tokens = p.tokens;
-    q.features = p.in_features;
-    q.rank = p.header->rank;
-    q.x = p.x;
-    q.x_stride = p.x_stride;
-    q.x_others = p.x_others;
-    q.factor = p.factor_in;
-    q.factor_stride = p.factor_in_stride;
-    q.t = p.t;
-    q.t_stride = p.t_stride;
-    Status status = launch_low_rank(q, device, stream);
+    Status status = launch_low_rank(low_rank_of(p), device, stream);
     if (!status.ok()) return status;
     given.factor_in = nullptr;
   }

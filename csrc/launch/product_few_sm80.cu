@@ -34,7 +34,7 @@ Status launch_dtype(const sm80::FewArgs& args, int chunks, Stream stream) {
   return launch_tiles<T, 8>(args, chunks, stream);
 }
 
-Status launch(sm80::FewArgs& args, int chunks, Stream stream) {
+Status launch(sm80::FewArgs args, int chunks, Stream stream) {
   const ProductParams& p = args.p;
   args.quads_aligned = aligned_rows(p.y, p.y_stride, p.dtype) &&
                        aligned_rows(p.residual, p.residual_stride, p.dtype) &&

@@ -59,8 +59,10 @@ int run(const Case& c, bool timing) {
   base.activation = c.activation;
   base.header = &h;
   base.plan = plan.data;
-  const T* factor_in =
-      c.form_t ? arena.data(size_t(in) * c.rank, 53, 1.f / std::sqrt(in)) : nullptr;
+  if (c.form_t) {
+    base.factor_in = arena.data(size_t(in) * c.rank, 53, 1.f / std::sqrt(in));
+    base.factor_in_stride = c.transposed ? c.rank : in;
+  }
   std::vector<ProductParams> params(sets, base);
   for (int i = 0; i < sets; ++i) {
     ProductParams& p = params[i];
@@ -91,21 +93,7 @@ int run(const Case& c, bool timing) {
   };
   auto launch = [&](int i, cudaStream_t stream) {
     const ProductParams& p = params[i % sets];
-    if (c.form_t) {
-      LowRankParams q{};
-      q.dtype = p.dtype;
-      q.transposed = p.transposed;
-      q.tokens = p.tokens;
-      q.features = p.in_features;
-      q.rank = c.rank;
-      q.x = p.x;
-      q.x_stride = p.x_stride;
-      q.factor = factor_in;
-      q.factor_stride = p.transposed ? c.rank : in;
-      q.t = p.t;
-      q.t_stride = p.t_stride;
-      must(launch_low_rank_sm90(q, device, stream));
-    }
+    if (c.form_t) must(launch_low_rank_sm90(low_rank_of(p), device, stream));
     must(launch_product_sm90(p, device, stream));
   };
   launch(0, nullptr);
@@ -151,7 +139,8 @@ int run(const Case& c, bool timing) {
     float* want_t;
     CHECK_CUDA(cudaMalloc(&want_t, c.T * c.rank * 4));
     arena.all.push_back(want_t);
-    reference_t<T><<<(c.T * c.rank + 255) / 256, 256>>>(static_cast<const T*>(p.x), factor_in, in,
+    reference_t<T><<<(c.T * c.rank + 255) / 256, 256>>>(static_cast<const T*>(p.x),
+                                                        static_cast<const T*>(p.factor_in), in,
                                                         c.rank, c.transposed, want_t, c.T);
     compare<<<512, 256>>>(want_t, static_cast<const T*>(p.t), c.T * c.rank, device_sums + 4);
   }

@@ -82,6 +82,25 @@ struct ProductParams {
   const int32_t* plan;       // device
 };
 
+// How a product's t is formed, if factor_in is given.
+inline LowRankParams low_rank_of(const ProductParams& p) {
+  LowRankParams q{};
+  q.dtype = p.dtype;
+  q.allow_tf32 = p.allow_tf32;
+  q.transposed = p.transposed;
+  q.tokens = p.tokens;
+  q.features = p.in_features;
+  q.rank = p.header->rank;
+  q.x = p.x;
+  q.x_stride = p.x_stride;
+  q.x_others = p.x_others;
+  q.factor = p.factor_in;
+  q.factor_stride = p.factor_in_stride;
+  q.t = p.t;
+  q.t_stride = p.t_stride;
+  return q;
+}
+
 // dB[k] = dzᵀ_i x_j for every kept block, du = dzᵀ t, dv = sᵀ x, dbias = Σ_T dz. Null outputs are
 // skipped. Sums are fp32; results are rounded once to `grad_dtype`, unless that is fp32.
 struct WeightGradParams {
