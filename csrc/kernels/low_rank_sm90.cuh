@@ -32,7 +32,7 @@ constexpr int kLowRankSharedBytes = kLowRankStages * 2 * kLowRankTileBytes + 102
 struct LowRankMaps {
   CUtensorMap x[3];    // [T, features]; kThirds: three thirds of it, else one map
   CUtensorMap factor;  // v [r, K] (transposed: u [N, r])
-  CUtensorMap t;       // [T, r]; all boxes 64 x 64
+  CUtensorMap t;       // [T, r]; all boxes 64 x 64 (low_rank_ahead_sm90: x's and t's 128 x 64)
 };
 
 template <typename T, bool kTransposed, bool kThirds>

@@ -1,6 +1,8 @@
 // product_sm90's producer: one thread that loads the tiles of every step, in the consumers' order.
 #pragma once
 
+#include "device/dependent_launch.cuh"
+#include "device/flag.cuh"
 #include "device/mbarrier.cuh"
 #include "device/tma.cuh"
 #include "device/wgmma.cuh"
@@ -74,6 +76,9 @@ __device__ void produce(const GroupMaps& maps, const GroupArgs& args, const Layo
           device::tma_load_2d(at + kGroupXBytes, map, full, column, second * kGroupTokens);
         }
       };
+      // Asked for early: the answer takes most of a microsecond.
+      bool ready = args.ready == nullptr || device::flag_is_up(args.ready + tile);
+      bool second_ready = !both || args.ready == nullptr || device::flag_is_up(args.ready + second);
       int4 ahead = unit.step(0);
       for (int s = 0; s < unit.num_steps; ++s) {
         const int4 step = ahead;
@@ -83,6 +88,10 @@ __device__ void produce(const GroupMaps& maps, const GroupArgs& args, const Layo
         const int weights = load_weights ? (step.y >= 0) + (step.z >= 0) : 0;
         device::mbarrier_expect_tx(full, tiles * kGroupXBytes + weights * kGroupTileBytes);
         const bool is_t = step.x >= args.num_x_tiles;
+        if (is_t && args.ready != nullptr) {
+          device::wait_for_flag(args.ready + tile, ready);
+          if (both) device::wait_for_flag(args.ready + second, second_ready);
+        }
         const CUtensorMap* map = is_t ? &maps.t : &maps.x;
         int x_tile = is_t ? step.x - args.num_x_tiles : step.x;
         if constexpr (kThirds) {
@@ -121,6 +130,8 @@ __device__ void produce(const GroupMaps& maps, const GroupArgs& args, const Layo
     wait_for_weights();
     ++units_done;
   }
+  // Whoever waits for this kernel's end may count on the end of the one before.
+  if (args.ready != nullptr) device::wait_for_previous_kernel();
 }
 
 }  // namespace groups

@@ -22,7 +22,7 @@ ProductParams product(const ExplainedCall& call, const PlanHeader& h, bool trans
   p.y_stride = p.out_features;
   p.header = &h;
   if (low_rank) {
-    p.factor_in = p.factor = p.t = somewhere();
+    p.factor_in = p.factor = p.t = p.workspace = somewhere();
     p.factor_in_stride = transposed ? h.rank : h.in_features;
     p.factor_stride = transposed ? h.in_features : h.rank;
     p.t_stride = padded(h.rank);
@@ -56,9 +56,14 @@ std::vector<std::pair<std::string, std::string>> explain_call(const ExplainedCal
                                                               const PlanHeader& header,
                                                               const DeviceInfo& device) {
   std::vector<std::pair<std::string, std::string>> steps;
-  steps.emplace_back("y", explain_product(product(call, header, false), device));
+  auto explain = [&](const char* t, const char* y, bool transposed) {
+    const ProductParams p = product(call, header, transposed);
+    if (header.rank > 0) steps.emplace_back(t, explain_low_rank(p, device));
+    steps.emplace_back(y, explain_product(p, device));
+  };
+  explain("t", "y", false);
   if (call.activation != Activation::kNone) steps.emplace_back("dz", "activation_grad_sm80");
-  steps.emplace_back("dx", explain_product(product(call, header, true), device));
+  explain("s", "dx", true);
   steps.emplace_back("dblocks, du, dv, dbias",
                      explain_weight_grad(weight_grad(call, header), device));
   return steps;

@@ -1,6 +1,9 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <algorithm>
+
+#include "kernels/low_rank_ahead_sm90.cuh"
 #include "kernels/low_rank_sm90.cuh"
 #include "launch/alignment.h"
 #include "launch/launch_kernel.h"
@@ -25,6 +28,35 @@ Status launch(const LowRankMaps& maps, const LowRankParams& p, Stream stream) {
   return p.transposed ? launch<T, true>(maps, p, stream) : launch<T, false>(maps, p, stream);
 }
 
+template <typename T>
+Status launch_ahead(const LowRankMaps& maps, const LowRankParams& p, const AheadArgs& args,
+                    unsigned grid, int shared_bytes, Stream stream) {
+  const auto kernel = p.x_others.given() ? low_rank_ahead_sm90<T, true, true>
+                      : p.transposed     ? low_rank_ahead_sm90<T, true, false>
+                                         : low_rank_ahead_sm90<T, false, false>;
+  return launch_kernel(kernel, grid, kAheadThreads, shared_bytes, stream, maps, args);
+}
+
+// Maps of x and t with boxes of `tokens`.
+Status encode(LowRankMaps& maps, const LowRankParams& p, int tokens) {
+  const int64_t rows = p.transposed ? p.features : p.rank;
+  const int64_t cols = p.transposed ? p.rank : p.features;
+  const bool thirds = p.x_others.given();
+  const int64_t width = p.features / (thirds ? 3 : 1);
+  PIXELFLY_RETURN_IF_ERROR(
+      encode_tile_map(&maps.x[0], p.dtype, p.x, p.tokens, width, p.x_stride, tokens));
+  for (int i = 0; i < 2; ++i) {
+    maps.x[1 + i] = maps.x[0];  // must be a valid parameter
+    if (thirds) {
+      PIXELFLY_RETURN_IF_ERROR(encode_tile_map(&maps.x[1 + i], p.dtype, p.x_others.data[i],
+                                               p.tokens, width, p.x_others.stride[i], tokens));
+    }
+  }
+  PIXELFLY_RETURN_IF_ERROR(
+      encode_tile_map(&maps.factor, p.dtype, p.factor, rows, cols, p.factor_stride));
+  return encode_tile_map(&maps.t, p.dtype, p.t, p.tokens, p.rank, p.t_stride, tokens);
+}
+
 }  // namespace
 
 bool low_rank_sm90_supports(const LowRankParams& p, const DeviceInfo& device) {
@@ -37,23 +69,35 @@ bool low_rank_sm90_supports(const LowRankParams& p, const DeviceInfo& device) {
 
 Status launch_low_rank_sm90(const LowRankParams& p, const DeviceInfo&, Stream stream) {
   LowRankMaps maps;
-  const int64_t rows = p.transposed ? p.features : p.rank;
-  const int64_t cols = p.transposed ? p.rank : p.features;
-  const bool thirds = p.x_others.given();
-  const int64_t width = p.features / (thirds ? 3 : 1);
-  PIXELFLY_RETURN_IF_ERROR(encode_tile_map(&maps.x[0], p.dtype, p.x, p.tokens, width, p.x_stride));
-  for (int i = 0; i < 2; ++i) {
-    maps.x[1 + i] = maps.x[0];  // must be a valid parameter
-    if (thirds) {
-      PIXELFLY_RETURN_IF_ERROR(encode_tile_map(&maps.x[1 + i], p.dtype, p.x_others.data[i],
-                                               p.tokens, width, p.x_others.stride[i]));
-    }
-  }
-  PIXELFLY_RETURN_IF_ERROR(
-      encode_tile_map(&maps.factor, p.dtype, p.factor, rows, cols, p.factor_stride));
-  PIXELFLY_RETURN_IF_ERROR(encode_tile_map(&maps.t, p.dtype, p.t, p.tokens, p.rank, p.t_stride));
+  PIXELFLY_RETURN_IF_ERROR(encode(maps, p, kLowRankTile));
   return p.dtype == DType::kBFloat16 ? launch<__nv_bfloat16>(maps, p, stream)
                                      : launch<__half>(maps, p, stream);
+}
+
+Status launch_low_rank_ahead_sm90(const LowRankParams& p, const DeviceInfo& device,
+                                  int thread_blocks, int32_t* ready, Stream stream) {
+  LowRankMaps maps;
+  PIXELFLY_RETURN_IF_ERROR(encode(maps, p, kGroupTokens));
+  AheadArgs args{};
+  args.num_tiles = tiles(p.features);
+  args.token_tiles = static_cast<int32_t>((p.tokens + kGroupTokens - 1) / kGroupTokens);
+  args.ready = ready;
+  // A factor that stays leaves fewer stages, and what is in flight bounds the rate: 768 features
+  // are as fast either way, 1024 (five stages) lose 6 %.
+  const int budget =
+      device.max_shared_bytes - 1024 - static_cast<int>(sizeof(AheadShared)) - kGroupXBytes;
+  constexpr int kStagesBesideFactor = 7;
+  const int kept = args.num_tiles * kGroupTileBytes;
+  args.resident = kept + kStagesBesideFactor * kGroupXBytes <= budget;
+  args.stages =
+      std::min(kMaxAheadStages, args.resident ? (budget - kept) / kGroupXBytes
+                                              : budget / (kGroupXBytes + kGroupTileBytes));
+  const int factor = args.resident ? kept : args.stages * kGroupTileBytes;
+  const int shared_bytes = 1024 + (args.stages + 1) * kGroupXBytes + factor;
+  const auto grid = static_cast<unsigned>(std::min(thread_blocks, args.token_tiles));
+  return p.dtype == DType::kBFloat16
+             ? launch_ahead<__nv_bfloat16>(maps, p, args, grid, shared_bytes, stream)
+             : launch_ahead<__half>(maps, p, args, grid, shared_bytes, stream);
 }
 
 }  // namespace pixelfly

@@ -15,6 +15,12 @@ Path choose_low_rank(const LowRankParams& p, const DeviceInfo& device) {
   return low_rank_sm90_supports(p, device) ? Path::kHopper : Path::kSm80;
 }
 
+// Whether the product's launcher forms t.
+bool forms_t(const ProductParams& p, const Choice& choice, const DeviceInfo& device) {
+  return choice.path == Path::kHopper && product_sm90_forms_t(p, device) &&
+         choose_low_rank(low_rank_of(p), device) == Path::kHopper;
+}
+
 }  // namespace
 
 Status launch_low_rank(const LowRankParams& p, const DeviceInfo& device, Stream stream) {
@@ -28,15 +34,20 @@ Status launch_low_rank(const LowRankParams& p, const DeviceInfo& device, Stream 
   }
 }
 
+size_t product_workspace(const ProductParams& p, const DeviceInfo& device) {
+  const Choice choice = choose_product(p, device, forced_path());
+  return choice.path == Path::kHopper ? product_workspace_sm90(p, device) : 0;
+}
+
 Status launch_product(const ProductParams& p, const DeviceInfo& device, Stream stream) {
   if (p.tokens == 0) return Status::success();
   const Choice choice = choose_product(p, device, forced_path());
   if (!choice.status.ok()) return choice.status;
   if (p.x_others.given() && choice.path != Path::kHopper) return refuse_thirds();
 
-  // The kernels read t: form it first if it was not given.
+  // The kernels read t: form it first if it was not given, unless they do.
   ProductParams given = p;
-  if (p.factor_in != nullptr) {
+  if (p.factor_in != nullptr && !forms_t(p, choice, device)) {
     Status status = launch_low_rank(low_rank_of(p), device, stream);
     if (!status.ok()) return status;
     given.factor_in = nullptr;
@@ -64,9 +75,11 @@ std::string explain_product(const ProductParams& p, const DeviceInfo& device) {
                             : choice.status.message;
 }
 
-std::string explain_low_rank(const LowRankParams& p, const DeviceInfo& device) {
-  if (p.rank == 0) return "none";
-  const Path path = choose_low_rank(p, device);
+std::string explain_low_rank(const ProductParams& p, const DeviceInfo& device) {
+  const Choice choice = choose_product(p, device, forced_path());
+  if (!choice.status.ok()) return choice.status.message;
+  if (forms_t(p, choice, device)) return "low_rank_ahead_sm90, beside the product";
+  const Path path = choose_low_rank(low_rank_of(p), device);
   return path == Path::kHopper ? std::string("low_rank_sm90")
                                : std::string("product_") + name_of(path) + " without blocks";
 }

@@ -6,6 +6,7 @@
 #include "kernels/product_sm90.cuh"
 #include "launch/alignment.h"
 #include "launch/launch_kernel.h"
+#include "launch/low_rank_sm90.h"
 #include "launch/product_sm90.h"
 #include "launch/tensor_map.h"
 
@@ -70,45 +71,41 @@ Tile choose_tile(const ProductParams& p, const DeviceInfo& device) {
   return fit(1, 0, false);
 }
 
+using Kernel = void (*)(GroupMaps, GroupArgs);
+
 template <typename T, bool kQuads>
-Status launch_thirds(const GroupMaps& maps, const GroupArgs& args, const Tile& tile, int grid,
-                     Stream stream) {
-  const auto kernel = tile.cooperative ? product_sm90<T, true, kQuads, true, true, false, true>
-                                       : product_sm90<T, true, kQuads, false, true, false, true>;
-  return launch_kernel(kernel, grid, kGroupThreads, tile.shared_bytes, stream, maps, args);
+Kernel choose_thirds(const Tile& tile) {
+  return tile.cooperative ? product_sm90<T, true, kQuads, true, true, false, true>
+                          : product_sm90<T, true, kQuads, false, true, false, true>;
 }
 
 template <typename T, bool kTransposed, bool kQuads>
-Status launch_one(const GroupMaps& maps, const GroupArgs& args, const Tile& tile, int grid,
-                  Stream stream) {
-  const auto kernel = tile.plain
-                          ? (tile.cooperative ? product_sm90<T, kTransposed, kQuads, true, true>
-                                              : product_sm90<T, kTransposed, kQuads, false, true>)
-                          : (tile.cooperative ? product_sm90<T, kTransposed, kQuads, true, false>
-                                              : product_sm90<T, kTransposed, kQuads, false, false>);
-  return launch_kernel(kernel, grid, kGroupThreads, tile.shared_bytes, stream, maps, args);
+Kernel choose_one(const Tile& tile) {
+  return tile.plain ? (tile.cooperative ? product_sm90<T, kTransposed, kQuads, true, true>
+                                        : product_sm90<T, kTransposed, kQuads, false, true>)
+                    : (tile.cooperative ? product_sm90<T, kTransposed, kQuads, true, false>
+                                        : product_sm90<T, kTransposed, kQuads, false, false>);
 }
 
 template <typename T>
-Status launch(const ProductParams& p, const GroupMaps& maps, const GroupArgs& args,
-              const Tile& tile, int grid, Stream stream) {
+Kernel choose(const ProductParams& p, const Tile& tile) {
   if (p.columns > 0) {
-    const auto kernel = p.transposed
-                            ? (tile.plain ? product_sm90<T, true, false, false, true, true>
-                                          : product_sm90<T, true, false, false, false, true>)
-                            : (tile.plain ? product_sm90<T, false, false, false, true, true>
-                                          : product_sm90<T, false, false, false, false, true>);
-    return launch_kernel(kernel, grid, kGroupThreads, tile.shared_bytes, stream, maps, args);
+    return p.transposed ? (tile.plain ? product_sm90<T, true, false, false, true, true>
+                                      : product_sm90<T, true, false, false, false, true>)
+                        : (tile.plain ? product_sm90<T, false, false, false, true, true>
+                                      : product_sm90<T, false, false, false, false, true>);
   }
   const bool quads = p.header->block_size == 32;
   if (p.x_others.given()) {
-    const auto kernel = quads ? launch_thirds<T, true> : launch_thirds<T, false>;
-    return kernel(maps, args, tile, grid, stream);
+    return quads ? choose_thirds<T, true>(tile) : choose_thirds<T, false>(tile);
   }
-  const auto kernel = p.transposed
-                          ? (quads ? launch_one<T, true, true> : launch_one<T, true, false>)
-                          : (quads ? launch_one<T, false, true> : launch_one<T, false, false>);
-  return kernel(maps, args, tile, grid, stream);
+  return p.transposed
+             ? (quads ? choose_one<T, true, true>(tile) : choose_one<T, true, false>(tile))
+             : (quads ? choose_one<T, false, true>(tile) : choose_one<T, false, false>(tile));
+}
+
+int32_t token_tiles(const ProductParams& p) {
+  return static_cast<int32_t>((p.tokens + kGroupTokens - 1) / kGroupTokens);
 }
 
 }  // namespace
@@ -138,6 +135,16 @@ bool product_sm90_supports(const ProductParams& p, const DeviceInfo& device) {
          aligned(p.blocks, 0) && aligned(p.factor, p.factor_stride) && aligned(p.t, p.t_stride) &&
          aligned(p.residual, p.residual_stride) && aligned(p.y, p.y_stride) &&
          aligned_slope(p.slope, p.slope_stride) && aligned_slope(p.slope_out, p.slope_out_stride);
+}
+
+bool product_sm90_forms_t(const ProductParams& p, const DeviceInfo& device) {
+  return p.factor_in != nullptr && p.workspace != nullptr && product_workspace_sm90(p, device) > 0;
+}
+
+size_t product_workspace_sm90(const ProductParams& p, const DeviceInfo& device) {
+  const bool ahead = p.factor_in != nullptr && section_of(p).ahead_blocks > 0 &&
+                     low_rank_sm90_supports(low_rank_of(p), device);
+  return ahead ? static_cast<size_t>(token_tiles(p)) * sizeof(int32_t) : 0;
 }
 
 Status launch_product_sm90(const ProductParams& p, const DeviceInfo& device, Stream stream) {
@@ -195,8 +202,8 @@ Status launch_product_sm90(const ProductParams& p, const DeviceInfo& device, Str
   args.plan = p.plan;
   args.bias = p.bias;
   args.column_tiles = (p.columns + kGroupTokens - 1) / kGroupTokens;
-  args.token_tiles = static_cast<int32_t>(columns > 0 ? T / columns * args.column_tiles
-                                                      : (T + kGroupTokens - 1) / kGroupTokens);
+  args.token_tiles =
+      static_cast<int32_t>(columns > 0 ? T / columns * args.column_tiles : token_tiles(p));
   args.out_features = p.out_features;
   // The layout's, which may be rounded up where tokens are columns.
   const int32_t in_features = p.transposed ? h.out_features : h.in_features;
@@ -212,9 +219,21 @@ Status launch_product_sm90(const ProductParams& p, const DeviceInfo& device, Str
   args.has_slope_out = p.slope_out != nullptr;
   args.activation = p.activation;
 
-  const int grid = std::min(args.section.num_units, device.num_sms);
-  return p.dtype == DType::kBFloat16 ? launch<__nv_bfloat16>(p, maps, args, tile, grid, stream)
-                                     : launch<__half>(p, maps, args, tile, grid, stream);
+  const Kernel kernel =
+      p.dtype == DType::kBFloat16 ? choose<__nv_bfloat16>(p, tile) : choose<__half>(p, tile);
+  if (!product_sm90_forms_t(p, device)) {
+    const int grid = std::min(args.section.num_units, device.num_sms);
+    return launch_kernel(kernel, grid, kGroupThreads, tile.shared_bytes, stream, maps, args);
+  }
+  // In proportion, on a device with fewer multiprocessors than the plan is made for.
+  const int ahead = std::max(1, args.section.ahead_blocks * device.num_sms / kGroupThreadBlocks);
+  const int grid = std::max(1, std::min(args.section.num_units, device.num_sms - ahead));
+  auto* ready = static_cast<int32_t*>(p.workspace);
+  args.ready = ready;
+  PIXELFLY_RETURN_IF_ERROR(
+      launch_low_rank_ahead_sm90(low_rank_of(p), device, ahead, ready, stream));
+  return launch_dependent_kernel(kernel, grid, kGroupThreads, tile.shared_bytes, stream, maps,
+                                 args);
 }
 
 }  // namespace pixelfly

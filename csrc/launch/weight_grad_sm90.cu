@@ -48,7 +48,7 @@ Status launch(const GradMaps& maps, const GradKernelArgs& args, Stream stream) {
       launch_kernel(weight_grad_sm90<T>, grid, kGradThreads, kGradSharedBytes, stream, maps, args));
   if (args.spans == 1) return Status::success();
   const auto slices = static_cast<unsigned>(args.num_chunks * 2 * (kGradOutputs * 8 + 1));
-  return launch_dependent_kernel(reduce_weight_grad_sm90<T>, slices, 128, stream, args);
+  return launch_dependent_kernel(reduce_weight_grad_sm90<T>, slices, 128, 0, stream, args);
 }
 
 }  // namespace

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstdint>
 #include <map>
+#include <numeric>
 #include <set>
 #include <utility>
 #include <vector>
@@ -219,15 +220,21 @@ GradLoad load_of(const Graph& graph, const std::vector<Chunk>& chunks) {
 
 namespace {
 
-// Cuts strips of `width` tiles of one side, each evenly: a strip's tiles of the other side are
-// dealt over as few chunks as hold them, those with the same partners in turn.
-std::vector<Chunk> strips(const Graph& graph, int32_t width, bool of_rows) {
+// Cuts `edges` into strips of `width` tiles of one side, each evenly: a strip's tiles of the other
+// side are dealt over as few chunks of at most `most_tiles` tiles as hold them, those with the same
+// partners in turn. `place` numbers the tiles of that one side.
+std::vector<Chunk> strips(const Graph& graph, const std::vector<int32_t>& edges,
+                          const std::vector<int32_t>& place, int32_t width, bool of_rows,
+                          size_t most_tiles = kGradTiles) {
   std::vector<std::map<int32_t, Chunk>> members;  // of a strip: edges by tile of the other side
-  for (size_t e = 0; e < graph.edges.size(); ++e) {
-    const Edge& edge = graph.edges[e];
-    const auto strip = static_cast<size_t>((of_rows ? edge.row : edge.col) / width);
+  auto place_of = [&](const Edge& edge) {
+    return place[static_cast<size_t>(of_rows ? edge.row : edge.col)];
+  };
+  for (const int32_t e : edges) {
+    const Edge& edge = graph.edges[static_cast<size_t>(e)];
+    const auto strip = static_cast<size_t>(place_of(edge) / width);
     if (strip >= members.size()) members.resize(strip + 1);
-    members[strip][of_rows ? edge.col : edge.row].push_back(static_cast<int32_t>(e));
+    members[strip][of_rows ? edge.col : edge.row].push_back(e);
   }
   std::vector<Chunk> chunks;
   for (const auto& strip : members) {
@@ -237,15 +244,15 @@ std::vector<Chunk> strips(const Graph& graph, int32_t width, bool of_rows) {
     for (const auto& [tile, own] : strip) {
       std::vector<int32_t> partners;
       for (const int32_t e : own) {
-        const Edge& edge = graph.edges[static_cast<size_t>(e)];
-        partners.push_back((of_rows ? edge.row : edge.col) % width);
+        partners.push_back(place_of(graph.edges[static_cast<size_t>(e)]) % width);
       }
       kinds[partners].push_back(&own);
       edges += own.size();
     }
     const size_t tiles = strip.size();
-    for (size_t count = std::max(up(edges, kMaxOutputs), up(tiles, kGradTiles - width)); edges > 0;
-         ++count) {
+    for (size_t count =
+             std::max(up(edges, kMaxOutputs), up(tiles, most_tiles - static_cast<size_t>(width)));
+         edges > 0; ++count) {
       std::vector<Chunk> cut(count);
       std::vector<size_t> held(count, 0);
       size_t next = 0;
@@ -258,7 +265,7 @@ std::vector<Chunk> strips(const Graph& graph, int32_t width, bool of_rows) {
       }
       bool fits = true;
       for (size_t c = 0; c < count; ++c) {
-        fits &= cut[c].size() <= kMaxOutputs && held[c] + static_cast<size_t>(width) <= kGradTiles;
+        fits &= cut[c].size() <= kMaxOutputs && held[c] + static_cast<size_t>(width) <= most_tiles;
       }
       if (!fits) continue;
       chunks.insert(chunks.end(), cut.begin(), cut.end());
@@ -266,6 +273,44 @@ std::vector<Chunk> strips(const Graph& graph, int32_t width, bool of_rows) {
     }
   }
   return chunks;
+}
+
+// Tiles of one side with far more partners than the others, s or t and dense rows or columns: they
+// had better have chunks of their own where they would make those of the others too large.
+struct Border {
+  std::vector<int32_t> place;  // of a tile: its number among the border's, or -1
+  int32_t tiles = 0;
+};
+
+Border border_of(const Graph& graph, bool of_rows) {
+  const auto rows = static_cast<size_t>(graph.rows());
+  const size_t tiles = of_rows ? rows : static_cast<size_t>(graph.vertices()) - rows;
+  std::vector<size_t> partners(tiles, 0);
+  for (const Edge& edge : graph.edges) {
+    ++partners[static_cast<size_t>(of_rows ? edge.row : edge.col)];
+  }
+  Border border;
+  for (const size_t n : partners) {
+    const bool many = n > kMaxOutputs && n * tiles > 2 * graph.edges.size();
+    border.place.push_back(many ? border.tiles++ : -1);
+  }
+  return border;
+}
+
+// The graph's edges: those of the border's rows, those of its columns, and the others.
+struct Parts {
+  std::vector<int32_t> core, rows, cols;
+};
+
+Parts part(const Graph& graph, const Border& rows, const Border& cols) {
+  Parts parts;
+  for (size_t e = 0; e < graph.edges.size(); ++e) {
+    const Edge& edge = graph.edges[e];
+    const bool of_row = rows.tiles > 0 && rows.place[static_cast<size_t>(edge.row)] >= 0;
+    const bool of_col = cols.tiles > 0 && cols.place[static_cast<size_t>(edge.col)] >= 0;
+    (of_row ? parts.rows : of_col ? parts.cols : parts.core).push_back(static_cast<int32_t>(e));
+  }
+  return parts;
 }
 
 }  // namespace
@@ -285,9 +330,33 @@ std::vector<Chunk> best_chunks(const Graph& graph) {
       best_time = time;
     }
   };
-  for (int32_t width = 1; width <= 5; ++width) {
-    offer(strips(graph, width, true));
-    offer(strips(graph, width, false));
+  std::vector<int32_t> numbers(static_cast<size_t>(graph.vertices()));
+  std::iota(numbers.begin(), numbers.end(), 0);
+  const Border rows = border_of(graph, true), cols = border_of(graph, false), none;
+  for (const auto& [own_rows, own_cols] :
+       {std::pair(false, false), {true, false}, {false, true}, {true, true}}) {
+    if ((own_rows && rows.tiles == 0) || (own_cols && cols.tiles == 0)) continue;
+    const Parts parts = part(graph, own_rows ? rows : none, own_cols ? cols : none);
+    std::vector<std::vector<Chunk>> cores;
+    for (int32_t width = 1; width <= 5; ++width) {
+      for (const bool of_rows : {true, false}) {
+        cores.push_back(strips(graph, parts.core, numbers, width, of_rows));
+      }
+    }
+    // The border's chunks in all sizes: those larger than the others make every step longer.
+    for (size_t most = kGradTiles; most >= kGradTiles / 2; --most) {
+      constexpr int32_t kWidest = 2;
+      const auto row_chunks =
+          strips(graph, parts.rows, rows.place, std::min(rows.tiles, kWidest), true, most);
+      const auto col_chunks =
+          strips(graph, parts.cols, cols.place, std::min(cols.tiles, kWidest), false, most);
+      for (std::vector<Chunk> chunks : cores) {
+        chunks.insert(chunks.end(), row_chunks.begin(), row_chunks.end());
+        chunks.insert(chunks.end(), col_chunks.begin(), col_chunks.end());
+        offer(std::move(chunks));
+      }
+      if (row_chunks.empty() && col_chunks.empty()) break;
+    }
   }
   // Grown chunks share tiles on both sides, and on large layouts drift too far apart: they took up
   // to 1.9 times as long as strips there.

@@ -18,14 +18,19 @@ using Index = std::vector<int32_t>;
 // more than L2 gives. The constants are those that served the measured shapes best.
 constexpr double kLoad = 0.47, kLoadAtLimit = 0.58;
 
-std::vector<double> tile_times(const std::vector<GroupWork>& groups) {
-  constexpr double kEpilogue = 1.5;
+// Whether all loads together, rather than the thread blocks, set the pace.
+bool bound_by_loads(const std::vector<GroupWork>& groups) {
   double busy = 0, loads = 0;
   for (const GroupWork& g : groups) {
     busy += std::max<double>(g.weights, kLoad * g.bytes);
     loads += kLoadAtLimit * g.bytes;
   }
-  const double load = loads > busy ? kLoadAtLimit : kLoad;
+  return loads > busy;
+}
+
+std::vector<double> tile_times(const std::vector<GroupWork>& groups) {
+  constexpr double kEpilogue = 1.5;
+  const double load = bound_by_loads(groups) ? kLoadAtLimit : kLoad;
   std::vector<double> times;
   for (const GroupWork& g : groups) {
     times.push_back(std::max<double>(g.weights, load * g.bytes) + kEpilogue);
@@ -94,15 +99,16 @@ ThreadBlocks balance(const ThreadBlocks& before, const std::vector<GroupWork>& g
                      int32_t first_group) {
   constexpr double kTurn = 0.3;  // of a thread block's share of the work
   const std::vector<double> times = tile_times(groups);
-  const double share =
-      kGroupTokenTiles * std::accumulate(times.begin(), times.end(), 0.0) / kGroupThreadBlocks;
   const auto count = static_cast<int32_t>(groups.size());
-  const int32_t fewest = (count + kGroupThreadBlocks - 1) / kGroupThreadBlocks;
+  const auto thread_blocks = static_cast<int32_t>(before.size());
+  const double share =
+      kGroupTokenTiles * std::accumulate(times.begin(), times.end(), 0.0) / thread_blocks;
+  const int32_t fewest = (count + thread_blocks - 1) / thread_blocks;
   ThreadBlocks best;
   double least = 0;
   for (int32_t turns = fewest; turns < fewest + 3; ++turns) {
     ThreadBlocks trial = before;
-    deal_lanes(trial, groups, times, cut_lanes(times, turns * kGroupThreadBlocks), first_group);
+    deal_lanes(trial, groups, times, cut_lanes(times, turns * thread_blocks), first_group);
     double slowest = 0;
     for (const ThreadBlock& b : trial) slowest = std::max(slowest, b.busy);
     const double cost = slowest + kTurn * share * turns;
@@ -140,7 +146,7 @@ ThreadBlocks in_token_order(const ThreadBlocks& blocks, size_t groups) {
   return sorted;
 }
 
-// Unit `turn * kGroupThreadBlocks + i` is what thread block i does in its turn. The lanes that a
+// Unit `turn * blocks.size() + i` is what thread block i does in its turn. The lanes that a
 // group has in a turn stride over a stretch of the tokens, in proportion to their number: in each
 // turn all thread blocks then sweep about the same tokens, and x comes from memory once.
 std::vector<GroupUnit> make_units(const ThreadBlocks& blocks,
@@ -183,8 +189,8 @@ GroupWork work_of(const std::vector<GroupStep>& steps) {
   return work;
 }
 
-std::vector<GroupUnit> spread_groups(const std::vector<GroupWork>& groups, size_t together) {
-  ThreadBlocks blocks(kGroupThreadBlocks);
+Spread spread_groups(const std::vector<GroupWork>& groups, size_t together, int thread_blocks) {
+  ThreadBlocks blocks(static_cast<size_t>(thread_blocks));
   for (size_t begin = 0; begin < groups.size(); begin += together) {
     const size_t end = std::min(groups.size(), begin + together);
     blocks = balance(blocks,
@@ -192,7 +198,39 @@ std::vector<GroupUnit> spread_groups(const std::vector<GroupWork>& groups, size_
                       groups.begin() + static_cast<std::ptrdiff_t>(end)},
                      static_cast<int32_t>(begin));
   }
-  return make_units(in_token_order(blocks, groups.size()), groups);
+  double longest = 0;
+  for (const ThreadBlock& b : blocks) longest = std::max(longest, b.busy);
+  return {make_units(in_token_order(blocks, groups.size()), groups), longest};
+}
+
+int32_t choose_ahead_blocks(const std::vector<GroupWork>& groups, size_t together,
+                            int32_t x_tiles) {
+  // In products, as tile_times(): reading a tile column of x from memory at 2.8 TB/s, starting a
+  // kernel, what a thread block that forms t takes for an x tile (66 GB/s), and until the product
+  // sees the first of t.
+  constexpr double kRead = 3.75, kLaunch = 10, kTile = 1.24, kStart = 8;
+  constexpr int32_t kFactorAndX = 3;  // 8 KB each, loaded for an x tile
+  constexpr int32_t kMost = kGroupThreadBlocks / 3;
+  constexpr double kWorthIt = .97;
+  double bytes = 0;
+  for (const GroupWork& g : groups) bytes += g.bytes;
+  // Where L2 is the limit, what t loads delays the product.
+  const double slower = bound_by_loads(groups) ? 1 + kFactorAndX * x_tiles / bytes : 1;
+  const double tile = kTile * x_tiles;
+  const double before =
+      spread_groups(groups, together, kGroupThreadBlocks).longest + kRead * x_tiles + kLaunch;
+  int32_t best = 0;
+  double least = kWorthIt * before;
+  for (int32_t ahead = 1; ahead <= kMost; ++ahead) {
+    const double product =
+        slower * spread_groups(groups, together, kGroupThreadBlocks - ahead).longest;
+    const double time = std::max(product, kGroupTokenTiles * tile / ahead) + tile + kStart;
+    if (time < least) {
+      least = time;
+      best = ahead;
+    }
+  }
+  return best;
 }
 
 }  // namespace pixelfly

@@ -65,8 +65,17 @@ struct GroupWork {
 GroupWork work_of(const std::vector<GroupStep>& steps);
 inline bool stays_resident(const GroupWork& work) { return work.weights <= kGroupResidentTiles; }
 
-// Spreads the groups over kGroupThreadBlocks thread blocks, `together` consecutive ones at a time.
-std::vector<GroupUnit> spread_groups(const std::vector<GroupWork>& groups, size_t together);
+// The groups spread over thread blocks, `together` consecutive ones at a time, and how long the
+// slowest of these is busy, in products, with kGroupTokenTiles token tiles.
+struct Spread {
+  std::vector<GroupUnit> units;
+  double longest;
+};
+Spread spread_groups(const std::vector<GroupWork>& groups, size_t together, int thread_blocks);
+
+// How many thread blocks had better form t = x · vᵀ, of x_tiles tiles, beside the product than have
+// it formed before; 0: none.
+int32_t choose_ahead_blocks(const std::vector<GroupWork>& groups, size_t together, int32_t x_tiles);
 
 // Work list of the weight-gradient kernel.
 GradSection append_grad_chunks(PlanBuilder& builder, const LayoutView& layout);

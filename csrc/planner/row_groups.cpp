@@ -269,7 +269,10 @@ GroupSection append_row_groups(PlanBuilder& builder, const LayoutView& layout, b
       section.resident_weights = std::max(section.resident_weights, slot);
     }
   }
-  const std::vector<GroupUnit> units = spread_groups(work, together);
+  if (layout.rank > 0 && layout.rank <= kGroupTile) {
+    section.ahead_blocks = choose_ahead_blocks(work, together, x_tiles);
+  }
+  const auto units = spread_groups(work, together, kGroupThreadBlocks - section.ahead_blocks).units;
   section.num_groups = static_cast<int32_t>(groups.size());
   section.num_units = static_cast<int32_t>(units.size());
   section.groups_offset = builder.append(groups);

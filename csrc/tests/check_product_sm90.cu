@@ -71,6 +71,8 @@ int run(const Case& c, bool timing) {
     if (c.residual) p.residual = arena.data(c.T * out, 77 + i);
     if (c.slope) p.slope = arena.template slopes<Slope>(c.T * slope_stride, 87 + i);
     p.y = arena.data(c.T * out, 0);
+    const size_t bytes = product_workspace_sm90(p, device);
+    if (bytes > 0) p.workspace = arena.data(bytes / sizeof(T), 0);
     if (c.slope_out) p.slope_out = arena.template slopes<Slope>(c.T * slope_stride, 0);
   }
 
@@ -93,7 +95,8 @@ int run(const Case& c, bool timing) {
   };
   auto launch = [&](int i, cudaStream_t stream) {
     const ProductParams& p = params[i % sets];
-    if (c.form_t) must(launch_low_rank_sm90(low_rank_of(p), device, stream));
+    if (c.form_t && !product_sm90_forms_t(p, device))
+      must(launch_low_rank_sm90(low_rank_of(p), device, stream));
     must(launch_product_sm90(p, device, stream));
   };
   launch(0, nullptr);
@@ -235,7 +238,8 @@ int time_all(const std::string& filter) {
                           {25216, 3072, 768, .174, .19},  {16384, 1024, 1024, .057, .055},
                           {16384, 1024, 4096, .21, .20},  {16384, 4096, 1024, .197, .21},
                           {16384, 2048, 8192, .845, .79}, {16384, 4096, 4096, .81, .81},
-                          {8192, 8192, 8192, 1.57, 1.58}};
+                          {8192, 8192, 8192, 1.57, 1.58}, {16384, 1280, 1280, .09, .09},
+                          {16384, 2048, 2048, .21, .21},  {16384, 1024, 3072, .16, .16}};
   int bad = 0;
   auto go = [&](const Case& c, const std::string& tag) {
     const std::string key =
@@ -270,6 +274,11 @@ int time_all(const std::string& filter) {
     c.transposed = true;
     c.bias = false;
     go(c, "plain");
+    c.rank = 64;
+    c.form_t = true;
+    go(c, "rank+t");
+    c.rank = 0;
+    c.form_t = false;
     c.slope = true;
     go(c, "slope");
     c = Case{s.T, s.K, s.N, 128};

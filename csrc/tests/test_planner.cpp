@@ -185,7 +185,9 @@ void check_product(const LayoutView& layout, const Plan& plan, bool transposed) 
 
   // Every token tile of every group in exactly one unit, however many there are.
   const auto* units = plan.at<GroupUnit>(s.units_offset);
-  expect(s.num_units % kGroupThreadBlocks == 0, "whole turns of the thread blocks");
+  expect(s.ahead_blocks >= 0 && s.ahead_blocks <= kGroupThreadBlocks / 3, "blocks that form t");
+  expect(s.ahead_blocks == 0 || (layout.rank > 0 && layout.rank <= kGroupTile), "one tile of t");
+  expect(s.num_units % (kGroupThreadBlocks - s.ahead_blocks) == 0, "whole turns of the others");
   for (const int32_t token_tiles : {1, 2, 7, 64, 128, 197}) {
     std::vector<int32_t> covered(static_cast<size_t>(s.num_groups * token_tiles), 0);
     for (int32_t i = 0; i < s.num_units; ++i) {

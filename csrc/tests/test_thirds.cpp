@@ -138,6 +138,8 @@ class Thirds {
     p.y_stride = out.dx.stride;
     p.header = &header_;
     p.plan = plan_.data();
+    std::vector<float> workspace((product_workspace(p, device_) + 3) / 4, NAN);
+    p.workspace = workspace.empty() ? nullptr : workspace.data();
     return launch_product(p, device_, nullptr);
   }
 

@@ -134,6 +134,8 @@ std::tuple<OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor, Optio
     p.slope_stride = slope_rows.stride;
     p.header = &h;
     p.plan = static_cast<const int32_t*>(plan.data_ptr());
+    const OptionalTensor workspace = empty_bytes(dy, product_workspace(p, device));
+    p.workspace = matrix(workspace).data;
     raise_if_error(launch_product(p, device, stream), kOp);
   } else if (need_s) {
     LowRankParams p{};
@@ -178,9 +180,7 @@ std::tuple<OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor, Optio
     p.dbias = matrix(dbias).data;
     p.header = &h;
     p.plan = static_cast<const int32_t*>(plan.data_ptr());
-    const auto bytes = static_cast<int64_t>(weight_grad_workspace(p, device));
-    OptionalTensor workspace;
-    if (bytes > 0) workspace = empty(dy, {bytes}, aoti_torch_dtype_uint8());
+    const OptionalTensor workspace = empty_bytes(dy, weight_grad_workspace(p, device));
     p.workspace = matrix(workspace).data;
     raise_if_error(launch_weight_grad(p, device, stream), kOp);
   }

@@ -180,6 +180,12 @@ inline Tensor empty(const Tensor& x, std::initializer_list<int64_t> shape) {
   return empty(x, shape, dtype_number(x));
 }
 
+// A workspace on x's device; none if nothing needs one.
+inline OptionalTensor empty_bytes(const Tensor& x, size_t bytes) {
+  if (bytes == 0) return {};
+  return empty(x, {static_cast<int64_t>(bytes)}, aoti_torch_dtype_uint8());
+}
+
 // A contiguous tensor of x's shape, which is contiguous too.
 inline Tensor empty_beside(const Tensor& x, DType dtype) {
   const auto sizes = x.sizes(), strides = x.strides();

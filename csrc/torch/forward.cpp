@@ -64,6 +64,8 @@ std::tuple<Tensor, OptionalTensor, OptionalTensor> forward(
   p.header = &h;
   p.plan = static_cast<const int32_t*>(plan.data_ptr());
   if (tokens > 0) {
+    const OptionalTensor workspace = empty_bytes(x, product_workspace(p, device));
+    p.workspace = matrix(workspace).data;
     raise_if_error(launch_product(p, device, current_stream(x.get_device_index())), kOp);
   }
   return {y, t, slope};

@@ -15,8 +15,10 @@ B200 = (100, 148, 232448)
 FLOAT32, BFLOAT16, FLOAT16 = 0, 1, 2  # dtype.h
 
 
-def choose(device=H100, *, tokens=4096, b=64, rank=0, dtype=BFLOAT16, activation=0) -> dict:
-    layout = masks.flat_block_butterfly(1024, 2048, block_size=b)
+def choose(
+    device=H100, *, tokens=4096, b=64, rank=0, dtype=BFLOAT16, activation=0, n=2048
+) -> dict:
+    layout = masks.flat_block_butterfly(1024, n, block_size=b)
     plan = host_plan(layout, rank)
     return dict(_C.explain(plan, dtype, tokens, activation, False, False, *device))
 
@@ -27,6 +29,16 @@ def test_hopper_has_its_own_kernels():
             kernels = choose(b=b, dtype=dtype, rank=rank)
             assert kernels["y"] == kernels["dx"] == "product_sm90"
             assert kernels["dblocks, du, dv, dbias"] == "weight_grad_sm90"
+
+
+def test_t_is_formed_beside_the_product_where_that_is_quicker():
+    ahead = "low_rank_ahead_sm90, beside the product"
+    square = choose(n=1024, rank=64)
+    assert square["t"] == square["s"] == ahead
+    assert choose(n=4096, rank=64)["t"] == "low_rank_sm90"
+    assert choose(n=1024, rank=72)["t"] == "low_rank_sm90"  # more than a tile of ranks
+    assert choose(A100, n=1024, rank=64)["t"] == "product_sm80 without blocks"
+    assert "t" not in choose(n=1024)
 
 
 def test_activation_adds_a_step():

@@ -19,6 +19,7 @@ using Stream = CUstream_st*;
 Status device_info(int32_t device_index, DeviceInfo* out);
 
 Status launch_low_rank(const LowRankParams& p, const DeviceInfo& device, Stream stream);
+size_t product_workspace(const ProductParams& p, const DeviceInfo& device);
 Status launch_product(const ProductParams& p, const DeviceInfo& device, Stream stream);
 // The same where tokens are columns (p.columns > 0), for which there are Hopper kernels alone.
 Status launch_column_product(const ProductParams& p, const DeviceInfo& device, Stream stream);
@@ -42,6 +43,7 @@ Status launch_softmax_minus_target(const SoftmaxMinusTargetParams& p, const Devi
 // resident>".
 std::string explain_product(const ProductParams& p, const DeviceInfo& device);
 std::string explain_weight_grad(const WeightGradParams& p, const DeviceInfo& device);
-std::string explain_low_rank(const LowRankParams& p, const DeviceInfo& device);
+// How the product's t is formed.
+std::string explain_low_rank(const ProductParams& p, const DeviceInfo& device);
 
 }  // namespace pixelfly

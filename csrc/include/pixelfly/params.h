@@ -78,6 +78,7 @@ struct ProductParams {
   int64_t y_stride;
   void* slope_out;  // [T, out_features] of slope_dtype(): act'(x · Bᵀ + t · uᵀ + bias), or null
   int64_t slope_out_stride;
+  void* workspace;           // product_workspace() bytes, 256-byte aligned, uninitialised
   const PlanHeader* header;  // host
   const int32_t* plan;       // device
 };

@@ -20,7 +20,7 @@ namespace pixelfly {
 constexpr int32_t kPlanMagic = 0x70666c79;  // "pfly"
 // Goes up with every change of the plan or of the operators' schemas: torch keeps compiled programs
 // on disk, and the header, which has this number, is all that tells those of another build.
-constexpr int32_t kPlanVersion = 8;
+constexpr int32_t kPlanVersion = 9;
 constexpr int kPlanHeaderSize = 64;
 
 // Schedule of the row-group product (kernels/product_sm90.cuh). Everything is in units of 64x64
@@ -87,6 +87,7 @@ struct GroupSection {
   int32_t max_weights;       // weight tiles of the largest group
   int32_t max_steps;         // of that group
   int32_t resident_weights;  // of the largest group within kGroupResidentTiles
+  int32_t ahead_blocks;      // thread blocks, of kGroupThreadBlocks, that form t meanwhile
 };
 
 // Weight-gradient work of one thread block (kernels/weight_grad_sm90.cuh), in 64x64 tiles whatever
@@ -171,7 +172,7 @@ struct PlanHeader {
   GroupSection transposed;  // output rows = block columns, contraction over block rows (dx)
   GradSection grad;
 
-  int32_t reserved[kPlanHeaderSize - 19 - 2 * 9 - 8];
+  int32_t reserved[kPlanHeaderSize - 19 - 2 * 10 - 8];
 };
 static_assert(sizeof(PlanHeader) == kPlanHeaderSize * sizeof(int32_t), "header layout");
 

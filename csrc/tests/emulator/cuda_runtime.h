@@ -86,6 +86,7 @@ inline void __syncthreads() {
   const auto& size = blockDim;
   ::emulator::named_sync(0, static_cast<int>(size.x * size.y * size.z));
 }
+inline void __threadfence() {}
 inline void __syncwarp() { ::emulator::warp_exchange({}); }
 template <typename T>
 T __shfl_sync(unsigned, T value, int source) {

@@ -18,8 +18,8 @@ Status launch_kernel(void (*kernel)(Parameters...), dim3 grid, dim3 threads, int
 
 template <typename... Parameters, typename... Arguments>
 Status launch_dependent_kernel(void (*kernel)(Parameters...), dim3 grid, dim3 threads,
-                               Stream stream, const Arguments&... arguments) {
-  return launch_kernel(kernel, grid, threads, 0, stream, arguments...);
+                               int shared_bytes, Stream stream, const Arguments&... arguments) {
+  return launch_kernel(kernel, grid, threads, shared_bytes, stream, arguments...);
 }
 
 }  // namespace pixelfly
