@@ -15,9 +15,7 @@ B200 = (100, 148, 232448)
 FLOAT32, BFLOAT16, FLOAT16 = 0, 1, 2  # dtype.h
 
 
-def choose(
-    device=H100, *, tokens=4096, b=64, rank=0, dtype=BFLOAT16, activation=0, n=2048
-) -> dict:
+def choose(device=H100, *, tokens=4096, b=64, rank=0, dtype=BFLOAT16, activation=0, n=2048) -> dict:
     layout = masks.flat_block_butterfly(1024, n, block_size=b)
     plan = host_plan(layout, rank)
     return dict(_C.explain(plan, dtype, tokens, activation, False, False, *device))
