@@ -4,7 +4,7 @@
     python benchmarks/report.py --check    # exit 1 if README.md is out of date
 
 A table lives between `<!-- results:NAME -->` and `<!-- /results -->`; NAME is a file of
-benchmarks/results without its ending.
+benchmarks/results without its ending. `<!-- results:NAME profile -->`: what its steps consist of.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import re
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-MARKED = re.compile(r"(<!-- results:(\w+) -->\n)(.*?)(<!-- /results -->)", re.DOTALL)
+MARKED = re.compile(r"(<!-- results:(\w+)( profile)? -->\n)(.*?)(<!-- /results -->)", re.DOTALL)
 
 
 def markdown(header: list[str], rows: list[list[str]]) -> str:
@@ -90,6 +90,18 @@ def model_table(data: dict) -> str:
     header = ["model", "mode", "form", "parameters", "dense ms", "ours ms", "speed-up"]
     header += ["in a graph", "ideal ms", "peak memory", "energy a step"]
     return source(data["meta"]) + markdown(header, rows)
+
+
+def profile_table(data: dict) -> str:
+    """One row per model, mode and form: milliseconds of a step's kernels by kind, dense and ours."""
+    kinds = ("gemm", "pixelfly", "attention", "pointwise", "optimizer", "other")
+    rows = []
+    for r in sorted(data["records"], key=model_order):
+        dense, ours = r["dense_profile_ms"], r["ours_profile_ms"]
+        cells = [f"{dense.get(kind, 0):.1f} → {ours.get(kind, 0):.1f}" for kind in kinds]
+        rows.append([r["model"], r["mode"], r["form"], *cells])
+    names = ["GEMM", "pixelfly", "attention", "pointwise, norms, loss", "optimizer", "other"]
+    return source(data["meta"]) + markdown(["model", "mode", "form", *names], rows)
 
 
 def training_table(data: dict) -> str:
@@ -296,11 +308,12 @@ def render(text: str) -> str:
     """Returns `text` with every marked table rewritten; a missing file leaves its table empty."""
 
     def fill(match: re.Match) -> str:
-        begin, name, _, end = match.groups()
+        begin, name, profile, _, end = match.groups()
         path = RESULTS / f"{name}.json"
         if not path.exists():
             return begin + end
-        return begin + TABLES[name.split("_")[0]](json.loads(path.read_text())) + end
+        table = profile_table if profile else TABLES[name.split("_")[0]]
+        return begin + table(json.loads(path.read_text())) + end
 
     return MARKED.sub(fill, text)
 

@@ -48,6 +48,14 @@ def test_operator_table_of_a_cpu_has_no_floor(results):
     assert "floor" not in text
 
 
+def test_profile_table(results):
+    model = {"model": "vit", "mode": "compile", "form": "blocks"}
+    model |= {"dense_profile_ms": {"gemm": 3.0}, "ours_profile_ms": {"gemm": 1.0, "pixelfly": 1.25}}
+    text = results("models_x", [model]).replace("models_x", "models_x profile")
+    row = "| vit | compile | blocks | 3.0 → 1.0 | 0.0 → 1.2 | 0.0 → 0.0 |"
+    assert row in report.render(text) and report.render(report.render(text)) == report.render(text)
+
+
 def test_model_table(results):
     model = {"model": "vit", "mode": "compile", "form": "blocks", "batch": "8 images", "ratio": 1.5}
     sizes = {"params": 2e6, "ms": 3.0, "mem_gb": 1.0, "ideal_ms": 2.5}
