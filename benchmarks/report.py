@@ -93,7 +93,7 @@ def model_table(data: dict) -> str:
 
 
 def profile_table(data: dict) -> str:
-    """One row per model, mode and form: milliseconds of a step's kernels by kind, dense and ours."""
+    """One row per model, mode and form: ms of a step's kernels by kind, dense and ours."""
     kinds = ("gemm", "pixelfly", "attention", "pointwise", "optimizer", "other")
     rows = []
     for r in sorted(data["records"], key=model_order):
