@@ -19,6 +19,9 @@ bool product_sm90_supports(const ProductParams&, const DeviceInfo&) { return fal
 bool weight_grad_sm90_supports(const WeightGradParams&, const DeviceInfo&) { return false; }
 
 Status launch_low_rank_sm90(const LowRankParams&, const DeviceInfo&, Stream) { return not_built(); }
+Status launch_low_rank_ahead_sm90(const LowRankParams&, const DeviceInfo&, int, int32_t*, Stream) {
+  return not_built();
+}
 Status launch_product_sm90(const ProductParams&, const DeviceInfo&, Stream) { return not_built(); }
 Status launch_weight_grad_sm90(const WeightGradParams&, const DeviceInfo&, Stream) {
   return not_built();

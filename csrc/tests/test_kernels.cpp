@@ -197,6 +197,10 @@ struct Run {
         tokens, k, n, [&](int i, int l) { return dz.at(i, l); },
         [&](int j, int l) { return weight[l][j]; });
     if (r > 0) {
+      const Matrix s_want = product(
+          tokens, r, n, [&](int i, int l) { return dz.at(i, l); },
+          [&](int j, int l) { return u.at(l, j); });
+      compare(c, "s", s, s_want, tolerance);
       const Matrix low = product(
           tokens, k, r, [&](int i, int l) { return s.at(i, l); },
           [&](int j, int l) { return v.at(l, j); });
