@@ -121,17 +121,10 @@ __device__ void multiply(const AheadArgs& args, const Layout& layout) {
     int previous = -1;
     for (int i = 0; i < args.num_tiles; ++i) {
       const uint32_t factor = layout.factor + (args.resident ? i : ring.stage) * kGroupTileBytes;
-      const uint64_t a =
-          kTransposed ? device::descriptor_mn_major(factor, 0) : device::descriptor_k_major(factor);
+      const uint64_t a = factor_descriptor<kTransposed>(factor);
       const uint64_t b = device::descriptor_k_major(layout.x(ring.stage));
-      constexpr int kStepA = kTransposed ? 128 : 2;
       device::mbarrier_wait(layout.full(ring.stage), ring.phase);
-      device::wgmma_fence();
-#pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        device::wgmma<T, kTransposed, false>(acc, a + k * kStepA, b + k * 2, (i | k) != 0);
-      }
-      device::wgmma_commit();
+      multiply_by_factor<T, kTransposed>(acc, a, b, i);
       device::wgmma_wait<1>();
       if (previous >= 0) leader_arrives(layout.empty(previous));
       previous = ring.stage;

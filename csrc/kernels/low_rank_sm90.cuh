@@ -35,6 +35,25 @@ struct LowRankMaps {
   CUtensorMap t;       // [T, r]; all boxes 64 x 64 (low_rank_ahead_sm90: x's and t's 128 x 64)
 };
 
+template <bool kTransposed>
+__device__ __forceinline__ uint64_t factor_descriptor(uint32_t tile) {
+  return kTransposed ? device::descriptor_mn_major(tile, 0) : device::descriptor_k_major(tile);
+}
+
+// sums += factor tile times the i-th tile of x, asynchronously; the first overwrites them. By a
+// warpgroup.
+template <typename T, bool kTransposed, int kSums>
+__device__ __forceinline__ void multiply_by_factor(float (&sums)[kSums], uint64_t factor,
+                                                   uint64_t x, int i) {
+  constexpr int kStep = kTransposed ? 128 : 2;
+  device::wgmma_fence();
+#pragma unroll
+  for (int k = 0; k < 4; ++k) {
+    device::wgmma<T, kTransposed, false>(sums, factor + k * kStep, x + k * 2, (i | k) != 0);
+  }
+  device::wgmma_commit();
+}
+
 template <typename T, bool kTransposed, bool kThirds>
 __global__ void __launch_bounds__(kLowRankThreads)
     low_rank_sm90(const __grid_constant__ LowRankMaps maps, int num_tiles) {
@@ -72,18 +91,11 @@ __global__ void __launch_bounds__(kLowRankThreads)
   float acc[32];
   for (int i = 0; i < num_tiles; ++i) {
     const int s = i % kLowRankStages;
-    const uint32_t x = base + s * 2 * kLowRankTileBytes, factor = x + kLowRankTileBytes;
-    const uint64_t a =
-        kTransposed ? device::descriptor_mn_major(factor, 0) : device::descriptor_k_major(factor);
+    const uint32_t x = base + s * 2 * kLowRankTileBytes;
+    const uint64_t a = factor_descriptor<kTransposed>(x + kLowRankTileBytes);
     const uint64_t b = device::descriptor_k_major(x);
-    constexpr int kStepA = kTransposed ? 128 : 2;
     device::mbarrier_wait(full + 8 * s, i / kLowRankStages & 1);
-    device::wgmma_fence();
-#pragma unroll
-    for (int k = 0; k < 4; ++k) {
-      device::wgmma<T, kTransposed, false>(acc, a + k * kStepA, b + k * 2, (i | k) != 0);
-    }
-    device::wgmma_commit();
+    multiply_by_factor<T, kTransposed>(acc, a, b, i);
     device::wgmma_wait<1>();
     if (i > 0 && threadIdx.x % 32 == 0) {
       device::mbarrier_arrive(empty + 8 * ((i - 1) % kLowRankStages));

@@ -33,6 +33,9 @@
 // of them takes half a stage, the half where the later outputs will go. Other outputs go through
 // the staging tiles; cooperative warpgroups also use their half of the last step's stage.
 //
+// t may be formed at the same time, by low_rank_ahead_sm90: then the producer waits for a flag
+// before it loads a tile of t, the last of a token tile's steps.
+//
 // Where x is three matrices side by side (kThirds), the producer chooses among their maps: some ten
 // instructions a step, from which kernels of their own keep the other calls.
 //

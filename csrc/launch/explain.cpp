@@ -22,7 +22,7 @@ ProductParams product(const ExplainedCall& call, const PlanHeader& h, bool trans
   p.y_stride = p.out_features;
   p.header = &h;
   if (low_rank) {
-    p.factor_in = p.factor = p.t = p.workspace = somewhere();
+    p.factor_in = p.factor = p.t = somewhere();
     p.factor_in_stride = transposed ? h.rank : h.in_features;
     p.factor_stride = transposed ? h.in_features : h.rank;
     p.t_stride = padded(h.rank);

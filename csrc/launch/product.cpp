@@ -15,7 +15,7 @@ Path choose_low_rank(const LowRankParams& p, const DeviceInfo& device) {
   return low_rank_sm90_supports(p, device) ? Path::kHopper : Path::kSm80;
 }
 
-// Whether the product's launcher forms t.
+// Whether the product's launcher had better form t.
 bool forms_t(const ProductParams& p, const Choice& choice, const DeviceInfo& device) {
   return choice.path == Path::kHopper && product_sm90_forms_t(p, device) &&
          choose_low_rank(low_rank_of(p), device) == Path::kHopper;
@@ -36,7 +36,7 @@ Status launch_low_rank(const LowRankParams& p, const DeviceInfo& device, Stream 
 
 size_t product_workspace(const ProductParams& p, const DeviceInfo& device) {
   const Choice choice = choose_product(p, device, forced_path());
-  return choice.path == Path::kHopper ? product_workspace_sm90(p, device) : 0;
+  return forms_t(p, choice, device) ? product_workspace_sm90(p) : 0;
 }
 
 Status launch_product(const ProductParams& p, const DeviceInfo& device, Stream stream) {

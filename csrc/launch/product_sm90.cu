@@ -138,13 +138,12 @@ bool product_sm90_supports(const ProductParams& p, const DeviceInfo& device) {
 }
 
 bool product_sm90_forms_t(const ProductParams& p, const DeviceInfo& device) {
-  return p.factor_in != nullptr && p.workspace != nullptr && product_workspace_sm90(p, device) > 0;
+  return p.factor_in != nullptr && section_of(p).ahead_blocks > 0 &&
+         low_rank_sm90_supports(low_rank_of(p), device);
 }
 
-size_t product_workspace_sm90(const ProductParams& p, const DeviceInfo& device) {
-  const bool ahead = p.factor_in != nullptr && section_of(p).ahead_blocks > 0 &&
-                     low_rank_sm90_supports(low_rank_of(p), device);
-  return ahead ? static_cast<size_t>(token_tiles(p)) * sizeof(int32_t) : 0;
+size_t product_workspace_sm90(const ProductParams& p) {
+  return static_cast<size_t>(token_tiles(p)) * sizeof(int32_t);
 }
 
 Status launch_product_sm90(const ProductParams& p, const DeviceInfo& device, Stream stream) {
@@ -221,13 +220,14 @@ Status launch_product_sm90(const ProductParams& p, const DeviceInfo& device, Str
 
   const Kernel kernel =
       p.dtype == DType::kBFloat16 ? choose<__nv_bfloat16>(p, tile) : choose<__half>(p, tile);
-  if (!product_sm90_forms_t(p, device)) {
+  if (p.factor_in == nullptr) {
     const int grid = std::min(args.section.num_units, device.num_sms);
     return launch_kernel(kernel, grid, kGroupThreads, tile.shared_bytes, stream, maps, args);
   }
   // In proportion, on a device with fewer multiprocessors than the plan is made for.
   const int ahead = std::max(1, args.section.ahead_blocks * device.num_sms / kGroupThreadBlocks);
   const int grid = std::max(1, std::min(args.section.num_units, device.num_sms - ahead));
+  if (p.workspace == nullptr) return Status::invalid("this product needs a workspace");
   auto* ready = static_cast<int32_t*>(p.workspace);
   args.ready = ready;
   PIXELFLY_RETURN_IF_ERROR(

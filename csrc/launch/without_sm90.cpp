@@ -28,7 +28,7 @@ Status launch_weight_grad_sm90(const WeightGradParams&, const DeviceInfo&, Strea
 }
 
 bool product_sm90_forms_t(const ProductParams&, const DeviceInfo&) { return false; }
-size_t product_workspace_sm90(const ProductParams&, const DeviceInfo&) { return 0; }
+size_t product_workspace_sm90(const ProductParams&) { return 0; }
 size_t weight_grad_workspace_sm90(const WeightGradParams&, const DeviceInfo&) { return 0; }
 
 }  // namespace pixelfly

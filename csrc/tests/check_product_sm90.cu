@@ -71,8 +71,9 @@ int run(const Case& c, bool timing) {
     if (c.residual) p.residual = arena.data(c.T * out, 77 + i);
     if (c.slope) p.slope = arena.template slopes<Slope>(c.T * slope_stride, 87 + i);
     p.y = arena.data(c.T * out, 0);
-    const size_t bytes = product_workspace_sm90(p, device);
-    if (bytes > 0) p.workspace = arena.data(bytes / sizeof(T), 0);
+    if (product_sm90_forms_t(p, device)) {
+      p.workspace = arena.data(product_workspace_sm90(p) / sizeof(T), 0);
+    }
     if (c.slope_out) p.slope_out = arena.template slopes<Slope>(c.T * slope_stride, 0);
   }
 
