@@ -17,4 +17,11 @@ __device__ __forceinline__ void wait_for_previous_kernel() {
 #endif
 }
 
+// Before that wait: brings a line of 128 bytes to L2, also while the earlier kernel writes to it.
+__device__ __forceinline__ void prefetch_before_wait(const void* line) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(line));
+#endif
+}
+
 }  // namespace pixelfly::device

@@ -5,12 +5,14 @@
 // in turn: weights are mma's A (M = 16 features), up to 8 kTiles tokens are N. Nothing is staged:
 // the order of k within a chunk is free as long as A and B agree, so each lane loads 16 contiguous
 // bytes of its row and column, which are the fragments of two k16 products. The warps' partial sums
-// meet in shared memory, in order.
+// meet in shared memory, in order. A dependent launch: from sm_90 on it may start, and with few
+// tokens have its weights brought to L2, while the kernel before it ends.
 //
 //   shared memory: float [warps][8 kTiles tokens][16 features + 4]
 #pragma once
 
 #include "device/convert.cuh"
+#include "device/dependent_launch.cuh"
 #include "device/epilogue_math.cuh"
 #include "device/mma.cuh"
 #include "device/shared_memory.cuh"
@@ -64,9 +66,10 @@ __device__ __forceinline__ void store_four(T* target, const Four<T>& values, int
   }
 }
 
-// 8 contiguous elements of a row, or zeros.
+// 8 contiguous elements of a row, or zeros. Not by __ldg: a compiler may move that in front of
+// wait_for_previous_kernel().
 __device__ __forceinline__ uint4 load_vector(const void* row, bool valid) {
-  return valid ? __ldg(static_cast<const uint4*>(row)) : uint4{0, 0, 0, 0};
+  return valid ? *static_cast<const uint4*>(row) : uint4{0, 0, 0, 0};
 }
 
 // One chunk: a lane's weights of rows g and g + 8, and its 8 values of each token tile.
@@ -115,11 +118,35 @@ __device__ __forceinline__ void load_chunk(FewChunk<kTiles>& c, const FewArgs& a
   }
 }
 
+// A thread block's weights on their way to L2.
+template <typename T>
+__device__ __forceinline__ void prefetch_weights(const FewArgs& args, int first, int last,
+                                                 int feature) {
+  constexpr int kLine = 128 / sizeof(T);
+  const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
+  const int b = args.block_size, lines = b * kFewFeatures / kLine;  // of a block, all in one piece
+  const T* blocks = static_cast<const T*>(args.p.blocks) + feature % b * b;
+  for (int i = thread; i < (last - first) * lines; i += threads) {
+    device::prefetch_before_wait(blocks + static_cast<int64_t>(first + i / lines) * b * b +
+                                 i % lines * kLine);
+  }
+  const T* factor = static_cast<const T*>(args.p.factor);
+  const int rows = min(kFewFeatures, args.p.out_features - feature);
+  for (int i = thread; i * kLine < args.rank; i += threads) {
+    for (int row = feature; row < feature + rows; ++row) {
+      device::prefetch_before_wait(factor + row * args.p.factor_stride + i * kLine);
+    }
+  }
+}
+
 template <typename T, int kTiles>
 __global__ void __launch_bounds__(kFewMaxWarps * 32)
     product_few_sm80(const __grid_constant__ FewArgs args) {
   constexpr int kAhead = kTiles <= 2 ? 4 : 2;  // chunks in flight
   constexpr int kTokens = kTiles * 8;
+  // Pays where weights are most of what is read; at 64 tokens the next kernel gets in the way.
+  constexpr bool kEarly = kTiles <= 2;
+  if constexpr (kEarly) device::allow_dependent_launch();
   const ProductParams& p = args.p;
   const int feature = blockIdx.x * kFewFeatures;
   const int warp = threadIdx.x / 32, warps = blockDim.x / 32;
@@ -128,6 +155,8 @@ __global__ void __launch_bounds__(kFewMaxWarps * 32)
     first = args.row_ptr[feature / args.block_size];
     last = args.row_ptr[feature / args.block_size + 1];
   }
+  if constexpr (kEarly) prefetch_weights<T>(args, first, last, feature);
+  device::wait_for_previous_kernel();  // of what came before, only the plan has been read
   const int block_chunks = (last - first) * (args.block_size / kFewDepth);
   const int chunks = block_chunks + (args.rank + kFewDepth - 1) / kFewDepth;
 

@@ -12,27 +12,41 @@
 
 namespace pixelfly {
 
-// Raises a kernel's limit of dynamic shared memory on the current device where it is too low. The
-// runtime is asked once, not at every launch.
-inline Status allow_shared_bytes(const void* kernel, int bytes) {
+constexpr int kDefaultSharedLimit = 48 * 1024;
+
+struct KernelFacts {
+  int shared_limit = kDefaultSharedLimit;  // bytes of dynamic shared memory
+  int ptx_version = 0;                     // what its code was compiled for: 90 for sm_90
+};
+
+// Raises a kernel's limit of dynamic shared memory on the current device where it is too low, and
+// tells what is known of it there. The runtime is asked once, not at every launch.
+inline Status prepare_kernel(const void* kernel, int shared_bytes, KernelFacts* facts) {
   static std::mutex mutex;
-  static std::map<std::pair<const void*, int>, int> limits;
+  static std::map<std::pair<const void*, int>, KernelFacts> known;
   int device = 0;
   PIXELFLY_CUDA(cudaGetDevice(&device));
   const std::lock_guard<std::mutex> lock(mutex);
-  int& limit = limits[{kernel, device}];
-  if (bytes > limit) {
-    PIXELFLY_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
-    limit = bytes;
+  KernelFacts& found = known[{kernel, device}];
+  if (found.ptx_version == 0) {
+    cudaFuncAttributes attributes{};
+    PIXELFLY_CUDA(cudaFuncGetAttributes(&attributes, kernel));
+    found.ptx_version = attributes.ptxVersion;
   }
+  if (shared_bytes > found.shared_limit) {
+    PIXELFLY_CUDA(
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
+    found.shared_limit = shared_bytes;
+  }
+  *facts = found;
   return Status::success();
 }
 
 template <typename... Parameters>
 Status allow_dynamic_shared(void (*kernel)(Parameters...), int bytes) {
-  constexpr int kDefaultLimit = 48 * 1024;
-  if (bytes <= kDefaultLimit) return Status::success();
-  return allow_shared_bytes(reinterpret_cast<const void*>(kernel), bytes);
+  if (bytes <= kDefaultSharedLimit) return Status::success();
+  KernelFacts facts;
+  return prepare_kernel(reinterpret_cast<const void*>(kernel), bytes, &facts);
 }
 
 // Starts `kernel` with `shared_bytes` of dynamic shared memory, after raising its limit.
@@ -45,8 +59,8 @@ Status launch_kernel(void (*kernel)(Parameters...), dim3 grid, dim3 threads, int
   return Status::success();
 }
 
-// The same for a kernel that calls wait_for_previous_kernel(), sm_90 or later
-// (device/dependent_launch).
+// The same for a kernel that calls wait_for_previous_kernel() (device/dependent_launch) and was
+// compiled for sm_90 or later.
 template <typename... Parameters, typename... Arguments>
 Status launch_dependent_kernel(void (*kernel)(Parameters...), dim3 grid, dim3 threads,
                                int shared_bytes, Stream stream, const Arguments&... arguments) {
@@ -63,6 +77,20 @@ Status launch_dependent_kernel(void (*kernel)(Parameters...), dim3 grid, dim3 th
   config.numAttrs = 1;
   PIXELFLY_CUDA(cudaLaunchKernelEx(&config, kernel, arguments...));
   return Status::success();
+}
+
+// The same for a kernel that older GPUs run too. Code for those, which a later GPU can compile for
+// itself, does not wait.
+template <typename... Parameters, typename... Arguments>
+Status launch_dependent_if_it_waits(void (*kernel)(Parameters...), dim3 grid, dim3 threads,
+                                    int shared_bytes, Stream stream,
+                                    const Arguments&... arguments) {
+  KernelFacts facts;
+  PIXELFLY_RETURN_IF_ERROR(
+      prepare_kernel(reinterpret_cast<const void*>(kernel), shared_bytes, &facts));
+  return facts.ptx_version >= 90
+             ? launch_dependent_kernel(kernel, grid, threads, shared_bytes, stream, arguments...)
+             : launch_kernel(kernel, grid, threads, shared_bytes, stream, arguments...);
 }
 
 }  // namespace pixelfly

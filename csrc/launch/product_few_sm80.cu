@@ -21,8 +21,9 @@ Status launch_tiles(const sm80::FewArgs& args, int chunks, Stream stream) {
   const int features = args.p.out_features;
   const auto grid = static_cast<unsigned>((features + sm80::kFewFeatures - 1) / sm80::kFewFeatures);
   const int shared_bytes = warps * kTiles * 8 * sm80::kFewStride * static_cast<int>(sizeof(float));
-  return launch_kernel(sm80::product_few_sm80<T, kTiles>, grid, static_cast<unsigned>(warps * 32),
-                       shared_bytes, stream, args);
+  return launch_dependent_if_it_waits(sm80::product_few_sm80<T, kTiles>, grid,
+                                      static_cast<unsigned>(warps * 32), shared_bytes, stream,
+                                      args);
 }
 
 template <typename T>
