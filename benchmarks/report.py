@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import pathlib
 import re
+import statistics
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -65,6 +67,12 @@ def model_order(record: dict) -> tuple[int, int, str]:
     return models.index(record["model"]), modes.index(record["mode"]), record["form"]
 
 
+def per_second(batch: str, milliseconds: float) -> str:
+    """Images or tokens a second: of a batch such as "128 images" or "8 x 1024 tokens"."""
+    count = math.prod(int(number) for number in re.findall(r"\d+", batch))
+    return f"{1e3 * count / milliseconds:,.0f}"
+
+
 def model_table(data: dict) -> str:
     """One row per model, mode and form. "In a graph": the whole step replayed as a CUDA graph;
     "ideal": the floor of benchmarks/ideal.py."""
@@ -81,6 +89,7 @@ def model_table(data: dict) -> str:
                 f"{r['dense_ms']:.1f}",
                 f"{r['ours_ms']:.1f}",
                 f"**{r['ratio']:.2f}×**",
+                " → ".join(per_second(r["batch"], r[f"{side}_ms"]) for side in ("dense", "ours")),
                 "–" if graph is None else f"{graph:.2f}×",
                 f"{r['dense_ideal_ms']:.1f} → {r['ours_ideal_ms']:.1f}",
                 f"{r['dense_mem_gb']:.1f} → {r['ours_mem_gb']:.1f} GB",
@@ -88,7 +97,7 @@ def model_table(data: dict) -> str:
             ]
         )
     header = ["model", "mode", "form", "parameters", "dense ms", "ours ms", "speed-up"]
-    header += ["in a graph", "ideal ms", "peak memory", "energy a step"]
+    header += ["a second", "in a graph", "ideal ms", "peak memory", "energy a step"]
     return source(data["meta"]) + markdown(header, rows)
 
 
@@ -120,22 +129,34 @@ def training_table(data: dict) -> str:
 
 
 def recipe_table(data: dict) -> str:
-    """One row per run, those of a task by their test loss."""
-    tasks = list(dict.fromkeys(r["task"] for r in data["records"]))
-    rows = [
-        [
-            r["task"],
-            r["pattern"],
-            f"{r['params'] / 1e6:.2f} M",
-            f"{100 * r['test_accuracy']:.2f} %",
-            f"{r['test_loss']:.3f}",
-            f"{r['step_ms']:.2f}",
-        ]
-        for task in tasks
-        for r in sorted(data["records"], key=lambda r: r["test_loss"])
-        if r["task"] == task
-    ]
-    header = ["task", "pattern", "parameters", "test accuracy", "test loss", "step ms"]
+    """One row per task and pattern, those of a task by their test loss; means over the seeds."""
+    runs: dict[tuple[str, str], list[dict]] = {}
+    for r in data["records"]:
+        runs.setdefault((r["task"], r["pattern"]), []).append(r)
+    tasks = list(dict.fromkeys(task for task, _ in runs))
+
+    def mean(found: list[dict], key: str) -> float:
+        return statistics.mean(r[key] for r in found)
+
+    rows = []
+    for (task, pattern), found in sorted(
+        runs.items(), key=lambda run: (tasks.index(run[0][0]), mean(run[1], "test_loss"))
+    ):
+        right = sorted(100 * r["test_accuracy"] for r in found)
+        spread = f" ({right[0]:.2f}–{right[-1]:.2f})" if len(right) > 1 else ""
+        timed = all(r["step_ms"] for r in found)
+        rows.append(
+            [
+                task,
+                pattern,
+                f"{found[0]['params'] / 1e6:.2f} M",
+                ", ".join(str(r["seed"]) for r in found),
+                f"{statistics.mean(right):.2f} %{spread}",
+                f"{mean(found, 'test_loss'):.3f}",
+                f"{mean(found, 'step_ms'):.2f}" if timed else "–",
+            ]
+        )
+    header = ["task", "pattern", "parameters", "seeds", "test accuracy", "test loss", "step ms"]
     return source(data["meta"]) + markdown(header, rows)
 
 

@@ -63,8 +63,22 @@ def test_model_table(results):
     graphed = model | {"graph_ratio": 1.75, "dense_joules": 9.0, "ours_joules": 6.0}
     text = report.render(results("models_x", [model, graphed]))
     row = "| vit (8 images) | compile | blocks | 2.0 → 2.0 M | 3.0 | 3.0 | **1.50×** |"
+    row += " 2,667 → 2,667 |"
     assert f"{row} – | 2.5 → 2.5 | 1.0 → 1.0 GB | – |" in text
     assert f"{row} 1.75× | 2.5 → 2.5 | 1.0 → 1.0 GB | 9.0 → 6.0 J |" in text
+
+
+def test_tokens_a_second():
+    assert report.per_second("8 x 1024 tokens", 4.0) == "2,048,000"
+
+
+def test_recipe_table_of_several_seeds(results):
+    run = {"task": "vit", "pattern": "dense", "params": 2e6, "test_loss": 0.5, "step_ms": None}
+    first, second = run | {"seed": 1, "test_accuracy": 0.8}, run | {"seed": 2, "test_accuracy": 0.9}
+    better = run | {"pattern": "ours", "seed": 1, "test_accuracy": 0.9, "test_loss": 0.4}
+    text = report.render(results("recipe_x", [first, second, better | {"step_ms": 3.0}]))
+    ours = "| vit | ours | 2.00 M | 1 | 90.00 % | 0.400 | 3.00 |\n"
+    assert f"{ours}| vit | dense | 2.00 M | 1, 2 | 85.00 % (80.00–90.00) | 0.500 | – |" in text
 
 
 def test_training_table(results):
