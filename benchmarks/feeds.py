@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from data import Batch, Images, fashion_mnist
 from text import load_tokens
 
-VALIDATION_IMAGES = 5000  # at most, and never more than a tenth
-EVAL_IMAGES, EVAL_WINDOWS = 1000, 16  # at a time
+VALIDATION_IMAGES, VALIDATION_SEQUENCES = 5000, 2000  # at most
+EVAL_IMAGES, EVAL_WINDOWS, EVAL_SEQUENCES = 1000, 16, 50  # at a time
 
 
 def orders(count: int, batch: int, steps: int, generator: torch.Generator) -> torch.Tensor:
@@ -31,6 +31,14 @@ def orders(count: int, batch: int, steps: int, generator: torch.Generator) -> to
         for _ in range(epochs)
     ]
     return torch.cat(rows)[:steps]
+
+
+def hold_out(count: int, most: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns which samples train and which validate, in a fixed order: at most `most`, and never
+    more than a tenth of `count`."""
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
+    held = min(most, max(1, count // 10))
+    return order[held:], order[:held]
 
 
 class Feed(abc.ABC):
@@ -56,9 +64,7 @@ class ImageFeed(Feed):
 
     def __init__(self, images: Images, device: torch.device) -> None:
         (x, y), test = images.tensors()
-        order = torch.randperm(len(y), generator=torch.Generator().manual_seed(0))
-        held = min(VALIDATION_IMAGES, len(y) // 10)
-        val, train = order[:held], order[held:]
+        train, val = hold_out(len(y), VALIDATION_IMAGES)
         self._parts = {
             "val": (x[val].to(device), y[val].to(device)),
             "test": (test[0].to(device), test[1].to(device)),
@@ -133,6 +139,28 @@ class TextFeed(Feed):
         starts = torch.arange(count, device=tokens.device) * self.length
         for some in starts.split(EVAL_WINDOWS):
             yield self._windows(part, some)
+
+
+class SequenceFeed(Feed):
+    """Sequences of bytes and their classes; the last of a fixed order validate."""
+
+    def __init__(self, train: Batch, test: Batch, device: torch.device) -> None:
+        (x, y), parts = train, hold_out(len(train[1]), VALIDATION_SEQUENCES)
+        self._x, self._y = x[parts[0]].to(device), y[parts[0]].to(device).long()
+        self._parts = {"val": (x[parts[1]], y[parts[1]]), "test": test}
+
+    def plan(self, steps: int, batch: int, seed: int) -> None:
+        generator = torch.Generator().manual_seed(7919 * seed + 1)
+        self._order = orders(len(self._y), batch, steps, generator).to(self._y.device)
+
+    def batch(self, step: torch.Tensor) -> Batch:
+        index = self._order[step][0]
+        return self._x[index].long(), self._y[index]
+
+    def batches(self, part: str) -> Iterator[Batch]:
+        for some in zip(*(t.split(EVAL_SEQUENCES) for t in self._parts[part]), strict=True):
+            x, y = (t.to(self._y.device).long() for t in some)
+            yield x, y
 
 
 def fashion_feed(data_dir: pathlib.Path, device: torch.device) -> ImageFeed:

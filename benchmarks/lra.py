@@ -10,9 +10,9 @@ them are compiled, and dense attention with its scores in memory is there uncomp
 publications have it. A step of a small model is bound by the host: --graph also replays it as a
 CUDA graph, and ratios are then those of the graphs. `train` gives fused
 dense and Pixelfly the same batches for the same number of steps and reports test accuracy, a row
-for each seed of weights and batches (--data-seed is the data's own). Writes
-lra_<mode>_<device>.json to benchmarks/results, in speed mode after every kind, else after every
-row, and prints a table.
+for each seed of weights and batches (--data-seed is the data's own); on a GPU its steps are always
+replays of a graph. Writes lra_<mode>_<device>.json to benchmarks/results after every kind, and
+prints a table.
 """
 
 from __future__ import annotations
@@ -27,42 +27,42 @@ import statistics
 import time
 from collections.abc import Callable
 
+import loop
 import torch
 import torch._inductor.config
-from data import Data, DataMissing
+from data import DataMissing
 from display import make_console, print_table
-from lra_data import listops, load
+from feeds import SequenceFeed
+from lra_data import Sequences, listops, load
 from lra_model import SIZES, Size, build
 from timing import captured, earlier, environment, results_path, time_cuda
-from training import Learner, Settings, train
+from training import Learner, Settings
 
 DENSE = ("scores_eager", "scores", "sdpa", "sdpa_cudnn")  # what Pixelfly is compared with
 WARM = 5  # steps that compile and warm up: Learner.step_ms leaves them out
+EVALS = 8  # of a training run
 REPLAYS = 100  # of a graph: the GPU's energy counter moves every tenth of a second
 # Attention over blocks of 64 has no kernel but the tuned ones.
 TUNED = {"max_autotune": True, "max_autotune_gemm_backends": "ATEN", "triton.cudagraphs": False}
 
 
-def settings(args: argparse.Namespace, size: Size, seed: int, compiled: bool = False) -> Settings:
-    return Settings(
+def make(kind: str, size: Size, args: argparse.Namespace) -> Learner:
+    """A model whose steps can be timed, with its optimizer."""
+    torch.manual_seed(0)
+    model = build(kind.removesuffix("_eager"), size, args.density, args.attention_block)
+    settings = Settings(
         steps=args.steps,
         batch=args.batch or size.batch,
         lr=args.lr,
         weight_decay=args.weight_decay,
         warmup=max(1, args.steps // 20),
-        eval_every=max(1, args.steps // 4),
-        seed=seed,
+        eval_every=args.steps,
+        seed=0,
         device=args.device,
         amp="bf16" if args.device == "cuda" else None,
-        compile=compiled,
+        compile=args.compile and not kind.endswith("_eager"),
     )
-
-
-def make(kind: str, size: Size, args: argparse.Namespace, seed: int = 0) -> Learner:
-    torch.manual_seed(seed)
-    model = build(kind.removesuffix("_eager"), size, args.density, args.attention_block)
-    compiled = args.compile and not kind.endswith("_eager")
-    return Learner(kind, model, settings(args, size, seed, compiled))
+    return Learner(kind, model, settings)
 
 
 def free() -> None:
@@ -76,6 +76,15 @@ def described(task: str, size: Size, args: argparse.Namespace) -> dict:
     keys = ("density", "attention_block", "compile", "steps")
     row = {"task": task, "mode": args.mode, **{key: getattr(args, key) for key in keys}}
     return row | dataclasses.asdict(size) | {"batch": args.batch or size.batch}
+
+
+def record_of(row: dict, records: list[dict]) -> dict:
+    """The record of an earlier run that this row describes, else a new one."""
+    record = next((r for r in records if row.items() <= r.items()), None)
+    if record is None:
+        record = row | {"kinds": {}}
+        records.append(record)
+    return record
 
 
 def problem(error: BaseException) -> str:
@@ -170,11 +179,7 @@ def speed(
     """Measures the kinds that the task's record lacks, one after the other, and writes each."""
     # Full sequences: without a padding mask every kind runs its fastest kernels.
     size = dataclasses.replace(SIZES[task], padded=False)
-    row = described(task, size, args)
-    record = next((r for r in records if row.items() <= r.items()), None)
-    if record is None:
-        record = row | {"kinds": {}}
-        records.append(record)
+    record = record_of(described(task, size, args), records)
     for kind in kinds_of(args):
         if finished(record["kinds"].get(kind), args):
             print(f"{task} {kind}: kept", flush=True)
@@ -188,42 +193,63 @@ def speed(
         print(f"{task} {kind}: {spent}; {json.dumps(found)}", flush=True)
 
 
-def task_data(task: str, args: argparse.Namespace) -> tuple[Data, str]:
+def task_data(task: str, args: argparse.Namespace) -> tuple[Sequences, str]:
     if task == "toy":
         return listops(64, 16, args.data_seed, SIZES[task].length, 8), "ListOps, short"
     return load(task, args.data_dir, args.train_samples, args.test_samples, args.data_seed)
 
 
-def accuracy(task: str, data: Data, name: str, seed: int, args: argparse.Namespace) -> dict:
-    """Test accuracy after equal steps on equal batches."""
+def trained(kind: str, task: str, feed: SequenceFeed, seed: int, args: argparse.Namespace) -> dict:
+    """One kind's test accuracy, curve, step time and peak memory (the data's is not counted)."""
     size = SIZES[task]
-    learners = [make(kind, size, args, seed) for kind in ("sdpa", "pixelfly")]
-    until = time.perf_counter() + args.seconds
+    torch.manual_seed(seed)
+    model = build(kind, size, args.density, args.attention_block)
+    settings = loop.Settings(
+        steps=args.steps,
+        batch=args.batch or size.batch,
+        weight_decay=args.weight_decay,
+        lr_rule="plain",
+        compile=args.compile,
+        evals=min(EVALS, args.steps),
+    )
+    cuda = args.device == "cuda"
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
 
-    def show(done: int) -> None:
-        found = {lr.name: f"{100 * lr.history[-1]['accuracy']:.2f} %" for lr in learners}
-        print(f"{task} seed {seed} step {done}: {found}", flush=True)
+    def show(step: int, loss: float) -> None:
+        print(f"{task} seed {seed} {kind} step {step}: validation loss {loss:.3f}", flush=True)
 
-    done = train(
-        learners, data, settings(args, size, seed), 0, lambda: time.perf_counter() > until,
-        lambda step, losses: None, show,
-    )  # fmt: skip
-    kinds = {}
-    for learner in learners:
-        if not learner.history or learner.history[-1]["step"] != done:
-            right, loss = learner.evaluate(data)
-            learner.history.append({"step": done, "accuracy": right, "test_loss": loss})
-        kinds[learner.name] = {
-            "accuracy": learner.history[-1]["accuracy"],
-            "history": learner.history,
-            "ms": learner.step_ms(),
-            "peak_gb": learner.peak_bytes / 2**30,
-            "params": sum(p.numel() for p in learner.model.parameters()),
-        }
-    free()
-    row = described(task, size, args) | {"data": name, "steps_done": done}
-    row |= {"seed": seed, "data_seed": args.data_seed, "kinds": kinds}
-    return row | {"train_samples": data.num_train, "test_samples": data.num_test}
+    outcome = loop.train(model, feed, settings, args.lr, seed, torch.device(args.device), show)
+    found = {"accuracy": outcome["test_accuracy"], "test_loss": outcome["test_loss"]}
+    found |= {"ms": outcome["step_ms"], "params": sum(p.numel() for p in model.parameters())}
+    if cuda:
+        found["peak_gb"] = (torch.cuda.max_memory_allocated() - before) / 2**30
+    return found | {"curve": outcome["curve"], "diverged": outcome["diverged"]}
+
+
+def accuracy(
+    task: str, args: argparse.Namespace, records: list[dict], write: Callable[[], None]
+) -> None:
+    """Trains the kinds that the task's records lack, one after the other, and writes each."""
+    try:
+        data, name = task_data(task, args)
+    except DataMissing as error:
+        raise SystemExit(f"benchmarks/lra.py: {error}") from None
+    feed = SequenceFeed(data.train, data.test, torch.device(args.device))
+    samples = {"train_samples": len(data.train[1]), "test_samples": len(data.test[1])}
+    options = {"data": name, "data_seed": args.data_seed, "lr": args.lr}
+    for seed in args.seeds:
+        row = described(task, SIZES[task], args) | options | samples | {"seed": seed}
+        record = record_of(row, records)
+        for kind in args.kinds or ["sdpa", "pixelfly"]:
+            if kind in record["kinds"]:
+                print(f"{task} seed {seed} {kind}: kept", flush=True)
+                continue
+            found = record["kinds"][kind] = trained(kind, task, feed, seed, args)
+            free()
+            write()
+            print(f"{task} seed {seed} {kind}: {100 * found['accuracy']:.2f} %", flush=True)
 
 
 def table(records: list[dict]) -> tuple[list[str], list[list[str]]]:
@@ -238,7 +264,8 @@ def table(records: list[dict]) -> tuple[list[str], list[list[str]]]:
             graph, compiling = found.get("graph_ms"), found.get("compile_s")
             ratio, right = r.get(f"ratio_{kind}"), found.get("accuracy")
             row = [r["task"], kind, f"{found['ms']:.2f}", "" if graph is None else f"{graph:.2f}"]
-            row += ["" if compiling is None else f"{compiling:.0f}", f"{found['peak_gb']:.2f}"]
+            row.append("" if compiling is None else f"{compiling:.0f}")
+            row.append(f"{found['peak_gb']:.2f}" if "peak_gb" in found else "")
             row += [str(found["params"]), "" if right is None else f"{100 * right:.2f} %"]
             rows.append([*row, "" if ratio is None else f"{ratio:.2f}x"])
     return [*header, "accuracy", "vs pixelfly"], rows
@@ -252,7 +279,6 @@ def main(argv: list[str] | None = None) -> None:
     add("--mode", choices=("speed", "train"), default="speed")
     add("--tasks", nargs="*", choices=tuple(SIZES), default=None)
     add("--steps", type=int, default=20)
-    add("--seconds", type=float, default=600, help="of training, for each task")
     add("--batch", type=int, default=None, help="default: the task's")
     add("--lr", type=float, default=1e-3)
     add("--weight-decay", type=float, default=0.05)
@@ -260,10 +286,10 @@ def main(argv: list[str] | None = None) -> None:
     add("--attention-block", type=int, default=64, help="tokens; on a GPU 64 or 128")
     add("--compile", action="store_true", help="torch.compile every model, with its autotuner")
     add("--kinds", nargs="*", choices=(*DENSE, "pixelfly"), default=None,
-        help="speed; default: all but sdpa_cudnn")  # fmt: skip
+        help="default: all but sdpa_cudnn; train: sdpa and pixelfly")  # fmt: skip
     add("--graph", action="store_true", help="speed: also the step replayed as a CUDA graph")
     add("--add", action="store_true",
-        help="keep what --out has, of this commit; speed: measure only what it lacks")  # fmt: skip
+        help="keep what --out has, of this commit, and measure only what it lacks")  # fmt: skip
     add("--train-samples", type=int, default=20000)
     add("--test-samples", type=int, default=2000)
     add("--data-dir", default="data", help="images, and what was generated")
@@ -278,6 +304,8 @@ def main(argv: list[str] | None = None) -> None:
         parser.error("--graph needs --mode speed and --device cuda")
     if args.mode == "speed" and not kinds_of(args):
         parser.error("--kinds scores_eager needs --compile: without it that is scores")
+    if args.mode == "train" and "scores_eager" in (args.kinds or []):
+        parser.error("--kinds scores_eager: --mode train trains scores instead")
     tuned = torch._inductor.config.patch(TUNED) if args.compile else contextlib.nullcontext()
     with tuned:
         run(args)
@@ -298,17 +326,7 @@ def run(args: argparse.Namespace) -> None:
         out.write_text(json.dumps(content, indent=1) + "\n")
 
     for task in tasks:
-        if args.mode == "speed":
-            speed(task, args, records, write)
-            continue
-        try:
-            data, name = task_data(task, args)
-        except DataMissing as error:
-            raise SystemExit(f"benchmarks/lra.py: {error}") from None
-        for seed in args.seeds:
-            records.append(accuracy(task, data, name, seed, args))
-            print(json.dumps(records[-1]), flush=True)
-            write()
+        (speed if args.mode == "speed" else accuracy)(task, args, records, write)
     print_table(make_console(), f"Long Range Arena, {args.mode}", *table(records))
     for kind, mean in means(records).items():
         of = f"{mean['tasks']} tasks, {mean['graphed']} of them in graphs"

@@ -19,7 +19,7 @@ from concurrent.futures import ProcessPoolExecutor
 import numpy as np
 import torch
 import torch.nn.functional as F
-from data import EVERY, Batch, Data, DataMissing, cifar10, fashion_mnist
+from data import Batch, DataMissing, cifar10, fashion_mnist
 
 OPERATORS = ("[MIN", "[MAX", "[MED", "[SM")
 TOKENS = ("", *OPERATORS, "]", *map(str, range(10)))  # the first is padding
@@ -28,29 +28,19 @@ BRANCH_PROBABILITY = 0.25
 MAX_DEPTH, MAX_ARGUMENTS = 10, 10
 
 
-class Sequences(Data):
-    """Integer sequences of one length, held in memory."""
+@dataclasses.dataclass(frozen=True)
+class Sequences:
+    """Integer sequences of one length and their classes, held in memory: `[n, length]`, `[n]`."""
 
-    def __init__(self, train: Batch, test: Batch, classes: int) -> None:
-        self._parts = {"train": train, "test": test}
-        self.classes, self.shape = classes, tuple(train[0].shape[1:])
-        self.num_train, self.num_test = len(train[1]), len(test[1])
-
-    def train(
-        self, indices: torch.Tensor, generator: torch.Generator, part: slice = EVERY
-    ) -> Batch:
-        x, y = self._parts["train"]
-        return x[indices[part]].long(), y[indices[part]].long()
-
-    def test(self, indices: torch.Tensor) -> Batch:
-        x, y = self._parts["test"]
-        return x[indices].long(), y[indices].long()
+    train: Batch
+    test: Batch
+    classes: int
 
     def save(self, path: pathlib.Path) -> None:
         """Writes tokens below 256 and labels to a file, whole or not at all."""
         arrays = {
             f"{part}_{name}": values.to(torch.uint8).numpy()
-            for part, batch in self._parts.items()
+            for part, batch in (("train", self.train), ("test", self.test))
             for name, values in zip("xy", batch, strict=True)
         }
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -259,7 +249,7 @@ def pathfinder(num_train: int, num_test: int, seed: int, paths: Paths | None = N
     return Sequences((x[:num_train], y[:num_train]), (x[num_train:], y[num_train:]), 2)
 
 
-def grey_images(folder: pathlib.Path, num_train: int, num_test: int) -> tuple[Data, str]:
+def grey_images(folder: pathlib.Path, num_train: int, num_test: int) -> tuple[Sequences, str]:
     """Grey values of 32 x 32 real images, and the set's name: CIFAR-10 where it lies in `folder`,
     else Fashion-MNIST with a black border."""
     if (folder / "cifar-10-batches-py").is_dir():
@@ -285,7 +275,7 @@ GENERATED = {
 }
 
 
-def load(task: str, folder: str, num_train: int, num_test: int, seed: int) -> tuple[Data, str]:
+def load(task: str, folder: str, num_train: int, num_test: int, seed: int) -> tuple[Sequences, str]:
     """A task's data and what it is called; raises DataMissing with the cure.
 
     What is generated (minutes of a processor) stays in `folder`/lra for the next time.

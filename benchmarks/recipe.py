@@ -27,7 +27,7 @@ import torch
 from data import DataMissing
 from display import make_console, progress_bar
 from feeds import Feed
-from recipe_loop import Settings, train
+from loop import Settings, train
 from recipe_patterns import NAMES, convert
 from recipe_show import plot, show
 from recipe_tasks import TASKS
@@ -96,13 +96,24 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def settings_of(task: str, args: argparse.Namespace) -> tuple[Settings, argparse.Namespace]:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RecipeSettings(Settings):
+    """And what its model is made of, besides the task and the pattern."""
+
+    density: float
+    block_size: int
+    width: int
+    layers: int
+    length: int
+
+
+def settings_of(task: str, args: argparse.Namespace) -> tuple[RecipeSettings, argparse.Namespace]:
     """The task's usual settings with what the command line changes, and both for the builders."""
     usual = TASKS[task].usual
     values = {
         name: usual[name] if getattr(args, name) is None else getattr(args, name) for name in USUAL
     }
-    settings = Settings(
+    settings = RecipeSettings(
         **values,
         density=args.density,
         lr_rule=args.lr_rule,

@@ -221,9 +221,10 @@ def lra_table(data: dict) -> str:
     rows = []
     if data["records"][0]["mode"] == "train":
         for r in data["records"]:
-            right = [f"{100 * r['kinds'][kind]['accuracy']:.2f} %" for kind in ("sdpa", "pixelfly")]
+            found = [r["kinds"].get(kind) for kind in ("sdpa", "pixelfly")]
+            right = ["–" if f is None else f"{100 * f['accuracy']:.2f} %" for f in found]
             samples = f"{r['train_samples']:,} / {r['test_samples']:,}"
-            steps = f"{r['steps_done']} x {r['batch']}"
+            steps = f"{r.get('steps_done', r['steps'])} x {r['batch']}"
             rows.append([r["data"], str(r["seed"]), samples, steps, *right])
         header = ["data", "seed", "samples: training / test", "steps x batch", "dense", "pixelfly"]
         return source(data["meta"]) + markdown(header, rows)

@@ -14,7 +14,7 @@ import recipe_show
 import text
 import torch
 import vision_ops  # noqa: F401  (before timm and transformers)
-from recipe_loop import rates
+from loop import rates
 from recipe_patterns import NAMES, convert, groups_of
 from structures import MonarchLinear, RiglLinear, monarch_sizes
 from torch import nn

@@ -1,4 +1,4 @@
-"""One run of benchmarks/recipe.py: a model trained with no word between host and device in a step.
+"""One run of recipe.py or lra.py: a model trained with no word between host and device in a step.
 
 On CUDA the first steps run as they are, the step is then captured into a CUDA graph and replayed;
 batches, learning rates and losses are all read from and written to tensors by a step counter on the
@@ -27,20 +27,15 @@ EAGER_STEPS = 3  # before the capture
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What a run is made of, besides its task, pattern, seed and learning rate."""
+    """What a run is made of, besides its model, data, seed and learning rate."""
 
     steps: int
     batch: int
     weight_decay: float
-    density: float
-    block_size: int
-    width: int
-    layers: int
-    length: int
-    lr_rule: str
+    lr_rule: str  # "structure" (pixelfly.param_groups) or "plain", one rate for all
     compile: bool
-    evals: int
-    moves: int
+    evals: int  # points of the curve
+    moves: int = 1  # of RigL's blocks
 
 
 def rates(steps: int) -> torch.Tensor:
