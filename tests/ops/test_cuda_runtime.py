@@ -51,6 +51,35 @@ def test_graph_capture_and_replay():
             torch.testing.assert_close(got[name].detach(), value, msg=f"{name} x{scale}")
 
 
+@pytest.mark.parametrize("tokens", [1, 16, 64])
+def test_few_tokens_wait_for_what_comes_before(tokens):
+    """A dependent launch starts early: it must see all that the kernels before it wrote."""
+    call = _call(tokens=tokens, grad=False)
+    first = call.inputs.pop("x")
+    weights = {name: t.clone() for name, t in call.inputs.items()}
+
+    def chain(between):
+        x = first
+        for i in range(12):
+            weights["blocks"].copy_(call.inputs["blocks"] * (1 - 2 * (i % 2)))
+            between()
+            x = butterfly_lowrank_mm(x, **weights, layout=call.layout)
+            between()
+            x = butterfly_lowrank_mm(x, **weights, layout=call.layout, activation="gelu")
+            between()
+        return x
+
+    expected = chain(torch.cuda.synchronize)
+    torch.testing.assert_close(chain(lambda: None), expected, rtol=0, atol=0)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = chain(lambda: None)
+    for _ in range(3):
+        y.fill_(float("nan"))
+        graph.replay()
+        torch.testing.assert_close(y, expected, rtol=0, atol=0)
+
+
 def _scaled(call, scale):
     inputs = dict(call.inputs)
     inputs["x"] = inputs["x"] * scale
