@@ -239,6 +239,7 @@ def accuracy(
     feed = SequenceFeed(data.train, data.test, torch.device(args.device))
     samples = {"train_samples": len(data.train[1]), "test_samples": len(data.test[1])}
     options = {"data": name, "data_seed": args.data_seed, "lr": args.lr}
+    options["weight_decay"] = args.weight_decay
     for seed in args.seeds:
         row = described(task, SIZES[task], args) | options | samples | {"seed": seed}
         record = record_of(row, records)

@@ -22,4 +22,11 @@ Status launch_dependent_kernel(void (*kernel)(Parameters...), dim3 grid, dim3 th
   return launch_kernel(kernel, grid, threads, shared_bytes, stream, arguments...);
 }
 
+template <typename... Parameters, typename... Arguments>
+Status launch_dependent_if_it_waits(void (*kernel)(Parameters...), dim3 grid, dim3 threads,
+                                    int shared_bytes, Stream stream,
+                                    const Arguments&... arguments) {
+  return launch_kernel(kernel, grid, threads, shared_bytes, stream, arguments...);
+}
+
 }  // namespace pixelfly
