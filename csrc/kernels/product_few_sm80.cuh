@@ -144,7 +144,7 @@ __global__ void __launch_bounds__(kFewMaxWarps * 32)
     product_few_sm80(const __grid_constant__ FewArgs args) {
   constexpr int kAhead = kTiles <= 2 ? 4 : 2;  // chunks in flight
   constexpr int kTokens = kTiles * 8;
-  // Pays where weights are most of what is read; at 64 tokens the next kernel gets in the way.
+  // Gains with one token and loses with 64 (csrc/README.md); what lies between was not timed.
   constexpr bool kEarly = kTiles <= 2;
   if constexpr (kEarly) device::allow_dependent_launch();
   const ProductParams& p = args.p;
