@@ -93,12 +93,12 @@ struct Consumer {
   // A staging tile that may be overwritten.
   __device__ __forceinline__ uint32_t free_staging() {
     const int next = next_staging++;
-    const uint32_t tiles = layout.staging + warpgroup * args.staging_tiles * kGroupTileBytes;
+    const uint32_t tiles = layout.staging + warpgroup * layout.staging_tiles * kGroupTileBytes;
     uint32_t at;
     if (kCooperative && held >= 0) {
       if (leader()) device::tma_store_wait_read<3>();
       at = (next % 4 < 2 ? x_tile(held) : tiles) + next % 2 * kGroupTileBytes;
-    } else if (args.staging_tiles == 2) {
+    } else if (layout.staging_tiles == 2) {
       if (leader()) device::tma_store_wait_read<1>();
       at = tiles + next % 2 * kGroupTileBytes;
     } else {
@@ -178,7 +178,7 @@ struct Consumer {
   // 128 tokens of one output tile. `aux`: its residual or slope tile, which it replaces.
   __device__ __forceinline__ void epilogue(float (&acc)[64], int row, int token, uint32_t aux) {
     const int feature = row * kGroupTile;
-    if (kPlain && !kCooperative && args.staging_tiles == 2) {
+    if (kPlain && !kCooperative && layout.staging_tiles == 2) {
       Words low, high;
       pack(low, acc);
       pack(high, acc + 32);
@@ -244,7 +244,7 @@ struct Consumer {
           }
         });
         if constexpr (kCodes && !kColumns) exchange_codes(slopes);
-        if (!kCooperative && args.staging_tiles == 2 && !has_aux()) {
+        if (!kCooperative && layout.staging_tiles == 2 && !has_aux()) {
           pack(pairs, chunk);
           store_both(slopes, &maps.slope_out, first, pairs, first, feature);
           continue;
@@ -309,7 +309,7 @@ struct Consumer {
 
   __device__ void run() {
     const int other = warpgroup ^ 1;
-    Ring ring{args.stages};
+    Ring ring{layout.stages};
     int turn = 0;
     float acc0[64], acc1[64];
     const uint64_t ones = device::descriptor_repeated(layout.ones);
@@ -410,7 +410,7 @@ __global__ void __launch_bounds__(kGroupThreads, 1)
   const groups::Layout layout(device::smem_address(device::dynamic_shared()), args,
                               device::smem_address(&shared), kCooperative);
   if (threadIdx.x == 0) {
-    for (int s = 0; s < args.stages; ++s) {
+    for (int s = 0; s < layout.stages; ++s) {
       device::mbarrier_init(layout.full(s), 1);
       device::mbarrier_init(layout.empty(s), kCooperative ? 8 : 4);
     }

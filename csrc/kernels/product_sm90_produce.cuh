@@ -44,7 +44,7 @@ __device__ void load_weight(const GroupMaps& maps, const GroupArgs& args, uint32
 // One thread.
 template <bool kTransposed, bool kQuads, bool kCooperative, bool kColumns, bool kThirds>
 __device__ void produce(const GroupMaps& maps, const GroupArgs& args, const Layout& layout) {
-  Ring ring{args.stages};
+  Ring ring{layout.stages};
   uint32_t units_done = 0;
   for (int index = blockIdx.x; index < args.section.num_units; index += gridDim.x) {
     const Unit unit(args, index);

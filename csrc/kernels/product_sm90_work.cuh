@@ -29,10 +29,11 @@ struct GroupArgs {
   int32_t token_tiles;   // of kGroupTokens
   int32_t column_tiles;  // of a sample, where tokens are columns
   int32_t out_features;
-  int32_t num_x_tiles;   // tiles of x; those of t follow
-  int32_t weight_shift;  // log2(b / 64)
-  int32_t stages;
-  int32_t staging_tiles;   // per warpgroup, 1 or 2; 0: outputs replace the residual or slope
+  int32_t num_x_tiles;     // tiles of x; those of t follow
+  int32_t weight_shift;    // log2(b / 64)
+  int32_t shared_tiles;    // of 8 KB: what stages, weights and staging share
+  bool staged;             // else outputs replace the residual or slope
+  int32_t wide_stages;     // with so many stages there is a second staging tile per warpgroup
   int32_t aux_bytes;       // of 128 tokens' residual or slope tile, at the end of its stage
   int32_t resident_tiles;  // groups of up to so many weight tiles keep them; 0: none does
   bool has_residual;
@@ -49,7 +50,6 @@ constexpr int kGroupTokens = 128;
 constexpr int kGroupThreads = 384;
 constexpr int kGroupXBytes = kGroupTokens * kGroupTile * 2;
 constexpr int kGroupTileBytes = kGroupTile * kGroupTile * 2;
-constexpr int kMaxGroupStages = 12;
 // Before the ring: ones in the operands' type, and what aligns the ring to 1024 bytes.
 constexpr int kGroupOnesBytes = 128;
 constexpr int kGroupFrontBytes = kGroupOnesBytes + 1024 - 16;
@@ -62,17 +62,44 @@ struct GroupShared {
 
 namespace groups {
 
-// Shared-memory layout.
+// Shared memory, cut by each thread block for itself: as many stages as fit beside the weights of
+// the groups that it serves. Where one group reads much more of x than the others, these get no
+// more stages than they need: what is under way for them delays its loads
+// (planner/group_units.cpp).
 struct Layout {
+  int stages, staging_tiles;
   uint32_t base, stage_bytes, staging, weights, ones, barriers;
 
   __device__ Layout(uint32_t dynamic, const GroupArgs& args, uint32_t shared, bool cooperative)
       : base(device::opaque((dynamic + kGroupOnesBytes + 1023) & ~1023u)),
         stage_bytes(cooperative ? 2 * kGroupXBytes : kGroupXBytes),
-        staging(base + args.stages * stage_bytes),
-        weights(staging + 2 * args.staging_tiles * kGroupTileBytes),
         ones(device::opaque(dynamic)),
-        barriers(device::opaque(shared)) {}
+        barriers(device::opaque(shared)) {
+    int kept = 0, most = 0;
+    bool streams = false;
+    const int32_t* units = args.plan + args.section.units_offset;
+    for (int index = blockIdx.x; index < args.section.num_units; index += gridDim.x) {
+      const int tiles = __ldg(units + 8 * index + 3);
+      most = max(most, __ldg(units + 8 * index + 7));
+      if (tiles > args.resident_tiles) {
+        streams = true;
+      } else {
+        kept = max(kept, tiles);
+      }
+    }
+    const int x_tiles = cooperative ? 4 : 2;
+    const auto fit = [&](int staged) {
+      const int left = args.shared_tiles - 2 * staged;
+      const int beside_kept = (left - kept) / x_tiles;
+      return min(kMaxGroupStages, streams ? min(beside_kept, left / (x_tiles + 2)) : beside_kept);
+    };
+    staging_tiles = !args.staged ? 0 : fit(2) >= args.wide_stages ? 2 : 1;
+    stages = fit(staging_tiles);
+    // Residuals and slopes take stages too.
+    if (!args.has_aux()) stages = min(stages, most);
+    staging = base + stages * stage_bytes;
+    weights = staging + 2 * staging_tiles * kGroupTileBytes;
+  }
   __device__ uint32_t stage(int s) const { return base + s * stage_bytes; }
   // Where a step's weight tiles lie: at their slot, or in the ring beside the step's x tile.
   __device__ uint32_t weight(bool resident, int slot, int s) const {

@@ -14,50 +14,34 @@ namespace pixelfly {
 namespace {
 
 struct Tile {
-  int stages;
-  int staging_tiles;
   int resident_tiles;
+  int shared_tiles;
+  int wide_stages;
+  bool staged;
   bool cooperative;
   bool plain;
-  int shared_bytes;
+  int shared_bytes() const { return kGroupFrontBytes + shared_tiles * kGroupTileBytes; }
 };
 
 const GroupSection& section_of(const ProductParams& p) {
   return p.transposed ? p.header->transposed : p.header->forward;
 }
 
-// As many stages as fit: 64-96 KB in flight reach L2's rate, each 16 KB more gains 3-6 %. Weights
-// stay for every group within kGroupResidentTiles; larger groups use the weight region as a ring,
-// so it must then hold two tiles a stage.
+// Each thread block cuts its shared memory for itself (Layout): 64-96 KB of x in flight reach L2's
+// rate, each 16 KB more gains 3-6 %. A second staging tile pays where the epilogue is long, or
+// where it leaves enough stages.
 Tile choose_tile(const ProductParams& p, const DeviceInfo& device) {
-  constexpr int kMinStages = 4;  // fewer cannot hide L2: stream the weights instead
-  constexpr int kMinPlainStages = 5;
   const GroupSection& section = section_of(p);
   const int budget =
       device.max_shared_bytes - kGroupFrontBytes - static_cast<int>(sizeof(GroupShared));
-  const bool staged = p.slope_out != nullptr || (p.residual == nullptr && p.slope == nullptr);
   const bool active = p.slope_out != nullptr || p.activation != Activation::kNone;
-  const bool plain = staged && !active;
-  auto fit = [&](int staging, int resident, bool cooperative) {
-    staging = staged ? staging : 0;
-    auto bytes = [&](int stages) {
-      const bool streams = section.max_weights > resident;
-      const int weights = streams ? std::max(resident, 2 * stages) : resident;
-      return stages * (cooperative ? 2 : 1) * kGroupXBytes +
-             (weights + 2 * staging) * kGroupTileBytes;
-    };
-    int stages = kMaxGroupStages;
-    while (stages > 0 && bytes(stages) > budget) --stages;
-    return Tile{stages, staging, resident, cooperative, plain, kGroupFrontBytes + bytes(stages)};
-  };
-  const int resident = section.resident_weights;
-  if (resident > 0 || section.max_weights == 0) {
-    // A second staging tile pays where the epilogue is long, or where it leaves enough stages.
-    const Tile wide = fit(2, resident, false);
-    if (wide.stages > (active ? kMinStages : kMinPlainStages)) return wide;
-    const Tile tile = fit(1, resident, false);
-    if (tile.stages >= kMinStages) return tile;
-  }
+  Tile tile{};
+  tile.resident_tiles = section.resident_weights;
+  tile.shared_tiles = budget / kGroupTileBytes;
+  tile.wide_stages = active ? 5 : 6;
+  tile.staged = p.slope_out != nullptr || (p.residual == nullptr && p.slope == nullptr);
+  tile.plain = tile.staged && !active;
+  if (section.resident_weights > 0) return tile;
   // All groups stream their weights. For many of them it pays to read them once for two token
   // tiles, although epilogues then overlap less: 48 tiles a group gain 15 %, 128 gain 25 %. 32 gain
   // 5-12 % where both rows use every x tile, so that half of all loads are weights (a forward that
@@ -67,8 +51,9 @@ Tile choose_tile(const ProductParams& p, const DeviceInfo& device) {
                     (section.max_weights >= kCooperativeTilesOfSharedX &&
                      section.max_weights == 2 * section.max_steps);
   const bool staged_beside_aux = p.slope_out != nullptr && p.residual != nullptr;
-  if (many && !staged_beside_aux) return fit(2, 0, true);
-  return fit(1, 0, false);
+  tile.cooperative = many && !staged_beside_aux;
+  if (tile.cooperative) tile.wide_stages = 0;
+  return tile;
 }
 
 using Kernel = void (*)(GroupMaps, GroupArgs);
@@ -198,6 +183,10 @@ Status launch_product_sm90(const ProductParams& p, const DeviceInfo& device, Str
 
   GroupArgs args{};
   args.section = section_of(p);
+  if (p.slope_out != nullptr) {
+    args.section.units_offset = args.section.saving_units_offset;
+    args.section.num_units = args.section.num_saving_units;
+  }
   args.plan = p.plan;
   args.bias = p.bias;
   args.column_tiles = (p.columns + kGroupTokens - 1) / kGroupTokens;
@@ -209,8 +198,9 @@ Status launch_product_sm90(const ProductParams& p, const DeviceInfo& device, Str
   args.num_x_tiles = (in_features + kGroupTile - 1) / kGroupTile;
   args.third_tiles = p.x_others.given() ? args.num_x_tiles / 3 : 0;
   args.weight_shift = b == 128 ? 1 : 0;
-  args.stages = tile.stages;
-  args.staging_tiles = tile.staging_tiles;
+  args.shared_tiles = tile.shared_tiles;
+  args.staged = tile.staged;
+  args.wide_stages = tile.wide_stages;
   args.aux_bytes = kGroupTokens * kGroupTile * static_cast<int32_t>(size_of(aux_dtype));
   args.resident_tiles = tile.resident_tiles;
   args.has_residual = p.residual != nullptr;
@@ -222,7 +212,7 @@ Status launch_product_sm90(const ProductParams& p, const DeviceInfo& device, Str
       p.dtype == DType::kBFloat16 ? choose<__nv_bfloat16>(p, tile) : choose<__half>(p, tile);
   if (p.factor_in == nullptr) {
     const int grid = std::min(args.section.num_units, device.num_sms);
-    return launch_kernel(kernel, grid, kGroupThreads, tile.shared_bytes, stream, maps, args);
+    return launch_kernel(kernel, grid, kGroupThreads, tile.shared_bytes(), stream, maps, args);
   }
   // In proportion, on a device with fewer multiprocessors than the plan is made for.
   const int ahead = std::max(1, args.section.ahead_blocks * device.num_sms / kGroupThreadBlocks);
@@ -232,7 +222,7 @@ Status launch_product_sm90(const ProductParams& p, const DeviceInfo& device, Str
   args.ready = ready;
   PIXELFLY_RETURN_IF_ERROR(
       launch_low_rank_ahead_sm90(low_rank_of(p), device, ahead, ready, stream));
-  return launch_dependent_kernel(kernel, grid, kGroupThreads, tile.shared_bytes, stream, maps,
+  return launch_dependent_kernel(kernel, grid, kGroupThreads, tile.shared_bytes(), stream, maps,
                                  args);
 }
 

@@ -22,18 +22,31 @@ constexpr double kLoad = 0.47, kLoadAtLimit = 0.58;
 bool bound_by_loads(const std::vector<GroupWork>& groups) {
   double busy = 0, loads = 0;
   for (const GroupWork& g : groups) {
-    busy += std::max<double>(g.weights, kLoad * g.bytes);
-    loads += kLoadAtLimit * g.bytes;
+    busy += std::max<double>(g.weights, kLoad * g.loads());
+    loads += kLoadAtLimit * g.loads();
   }
   return loads > busy;
 }
 
-std::vector<double> tile_times(const std::vector<GroupWork>& groups) {
-  constexpr double kEpilogue = 1.5;
+// Time of the loads. A dense group's take as long as memory is slow: as many tiles of x as there
+// are stages are under way at once.
+double time_of_loads(const GroupWork& g, double load) {
+  constexpr double kLatency = 10;
+  constexpr int32_t kLeft = kGroupSharedTiles - 2;  // beside a staging tile for either warpgroup
+  if (!g.dense) return load * g.loads();
+  const int32_t stages = std::min(g.stages, g.resident ? (kLeft - g.weights) / 2 : kLeft / 4);
+  return std::max(load * g.loads(), kLatency * g.x_tiles / stages);
+}
+
+std::vector<double> tile_times(const std::vector<GroupWork>& groups, bool saves_slopes) {
+  // Of an output tile. Two warpgroups take turns: an epilogue runs beside the other's products.
+  const double epilogue = saves_slopes ? 12 : 5.5;
+  constexpr double kTurn = 1.5;
   const double load = bound_by_loads(groups) ? kLoadAtLimit : kLoad;
   std::vector<double> times;
   for (const GroupWork& g : groups) {
-    times.push_back(std::max<double>(g.weights, load * g.bytes) + kEpilogue);
+    const double work = std::max<double>(g.weights, time_of_loads(g, load)) + kTurn;
+    times.push_back(std::max(work, (g.weights + epilogue * g.outputs) / 2));
   }
   return times;
 }
@@ -73,7 +86,7 @@ void deal_lanes(ThreadBlocks& blocks, const std::vector<GroupWork>& groups,
                 const std::vector<double>& times, const Index& lanes, int32_t first_group) {
   std::vector<std::pair<double, int32_t>> all;  // (time, group)
   for (size_t g = 0; g < groups.size(); ++g) {
-    const double load = stays_resident(groups[g]) ? kLoad * groups[g].weights : 0;
+    const double load = groups[g].resident ? kLoad * groups[g].weights : 0;
     all.insert(
         all.end(), static_cast<size_t>(lanes[g]),
         {kGroupTokenTiles * times[g] / lanes[g] + load, first_group + static_cast<int32_t>(g)});
@@ -96,9 +109,9 @@ void deal_lanes(ThreadBlocks& blocks, const std::vector<GroupWork>& groups,
 // for each, or a few shorter ones. Thread blocks that serve several groups in turn drift apart, and
 // then no longer load the same x at the same moment: only a much better balance is worth that.
 ThreadBlocks balance(const ThreadBlocks& before, const std::vector<GroupWork>& groups,
-                     int32_t first_group) {
+                     int32_t first_group, bool saves_slopes) {
   constexpr double kTurn = 0.3;  // of a thread block's share of the work
-  const std::vector<double> times = tile_times(groups);
+  const std::vector<double> times = tile_times(groups, saves_slopes);
   const auto count = static_cast<int32_t>(groups.size());
   const auto thread_blocks = static_cast<int32_t>(before.size());
   const double share =
@@ -166,8 +179,9 @@ std::vector<GroupUnit> make_units(const ThreadBlocks& blocks,
       if (turn >= blocks[i].groups.size()) continue;
       const int32_t group = blocks[i].groups[turn];
       const auto g = static_cast<size_t>(group);
-      units[turn * blocks.size() + i] = {group,   now[g]++, 0,      groups[g].weights,
-                                         done[g], 0,        all[g], 0};
+      const int32_t weights = groups[g].resident ? groups[g].weights : kGroupStreams;
+      units[turn * blocks.size() + i] = {group,   now[g]++, 0,      weights,
+                                         done[g], 0,        all[g], groups[g].stages};
     }
     for (size_t i = 0; i < blocks.size(); ++i) {
       if (turn >= blocks[i].groups.size()) continue;
@@ -182,21 +196,45 @@ std::vector<GroupUnit> make_units(const ThreadBlocks& blocks,
 
 }  // namespace
 
-GroupWork work_of(const std::vector<GroupStep>& steps) {
-  GroupWork work{0, 2 * static_cast<int32_t>(steps.size())};
+GroupWork work_of(const std::vector<GroupStep>& steps, int32_t outputs, int32_t rank_tiles) {
+  GroupWork work{};
+  work.weights = rank_tiles * outputs;
+  work.x_tiles = static_cast<int32_t>(steps.size()) + rank_tiles;
+  work.outputs = outputs;
   for (const GroupStep& s : steps) work.weights += (s.weight[0] >= 0) + (s.weight[1] >= 0);
-  if (!stays_resident(work)) work.bytes += work.weights;
   return work;
 }
 
-Spread spread_groups(const std::vector<GroupWork>& groups, size_t together, int thread_blocks) {
+void compare_groups(std::vector<GroupWork>& groups) {
+  constexpr double kMany = 1.5;  // x tiles, times the mean
+  constexpr int32_t kAhead = 3;  // of a token tile: what the others load further ahead delays it
+  double x_tiles = 0;
+  for (const GroupWork& g : groups) x_tiles += g.x_tiles;
+  bool any_dense = false;
+  for (GroupWork& g : groups) {
+    g.dense = g.x_tiles * static_cast<double>(groups.size()) > kMany * x_tiles;
+    any_dense |= g.dense;
+  }
+  for (GroupWork& g : groups) {
+    g.stages =
+        any_dense && !g.dense ? std::min(g.x_tiles + kAhead, kMaxGroupStages) : kMaxGroupStages;
+    g.resident = g.weights <= kGroupResidentTiles;
+    if (!g.dense || !g.resident) continue;
+    GroupWork streams = g;
+    streams.resident = false;
+    g.resident = time_of_loads(g, kLoad) <= time_of_loads(streams, kLoad);
+  }
+}
+
+Spread spread_groups(const std::vector<GroupWork>& groups, size_t together, int thread_blocks,
+                     bool saves_slopes) {
   ThreadBlocks blocks(static_cast<size_t>(thread_blocks));
   for (size_t begin = 0; begin < groups.size(); begin += together) {
     const size_t end = std::min(groups.size(), begin + together);
     blocks = balance(blocks,
                      {groups.begin() + static_cast<std::ptrdiff_t>(begin),
                       groups.begin() + static_cast<std::ptrdiff_t>(end)},
-                     static_cast<int32_t>(begin));
+                     static_cast<int32_t>(begin), saves_slopes);
   }
   double longest = 0;
   for (const ThreadBlock& b : blocks) longest = std::max(longest, b.busy);
@@ -213,7 +251,7 @@ int32_t choose_ahead_blocks(const std::vector<GroupWork>& groups, size_t togethe
   constexpr int32_t kMost = kGroupThreadBlocks / 3;
   constexpr double kWorthIt = .97;
   double bytes = 0;
-  for (const GroupWork& g : groups) bytes += g.bytes;
+  for (const GroupWork& g : groups) bytes += g.loads();
   // Where L2 is the limit, what t loads delays the product.
   const double slower = bound_by_loads(groups) ? 1 + kFactorAndX * x_tiles / bytes : 1;
   const double tile = kTile * x_tiles;

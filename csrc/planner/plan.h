@@ -55,15 +55,22 @@ std::vector<int32_t> build_plan(const LayoutView& layout);
 // layout's block columns.
 GroupSection append_row_groups(PlanBuilder& builder, const LayoutView& layout, bool transposed);
 
-// What a row group asks of a thread block for each token tile, in weight tiles: products (64x64
-// times 128 tokens) and bytes of loads (8 KB).
+// What a row group asks of a thread block for each token tile.
 struct GroupWork {
-  int32_t weights;
-  int32_t bytes;
+  int32_t weights;  // products of a weight tile (64x64) with 128 tokens
+  int32_t x_tiles;  // loads of 16 KB
+  int32_t outputs;  // output tiles, 1 or 2
+  bool dense;       // reads most of its x tiles when no other group does
+  bool resident;    // its weights stay in shared memory
+  int32_t stages;   // of x, at most
+
+  int32_t loads() const { return 2 * x_tiles + (resident ? 0 : weights); }  // of 8 KB
 };
 
-GroupWork work_of(const std::vector<GroupStep>& steps);
-inline bool stays_resident(const GroupWork& work) { return work.weights <= kGroupResidentTiles; }
+GroupWork work_of(const std::vector<GroupStep>& steps, int32_t outputs, int32_t rank_tiles);
+
+// Sets `dense`, `resident` and `stages`, which depend on the other groups.
+void compare_groups(std::vector<GroupWork>& groups);
 
 // The groups spread over thread blocks, `together` consecutive ones at a time, and how long the
 // slowest of these is busy, in products, with kGroupTokenTiles token tiles.
@@ -71,7 +78,8 @@ struct Spread {
   std::vector<GroupUnit> units;
   double longest;
 };
-Spread spread_groups(const std::vector<GroupWork>& groups, size_t together, int thread_blocks);
+Spread spread_groups(const std::vector<GroupWork>& groups, size_t together, int thread_blocks,
+                     bool saves_slopes = false);
 
 // How many thread blocks had better form t = x · vᵀ, of x_tiles tiles, beside the product than have
 // it formed before; 0: none.

@@ -205,18 +205,17 @@ void order_in_phase(std::vector<std::vector<GroupStep>*> groups, int32_t x_tiles
 // How many consecutive groups run side by side: as many as there are thread blocks. Where groups
 // stream more weights than L2 keeps, these come from memory for every two token tiles; fewer groups
 // at a time then read less, unless reading x once for each part costs more.
-size_t side_by_side(const std::vector<std::vector<GroupStep>>& lists, int32_t x_tiles) {
+size_t side_by_side(const std::vector<GroupWork>& groups, int32_t x_tiles) {
   size_t streamed = 0;
-  for (const auto& list : lists) {
-    const GroupWork work = work_of(list);
-    if (!stays_resident(work)) streamed += static_cast<size_t>(work.weights);
+  for (const GroupWork& g : groups) {
+    if (!g.resident) streamed += static_cast<size_t>(g.weights);
   }
   const size_t parts = streamed / kGroupStreamedTiles + 1;
-  const size_t lanes = std::max<size_t>(1, kGroupThreadBlocks / std::max<size_t>(1, lists.size()));
+  const size_t lanes = std::max<size_t>(1, kGroupThreadBlocks / std::max<size_t>(1, groups.size()));
   const size_t x = lanes * 4 * static_cast<size_t>(x_tiles);  // two token tiles, in weight tiles
   const bool worth_it = streamed > (parts - 1) * x;
   return std::min<size_t>(kGroupThreadBlocks,
-                          worth_it ? (lists.size() + parts - 1) / parts : lists.size());
+                          worth_it ? (groups.size() + parts - 1) / parts : groups.size());
 }
 
 }  // namespace
@@ -231,11 +230,14 @@ GroupSection append_row_groups(PlanBuilder& builder, const LayoutView& layout, b
   const auto pairs = pair_rows(rows, x_tiles);
 
   std::vector<std::vector<GroupStep>> lists;
+  std::vector<GroupWork> work;
   for (const auto& [a, b] : pairs) {
     lists.push_back(
         merge(&rows[static_cast<size_t>(a)], b < 0 ? nullptr : &rows[static_cast<size_t>(b)]));
+    work.push_back(work_of(lists.back(), b < 0 ? 1 : 2, tiles(layout.rank)));
   }
-  const size_t together = side_by_side(lists, x_tiles);
+  compare_groups(work);
+  const size_t together = side_by_side(work, x_tiles);
   for (size_t begin = 0; begin < lists.size(); begin += together) {
     std::vector<std::vector<GroupStep>*> part;
     for (size_t g = begin; g < std::min(lists.size(), begin + together); ++g) {
@@ -246,7 +248,6 @@ GroupSection append_row_groups(PlanBuilder& builder, const LayoutView& layout, b
 
   std::vector<RowGroup> groups;
   std::vector<GroupStep> steps;
-  std::vector<GroupWork> work;
   for (size_t g = 0; g < lists.size(); ++g) {
     const auto [a, b] = pairs[g];
     for (int32_t r = 0; r < tiles(layout.rank); ++r) {
@@ -260,25 +261,29 @@ GroupSection append_row_groups(PlanBuilder& builder, const LayoutView& layout, b
       steps.push_back(step);
     }
     groups.push_back({{a, b}, begin, static_cast<int32_t>(steps.size())});
-    work.push_back(work_of(lists[g]));
     if (slot > section.max_weights) {
       section.max_weights = slot;
       section.max_steps = static_cast<int32_t>(lists[g].size());
     }
-    if (stays_resident(work.back())) {
+    if (work[g].resident) {
       section.resident_weights = std::max(section.resident_weights, slot);
     }
   }
   if (layout.rank > 0 && layout.rank <= kGroupTile) {
     section.ahead_blocks = choose_ahead_blocks(work, together, x_tiles);
   }
-  const auto units = spread_groups(work, together, kGroupThreadBlocks - section.ahead_blocks).units;
+  const int thread_blocks = kGroupThreadBlocks - section.ahead_blocks;
+  const auto units = spread_groups(work, together, thread_blocks).units;
+  const auto saving_units =
+      transposed ? units : spread_groups(work, together, thread_blocks, true).units;
   section.num_groups = static_cast<int32_t>(groups.size());
   section.num_units = static_cast<int32_t>(units.size());
+  section.num_saving_units = static_cast<int32_t>(saving_units.size());
   section.groups_offset = builder.append(groups);
   section.steps_offset = builder.append(steps);
   section.quads_offset = builder.append(quads);
   section.units_offset = builder.append(units);
+  section.saving_units_offset = transposed ? section.units_offset : builder.append(saving_units);
   return section;
 }
 

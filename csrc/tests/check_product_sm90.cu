@@ -95,9 +95,11 @@ int run(const Case& c, bool timing) {
     std::exit(1);
   };
   auto launch = [&](int i, cudaStream_t stream) {
-    const ProductParams& p = params[i % sets];
-    if (c.form_t && !product_sm90_forms_t(p, device))
+    ProductParams p = params[i % sets];
+    if (c.form_t && !product_sm90_forms_t(p, device)) {
       must(launch_low_rank_sm90(low_rank_of(p), device, stream));
+      p.factor_in = nullptr;
+    }
     must(launch_product_sm90(p, device, stream));
   };
   launch(0, nullptr);

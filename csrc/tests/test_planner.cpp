@@ -164,7 +164,6 @@ void check_product(const LayoutView& layout, const Plan& plan, bool transposed) 
       most = slot;
       most_steps = groups[g].step_end - groups[g].step_begin;
     }
-    if (slot <= kGroupResidentTiles) resident = std::max(resident, slot);
     weights.push_back(slot);
     for (int i = 0; i < 2; ++i) {
       const int32_t want = groups[g].rows[i] < 0 ? 0 : tiles(layout.rank);
@@ -172,7 +171,6 @@ void check_product(const LayoutView& layout, const Plan& plan, bool transposed) 
     }
   }
   expect(most == s.max_weights && most_steps == s.max_steps, "the largest group");
-  expect(resident == s.resident_weights, "the largest group that stays");
   expect(std::all_of(times.begin(), times.end(), [](int32_t n) { return n == 1; }),
          "every output tile in exactly one group");
   // Pieces past the features in the last tiles may be computed: they are masked.
@@ -183,25 +181,37 @@ void check_product(const LayoutView& layout, const Plan& plan, bool transposed) 
   }
   expect(facts.empty(), "nothing but kept blocks is in the schedule");
 
-  // Every token tile of every group in exactly one unit, however many there are.
-  const auto* units = plan.at<GroupUnit>(s.units_offset);
   expect(s.ahead_blocks >= 0 && s.ahead_blocks <= kGroupThreadBlocks / 3, "blocks that form t");
   expect(s.ahead_blocks == 0 || (layout.rank > 0 && layout.rank <= kGroupTile), "one tile of t");
-  expect(s.num_units % (kGroupThreadBlocks - s.ahead_blocks) == 0, "whole turns of the others");
-  for (const int32_t token_tiles : {1, 2, 7, 64, 128, 197}) {
-    std::vector<int32_t> covered(static_cast<size_t>(s.num_groups * token_tiles), 0);
-    for (int32_t i = 0; i < s.num_units; ++i) {
-      const GroupUnit& u = units[i];
-      if (u.begin == u.end) continue;
-      expect(u.weights == weights[static_cast<size_t>(u.group)], "a unit's weights");
-      const int32_t begin = token_tiles * u.begin / u.parts, end = token_tiles * u.end / u.parts;
-      for (int32_t tile = begin + u.lane; tile < end; tile += u.lanes) {
-        ++covered[static_cast<size_t>(u.group * token_tiles + tile)];
+  // Every token tile of every group in exactly one unit, however many there are.
+  std::vector<char> stay(static_cast<size_t>(s.num_groups), 0);
+  for (const auto& [offset, count] :
+       {std::pair{s.units_offset, s.num_units}, {s.saving_units_offset, s.num_saving_units}}) {
+    const auto* units = plan.at<GroupUnit>(offset);
+    expect(count % (kGroupThreadBlocks - s.ahead_blocks) == 0, "whole turns of the others");
+    for (const int32_t token_tiles : {1, 2, 7, 64, 128, 197}) {
+      std::vector<int32_t> covered(static_cast<size_t>(s.num_groups * token_tiles), 0);
+      for (int32_t i = 0; i < count; ++i) {
+        const GroupUnit& u = units[i];
+        if (u.begin == u.end) continue;
+        const auto g = static_cast<size_t>(u.group);
+        stay[g] = u.weights != kGroupStreams;
+        expect(u.stages > 0 && u.stages <= kMaxGroupStages, "stages that there are");
+        expect(!stay[g] || (u.weights == weights[g] && u.weights <= kGroupResidentTiles),
+               "a unit's weights");
+        const int32_t begin = token_tiles * u.begin / u.parts, end = token_tiles * u.end / u.parts;
+        for (int32_t tile = begin + u.lane; tile < end; tile += u.lanes) {
+          ++covered[static_cast<size_t>(u.group * token_tiles + tile)];
+        }
       }
+      expect(std::all_of(covered.begin(), covered.end(), [](int32_t n) { return n == 1; }),
+             "every token tile of a group in exactly one unit");
     }
-    expect(std::all_of(covered.begin(), covered.end(), [](int32_t n) { return n == 1; }),
-           "every token tile of a group in exactly one unit");
   }
+  for (size_t g = 0; g < stay.size(); ++g) {
+    if (stay[g]) resident = std::max(resident, weights[g]);
+  }
+  expect(resident == s.resident_weights, "the largest group that stays");
 }
 
 void check_grad(const LayoutView& layout, const Plan& plan) {

@@ -20,7 +20,7 @@ namespace pixelfly {
 constexpr int32_t kPlanMagic = 0x70666c79;  // "pfly"
 // Goes up with every change of the plan or of the operators' schemas: torch keeps compiled programs
 // on disk, and the header, which has this number, is all that tells those of another build.
-constexpr int32_t kPlanVersion = 9;
+constexpr int32_t kPlanVersion = 10;
 constexpr int kPlanHeaderSize = 64;
 
 // Schedule of the row-group product (kernels/product_sm90.cuh). Everything is in units of 64x64
@@ -51,21 +51,29 @@ struct GroupQuad {
   int32_t block[4];
 };
 
+// Instead of a number of weight tiles: they come with every token tile.
+constexpr int32_t kGroupStreams = 1 << 20;
+
 // What one thread block does at a stretch: of the token tiles from `begin / parts` to `end / parts`
 // of all of them, those numbered lane, lane + lanes, ..., for one group.
 struct GroupUnit {
   int32_t group;
   int32_t lane;
   int32_t lanes;
-  int32_t weights;  // weight tiles of the group, low-rank ones included
+  int32_t weights;  // weight tiles that stay in shared memory, or kGroupStreams
   int32_t begin;
   int32_t end;  // == begin: nothing to do
   int32_t parts;
-  int32_t unused;
+  int32_t stages;  // of x, at most (planner/group_units.cpp)
 };
 
-// The most weight tiles of a group that can stay in shared memory (144 KB: four stages of x and the
-// staging fit beside them). A section's shared memory is cut for its largest group within this.
+// Shared memory of a Hopper thread block in tiles of 8 KB: stages of x (two tiles each), weights
+// and staging.
+constexpr int kGroupSharedTiles = 28;
+constexpr int kMaxGroupStages = 12;
+
+// The most weight tiles of a group that may stay in shared memory: four stages of x fit beside
+// them.
 constexpr int kGroupResidentTiles = 18;
 
 // Weight tiles (12 MB) that L2 keeps beside x and y for groups that stream them.
@@ -84,9 +92,11 @@ struct GroupSection {
   int32_t quads_offset;   // GroupQuad[], block size 32 only
   int32_t units_offset;   // GroupUnit[num_units]
   int32_t num_units;
+  int32_t saving_units_offset;  // the same for products that also save slopes: forward only
+  int32_t num_saving_units;
   int32_t max_weights;       // weight tiles of the largest group
   int32_t max_steps;         // of that group
-  int32_t resident_weights;  // of the largest group within kGroupResidentTiles
+  int32_t resident_weights;  // of the largest group whose weights stay
   int32_t ahead_blocks;      // thread blocks, of kGroupThreadBlocks, that form t meanwhile
 };
 
@@ -172,7 +182,7 @@ struct PlanHeader {
   GroupSection transposed;  // output rows = block columns, contraction over block rows (dx)
   GradSection grad;
 
-  int32_t reserved[kPlanHeaderSize - 19 - 2 * 10 - 8];
+  int32_t reserved[kPlanHeaderSize - 19 - 2 * 12 - 8];
 };
 static_assert(sizeof(PlanHeader) == kPlanHeaderSize * sizeof(int32_t), "header layout");
 
