@@ -77,10 +77,10 @@ struct Layout {
         barriers(device::opaque(shared)) {
     int kept = 0, most = 0;
     bool streams = false;
-    const int32_t* units = args.plan + args.section.units_offset;
+    const auto* units = reinterpret_cast<const GroupUnit*>(args.plan + args.section.units_offset);
     for (int index = blockIdx.x; index < args.section.num_units; index += gridDim.x) {
-      const int tiles = __ldg(units + 8 * index + 3);
-      most = max(most, __ldg(units + 8 * index + 7));
+      const int tiles = __ldg(&units[index].weights);
+      most = max(most, __ldg(&units[index].stages));
       if (tiles > args.resident_tiles) {
         streams = true;
       } else {
@@ -95,8 +95,7 @@ struct Layout {
     };
     staging_tiles = !args.staged ? 0 : fit(2) >= args.wide_stages ? 2 : 1;
     stages = fit(staging_tiles);
-    // Residuals and slopes take stages too.
-    if (!args.has_aux()) stages = min(stages, most);
+    if (!args.has_aux()) stages = min(stages, most);  // residuals and slopes take stages too
     staging = base + stages * stage_bytes;
     weights = staging + 2 * staging_tiles * kGroupTileBytes;
   }

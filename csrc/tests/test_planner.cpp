@@ -317,6 +317,33 @@ bool butterfly(int32_t i, int32_t j) {
   return (d & (d - 1)) == 0;
 }
 
+// A block row and a block column of global blocks: the dense row has more to load than the others.
+void check_dense_row() {
+  g_case = "dense row";
+  const Plan plan(make(64, 16, 64, 0, 0,
+                       [](int32_t i, int32_t j) { return i == 0 || j == 0 || j / 2 == i / 8; }));
+  const GroupSection& s = plan.header.forward;
+  const auto* groups = plan.at<RowGroup>(s.groups_offset);
+  for (const auto& [offset, count] :
+       {std::pair{s.units_offset, s.num_units}, {s.saving_units_offset, s.num_saving_units}}) {
+    std::map<int32_t, int32_t> lanes;
+    const auto* units = plan.at<GroupUnit>(offset);
+    for (int32_t i = 0; i < count; ++i) {
+      const GroupUnit& u = units[i];
+      if (u.begin == u.end) continue;
+      ++lanes[u.group];
+      const int32_t x_tiles = groups[u.group].step_end - groups[u.group].step_begin;
+      const bool dense = x_tiles == 16;
+      expect(u.stages == (dense ? kMaxGroupStages : x_tiles + 3), "the others load no further");
+      expect(dense == (u.weights == kGroupStreams), "streams, as more stages fit then");
+    }
+    const auto most =
+        std::max_element(lanes.begin(), lanes.end(),
+                         [](const auto& a, const auto& b) { return a.second < b.second; });
+    expect(groups[most->first].step_end - groups[most->first].step_begin == 16, "the most lanes");
+  }
+}
+
 void check_bad_layouts() {
   const auto rejected = [](const std::string& name, const LayoutView& layout) {
     g_case = name;
@@ -374,6 +401,7 @@ int main() {
   check("128 x 128 butterfly", make(128, 128, 64, 64, 0, butterfly));
   check("256 x 256 butterfly", make(256, 256, 32, 64, 0, butterfly));
   check("64 x 40 dense", make(64, 40, 64, 0, 0, [](int32_t, int32_t) { return true; }));
+  check_dense_row();
   check_bad_layouts();
   if (g_failures) {
     std::printf("%d checks failed\n", g_failures);
