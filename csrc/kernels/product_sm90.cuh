@@ -390,7 +390,7 @@ struct Consumer {
           }
         }
       }
-      if (args.resident_tiles > 0 && index + gridDim.x < args.section.num_units) {
+      if (args.section.resident_weights > 0 && index + gridDim.x < args.section.num_units) {
         device::named_barrier_sync(1, 256);
         if (threadIdx.x == 0) device::mbarrier_arrive(layout.weights_free());
       }

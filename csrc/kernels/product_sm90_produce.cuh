@@ -51,7 +51,7 @@ __device__ void produce(const GroupMaps& maps, const GroupArgs& args, const Layo
     if (unit.first >= unit.end) continue;
     // Every unit waits once for the one before, even if it loads no weights: whoever skipped a
     // phase could pass the next one too early.
-    bool load_weights = true, waited = args.resident_tiles == 0 || units_done == 0;
+    bool load_weights = true, waited = args.section.resident_weights == 0 || units_done == 0;
     auto wait_for_weights = [&] {
       if (!waited) device::mbarrier_wait(layout.weights_free(), (units_done - 1) & 1);
       waited = true;

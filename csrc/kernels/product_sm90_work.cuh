@@ -29,13 +29,9 @@ struct GroupArgs {
   int32_t token_tiles;   // of kGroupTokens
   int32_t column_tiles;  // of a sample, where tokens are columns
   int32_t out_features;
-  int32_t num_x_tiles;     // tiles of x; those of t follow
-  int32_t weight_shift;    // log2(b / 64)
-  int32_t shared_tiles;    // of 8 KB: what stages, weights and staging share
-  bool staged;             // else outputs replace the residual or slope
-  int32_t wide_stages;     // with so many stages there is a second staging tile per warpgroup
-  int32_t aux_bytes;       // of 128 tokens' residual or slope tile, at the end of its stage
-  int32_t resident_tiles;  // groups of up to so many weight tiles keep them; 0: none does
+  int32_t num_x_tiles;   // tiles of x; those of t follow
+  int32_t weight_shift;  // log2(b / 64)
+  int32_t aux_bytes;     // of 128 tokens' residual or slope tile, at the end of its stage
   bool has_residual;
   bool has_slope;      // transposed only
   bool has_slope_out;  // not transposed only
@@ -44,6 +40,8 @@ struct GroupArgs {
   const int32_t* ready;  // a flag for each tile of t that low_rank_ahead_sm90 forms, or null
 
   __device__ bool has_aux() const { return has_residual || has_slope; }
+  // Else outputs replace the residual or slope.
+  __device__ bool has_staging() const { return has_slope_out || !has_aux(); }
 };
 
 constexpr int kGroupTokens = 128;
@@ -60,12 +58,15 @@ struct GroupShared {
   uint64_t weights_free;
 };
 
+constexpr int kGroupSharedBytes = kGroupFrontBytes + kGroupSharedTiles * kGroupTileBytes;
+static_assert(kGroupSharedBytes + sizeof(GroupShared) <= 227 * 1024, "what Hopper has");
+
 namespace groups {
 
 // Shared memory, cut by each thread block for itself: as many stages as fit beside the weights of
-// the groups that it serves. Where one group reads much more of x than the others, these get no
-// more stages than they need: what is under way for them delays its loads
-// (planner/group_units.cpp).
+// the groups that it serves (64-96 KB of x under way reach L2's rate, each 16 KB more gains 3-6 %).
+// Where one group reads much more of x than the others, these get no more stages than they need:
+// what is under way for them delays its loads (planner/group_units.cpp).
 struct Layout {
   int stages, staging_tiles;
   uint32_t base, stage_bytes, staging, weights, ones, barriers;
@@ -81,19 +82,22 @@ struct Layout {
     for (int index = blockIdx.x; index < args.section.num_units; index += gridDim.x) {
       const int tiles = __ldg(&units[index].weights);
       most = max(most, __ldg(&units[index].stages));
-      if (tiles > args.resident_tiles) {
+      if (tiles == kGroupStreams) {
         streams = true;
       } else {
         kept = max(kept, tiles);
       }
     }
     const int x_tiles = cooperative ? 4 : 2;
-    const auto fit = [&](int staged) {
-      const int left = args.shared_tiles - 2 * staged;
+    const auto fit = [&](int staging_tiles) {
+      const int left = kGroupSharedTiles - 2 * staging_tiles;
       const int beside_kept = (left - kept) / x_tiles;
       return min(kMaxGroupStages, streams ? min(beside_kept, left / (x_tiles + 2)) : beside_kept);
     };
-    staging_tiles = !args.staged ? 0 : fit(2) >= args.wide_stages ? 2 : 1;
+    // A second staging tile pays where the epilogue is long, or where it leaves enough stages.
+    const bool active = args.has_slope_out || args.activation != Activation::kNone;
+    const bool wide = cooperative || fit(2) >= (active ? 5 : 6);
+    staging_tiles = !args.has_staging() ? 0 : wide ? 2 : 1;
     stages = fit(staging_tiles);
     if (!args.has_aux()) stages = min(stages, most);  // residuals and slopes take stages too
     staging = base + stages * stage_bytes;
@@ -148,7 +152,7 @@ struct Unit {
     first = bound(stretch.x) + u.y;
     end = bound(stretch.y);
     lanes = u.z;
-    resident = u.w <= args.resident_tiles;
+    resident = u.w != kGroupStreams;
     rows[0] = g.x;
     rows[1] = g.y;
     steps = reinterpret_cast<const int4*>(args.plan + args.section.steps_offset) + g.z;

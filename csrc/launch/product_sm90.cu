@@ -14,46 +14,28 @@ namespace pixelfly {
 namespace {
 
 struct Tile {
-  int resident_tiles;
-  int shared_tiles;
-  int wide_stages;
-  bool staged;
   bool cooperative;
   bool plain;
-  int shared_bytes() const { return kGroupFrontBytes + shared_tiles * kGroupTileBytes; }
 };
 
 const GroupSection& section_of(const ProductParams& p) {
   return p.transposed ? p.header->transposed : p.header->forward;
 }
 
-// Each thread block cuts its shared memory for itself (Layout): 64-96 KB of x in flight reach L2's
-// rate, each 16 KB more gains 3-6 %. A second staging tile pays where the epilogue is long, or
-// where it leaves enough stages.
-Tile choose_tile(const ProductParams& p, const DeviceInfo& device) {
+Tile choose_tile(const ProductParams& p) {
   const GroupSection& section = section_of(p);
-  const int budget =
-      device.max_shared_bytes - kGroupFrontBytes - static_cast<int>(sizeof(GroupShared));
   const bool active = p.slope_out != nullptr || p.activation != Activation::kNone;
-  Tile tile{};
-  tile.resident_tiles = section.resident_weights;
-  tile.shared_tiles = budget / kGroupTileBytes;
-  tile.wide_stages = active ? 5 : 6;
-  tile.staged = p.slope_out != nullptr || (p.residual == nullptr && p.slope == nullptr);
-  tile.plain = tile.staged && !active;
-  if (section.resident_weights > 0) return tile;
-  // All groups stream their weights. For many of them it pays to read them once for two token
-  // tiles, although epilogues then overlap less: 48 tiles a group gain 15 %, 128 gain 25 %. 32 gain
-  // 5-12 % where both rows use every x tile, so that half of all loads are weights (a forward that
-  // saves slopes: nothing), else nothing.
+  const bool has_aux = p.residual != nullptr || p.slope != nullptr;
+  // Where all groups stream their weights, and many of them, it pays to read them once for two
+  // token tiles, although epilogues then overlap less: 48 tiles a group gain 15 %, 128 gain 25 %.
+  // 32 gain 5-12 % where both rows use every x tile, so that half of all loads are weights (a
+  // forward that saves slopes: nothing), else nothing.
   constexpr int kCooperativeTiles = 44, kCooperativeTilesOfSharedX = 32;
   const bool many = section.max_weights >= kCooperativeTiles ||
                     (section.max_weights >= kCooperativeTilesOfSharedX &&
                      section.max_weights == 2 * section.max_steps);
   const bool staged_beside_aux = p.slope_out != nullptr && p.residual != nullptr;
-  tile.cooperative = many && !staged_beside_aux;
-  if (tile.cooperative) tile.wide_stages = 0;
-  return tile;
+  return {section.resident_weights == 0 && many && !staged_beside_aux, !active && !has_aux};
 }
 
 using Kernel = void (*)(GroupMaps, GroupArgs);
@@ -105,7 +87,7 @@ bool product_sm90_supports(const ProductParams& p, const DeviceInfo& device) {
     return false;
   }
   if (p.columns > 0 && (p.header->block_size == 32 || p.header->rank > 0 || p.residual != nullptr ||
-                        choose_tile(p, device).cooperative)) {
+                        choose_tile(p).cooperative)) {
     return false;
   }
   auto aligned = [&](const void* data, int64_t stride) {
@@ -134,7 +116,7 @@ size_t product_workspace_sm90(const ProductParams& p) {
 Status launch_product_sm90(const ProductParams& p, const DeviceInfo& device, Stream stream) {
   if (p.tokens == 0) return Status::success();
   const PlanHeader& h = *p.header;
-  const Tile tile = choose_tile(p, device);
+  const Tile tile = choose_tile(p);
 
   GroupMaps maps{};
   auto map_of = [&](DType dtype, CUtensorMap* out, const void* data, int64_t rows, int64_t cols,
@@ -198,11 +180,7 @@ Status launch_product_sm90(const ProductParams& p, const DeviceInfo& device, Str
   args.num_x_tiles = (in_features + kGroupTile - 1) / kGroupTile;
   args.third_tiles = p.x_others.given() ? args.num_x_tiles / 3 : 0;
   args.weight_shift = b == 128 ? 1 : 0;
-  args.shared_tiles = tile.shared_tiles;
-  args.staged = tile.staged;
-  args.wide_stages = tile.wide_stages;
   args.aux_bytes = kGroupTokens * kGroupTile * static_cast<int32_t>(size_of(aux_dtype));
-  args.resident_tiles = tile.resident_tiles;
   args.has_residual = p.residual != nullptr;
   args.has_slope = p.slope != nullptr;
   args.has_slope_out = p.slope_out != nullptr;
@@ -212,7 +190,7 @@ Status launch_product_sm90(const ProductParams& p, const DeviceInfo& device, Str
       p.dtype == DType::kBFloat16 ? choose<__nv_bfloat16>(p, tile) : choose<__half>(p, tile);
   if (p.factor_in == nullptr) {
     const int grid = std::min(args.section.num_units, device.num_sms);
-    return launch_kernel(kernel, grid, kGroupThreads, tile.shared_bytes(), stream, maps, args);
+    return launch_kernel(kernel, grid, kGroupThreads, kGroupSharedBytes, stream, maps, args);
   }
   // In proportion, on a device with fewer multiprocessors than the plan is made for.
   const int ahead = std::max(1, args.section.ahead_blocks * device.num_sms / kGroupThreadBlocks);
@@ -222,7 +200,7 @@ Status launch_product_sm90(const ProductParams& p, const DeviceInfo& device, Str
   args.ready = ready;
   PIXELFLY_RETURN_IF_ERROR(
       launch_low_rank_ahead_sm90(low_rank_of(p), device, ahead, ready, stream));
-  return launch_dependent_kernel(kernel, grid, kGroupThreads, tile.shared_bytes(), stream, maps,
+  return launch_dependent_kernel(kernel, grid, kGroupThreads, kGroupSharedBytes, stream, maps,
                                  args);
 }
 

@@ -261,8 +261,11 @@ int time_all(const std::string& filter) {
     c.rank = 0;
     c.kind = Kind::kGlobal;
     go(c, "global");
-    c.kind = Kind::kButterfly;
     c.activation = Activation::kGelu;
+    c.slope_out = true;
+    go(c, "global save");
+    c.slope_out = false;
+    c.kind = Kind::kButterfly;
     go(c, "gelu");
     c.slope_out = true;
     go(c, "save");
@@ -284,11 +287,31 @@ int time_all(const std::string& filter) {
     c.form_t = false;
     c.slope = true;
     go(c, "slope");
+    c.kind = Kind::kGlobal;
+    go(c, "global slope");
+    c.slope = false;
+    go(c, "global");
     c = Case{s.T, s.K, s.N, 128};
     c.dense_ms = s.dense;
     go(c, "b128");
     c.b = 32;
     go(c, "b32");
+  }
+  struct Mlp {
+    int64_t T;
+    int narrow, wide;
+  };
+  for (const Mlp& m : {Mlp{8192, 1024, 4096}, {25216, 768, 3072}, {8192, 4096, 16384}}) {
+    for (const auto& [K, N] : {std::pair{m.narrow, m.wide}, {m.wide, m.narrow}}) {
+      for (const bool transposed : {false, true}) {
+        Case c{m.T, K, N, 64, 0, Kind::kMlp, transposed, !transposed};
+        go(c, "mlp plain");
+        c.activation = transposed ? Activation::kNone : Activation::kGelu;
+        c.slope_out = !transposed;
+        c.slope = transposed;
+        if (transposed == (K > N)) go(c, "mlp slopes");
+      }
+    }
   }
   for (const auto& [K, N] : {std::pair{1024, 4096}, {4096, 4096}, {4096, 16384}, {16384, 4096}}) {
     for (const bool transposed : {false, true}) {
