@@ -2,7 +2,7 @@
 
     python benchmarks/models.py                       # every model, both modes
     python benchmarks/models.py --models vit gpt2 --modes compile
-    python benchmarks/models.py --models tiny --device cpu --steps 2   # does the script work?
+    python benchmarks/models.py --models tiny --device cpu --block-size 16 --rank 16 --steps 2
 
 A step is forward, backward and fused AdamW under bf16 autocast. Dense and pixelfly models are timed
 one after the other in one process; each mode also as a CUDA graph of the whole step, which shows

@@ -3,7 +3,7 @@
     python benchmarks/scaling.py                              # every model on all GPUs
     python benchmarks/scaling.py --models stack2048 --parallel ddp --steps 10
     python benchmarks/scaling.py --batch 16 --fixed total     # the same batch on any number
-    python benchmarks/scaling.py --models tiny --device cpu --processes 1 2 --steps 2   # a try
+    python benchmarks/scaling.py --models tiny --device cpu --block-size 16 --rank 8 --steps 2
 
 Starts one torchrun for every number of processes, model, form and engine, so that a failure costs
 its own row alone. Dense and pixelfly train on the same batch: forward, backward and fused AdamW

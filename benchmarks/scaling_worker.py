@@ -103,7 +103,7 @@ def make_model(args: argparse.Namespace, device: str) -> tuple[nn.Module, Loss]:
             fuse_mlp=True,
         )
         if not sparsify_(model, config, lambda m, name: name.endswith(spec.sparse)).layers:
-            raise SystemExit(f"no layer of {args.model} could be converted")
+            raise ValueError(f"no layer of {args.model} could be converted")
     return model.to(device), loss
 
 
