@@ -314,7 +314,7 @@ struct Consumer {
     float acc0[64], acc1[64];
     const uint64_t ones = device::descriptor_repeated(layout.ones);
     if (warpgroup == 1 && !kCooperative) device::named_barrier_arrive(2, 256);
-    for (int index = blockIdx.x; index < args.section.num_units; index += gridDim.x) {
+    for (int index = blockIdx.x; index < args.num_units; index += gridDim.x) {
       const Unit unit(args, index);
       if (unit.first >= unit.end) continue;
       const int aux_stages = has_aux() ? unit.outputs() : 0;
@@ -390,7 +390,7 @@ struct Consumer {
           }
         }
       }
-      if (args.section.resident_weights > 0 && index + gridDim.x < args.section.num_units) {
+      if (args.section.resident_weights > 0 && index + gridDim.x < args.num_units) {
         device::named_barrier_sync(1, 256);
         if (threadIdx.x == 0) device::mbarrier_arrive(layout.weights_free());
       }

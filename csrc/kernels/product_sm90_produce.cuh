@@ -46,7 +46,7 @@ template <bool kTransposed, bool kQuads, bool kCooperative, bool kColumns, bool 
 __device__ void produce(const GroupMaps& maps, const GroupArgs& args, const Layout& layout) {
   Ring ring{layout.stages};
   uint32_t units_done = 0;
-  for (int index = blockIdx.x; index < args.section.num_units; index += gridDim.x) {
+  for (int index = blockIdx.x; index < args.num_units; index += gridDim.x) {
     const Unit unit(args, index);
     if (unit.first >= unit.end) continue;
     // Every unit waits once for the one before, even if it loads no weights: whoever skipped a

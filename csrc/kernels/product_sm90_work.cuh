@@ -25,6 +25,8 @@ struct GroupMaps {
 struct GroupArgs {
   GroupSection section;
   const int32_t* plan;
+  int32_t units_offset;  // of the list for so many tokens
+  int32_t num_units;
   const void* bias;
   int32_t token_tiles;   // of kGroupTokens
   int32_t column_tiles;  // of a sample, where tokens are columns
@@ -78,8 +80,8 @@ struct Layout {
         barriers(device::opaque(shared)) {
     int kept = 0, most = 0;
     bool streams = false;
-    const auto* units = reinterpret_cast<const GroupUnit*>(args.plan + args.section.units_offset);
-    for (int index = blockIdx.x; index < args.section.num_units; index += gridDim.x) {
+    const auto* units = reinterpret_cast<const GroupUnit*>(args.plan + args.units_offset);
+    for (int index = blockIdx.x; index < args.num_units; index += gridDim.x) {
       const int tiles = __ldg(&units[index].weights);
       most = max(most, __ldg(&units[index].stages));
       if (tiles == kGroupStreams) {
@@ -141,8 +143,7 @@ struct Unit {
   const int4* steps;
 
   __device__ Unit(const GroupArgs& args, int index) {
-    const int4* words =
-        reinterpret_cast<const int4*>(args.plan + args.section.units_offset) + 2 * index;
+    const int4* words = reinterpret_cast<const int4*>(args.plan + args.units_offset) + 2 * index;
     const int4 u = __ldg(words), stretch = __ldg(words + 1);
     const int4 g =
         __ldg(reinterpret_cast<const int4*>(args.plan + args.section.groups_offset) + u.x);

@@ -165,15 +165,14 @@ Status launch_product_sm90(const ProductParams& p, const DeviceInfo& device, Str
 
   GroupArgs args{};
   args.section = section_of(p);
-  if (p.slope_out != nullptr) {
-    args.section.units_offset = args.section.saving_units_offset;
-    args.section.num_units = args.section.num_saving_units;
-  }
   args.plan = p.plan;
   args.bias = p.bias;
   args.column_tiles = (p.columns + kGroupTokens - 1) / kGroupTokens;
   args.token_tiles =
       static_cast<int32_t>(columns > 0 ? T / columns * args.column_tiles : token_tiles(p));
+  const GroupUnitList units = unit_list(args.section, args.token_tiles, p.slope_out != nullptr);
+  args.units_offset = units.offset;
+  args.num_units = units.count;
   args.out_features = p.out_features;
   // The layout's, which may be rounded up where tokens are columns.
   const int32_t in_features = p.transposed ? h.out_features : h.in_features;
@@ -189,12 +188,12 @@ Status launch_product_sm90(const ProductParams& p, const DeviceInfo& device, Str
   const Kernel kernel =
       p.dtype == DType::kBFloat16 ? choose<__nv_bfloat16>(p, tile) : choose<__half>(p, tile);
   if (p.factor_in == nullptr) {
-    const int grid = std::min(args.section.num_units, device.num_sms);
+    const int grid = std::min(args.num_units, device.num_sms);
     return launch_kernel(kernel, grid, kGroupThreads, kGroupSharedBytes, stream, maps, args);
   }
   // In proportion, on a device with fewer multiprocessors than the plan is made for.
   const int ahead = std::max(1, args.section.ahead_blocks * device.num_sms / kGroupThreadBlocks);
-  const int grid = std::max(1, std::min(args.section.num_units, device.num_sms - ahead));
+  const int grid = std::max(1, std::min(args.num_units, device.num_sms - ahead));
   if (p.workspace == nullptr) return Status::invalid("this product needs a workspace");
   auto* ready = static_cast<int32_t*>(p.workspace);
   args.ready = ready;

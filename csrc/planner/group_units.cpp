@@ -1,5 +1,6 @@
 // Which thread block serves which row group for which tokens.
 #include <algorithm>
+#include <cmath>
 #include <functional>
 #include <numeric>
 #include <queue>
@@ -51,12 +52,21 @@ std::vector<double> tile_times(const std::vector<GroupWork>& groups, bool saves_
   return times;
 }
 
+constexpr GroupTokens kAnyTokens = kGroupTokenLists[kGroupLists - 1];
+
+// Token tiles of the longest of `lanes` lanes.
+double lane_tiles(GroupTokens tokens, int32_t lanes) {
+  const double share = static_cast<double>(tokens.tiles) / lanes;
+  return tokens.whole ? std::ceil(share) : share;
+}
+
 // How many lanes the token tiles of each group are cut into: `count` in all, each where the longest
 // lane is. Lanes beyond what the slowest group needs are left out: they only load weights.
-Index cut_lanes(const std::vector<double>& times, int32_t count) {
+Index cut_lanes(const std::vector<double>& times, GroupTokens tokens, int32_t count) {
   Index lanes(times.size(), 1);
+  auto time = [&](size_t g, int32_t n) { return times[g] * lane_tiles(tokens, n); };
   auto shorter = [&](size_t a, size_t b) {
-    const double x = times[a] * lanes[b], y = times[b] * lanes[a];
+    const double x = time(a, lanes[a]), y = time(b, lanes[b]);
     return x != y ? x < y : a > b;
   };
   std::priority_queue<size_t, std::vector<size_t>, decltype(shorter)> longest(shorter);
@@ -67,11 +77,16 @@ Index cut_lanes(const std::vector<double>& times, int32_t count) {
     ++lanes[g];
     longest.push(g);
   }
-  const double slowest = times[longest.top()] / lanes[longest.top()] * (1 + 1e-9);
+  const double slowest = time(longest.top(), lanes[longest.top()]) * (1 + 1e-9);
   for (size_t g = 0; g < lanes.size(); ++g) {
-    while (lanes[g] > 1 && times[g] <= slowest * (lanes[g] - 1)) --lanes[g];
+    while (lanes[g] > 1 && time(g, lanes[g] - 1) <= slowest) --lanes[g];
   }
   return lanes;
+}
+
+// Of the longest one, with the weights that it loads first.
+double lane_time(const GroupWork& g, double tile_time, GroupTokens tokens, int32_t lanes) {
+  return lane_tiles(tokens, lanes) * tile_time + (g.resident ? kLoad * g.weights : 0);
 }
 
 // The groups that each thread block serves, one after the other, and until when.
@@ -81,15 +96,21 @@ struct ThreadBlock {
 };
 using ThreadBlocks = std::vector<ThreadBlock>;
 
+double longest(const ThreadBlocks& blocks) {
+  double most = 0;
+  for (const ThreadBlock& b : blocks) most = std::max(most, b.busy);
+  return most;
+}
+
 // Deals the lanes to the thread blocks, the longest first to the one that is free first.
 void deal_lanes(ThreadBlocks& blocks, const std::vector<GroupWork>& groups,
-                const std::vector<double>& times, const Index& lanes, int32_t first_group) {
+                const std::vector<double>& times, GroupTokens tokens, const Index& lanes,
+                int32_t first_group) {
   std::vector<std::pair<double, int32_t>> all;  // (time, group)
   for (size_t g = 0; g < groups.size(); ++g) {
-    const double load = groups[g].resident ? kLoad * groups[g].weights : 0;
     all.insert(
         all.end(), static_cast<size_t>(lanes[g]),
-        {kGroupTokenTiles * times[g] / lanes[g] + load, first_group + static_cast<int32_t>(g)});
+        {lane_time(groups[g], times[g], tokens, lanes[g]), first_group + static_cast<int32_t>(g)});
   }
   std::stable_sort(all.begin(), all.end(),
                    [](const auto& a, const auto& b) { return a.first > b.first; });
@@ -109,28 +130,63 @@ void deal_lanes(ThreadBlocks& blocks, const std::vector<GroupWork>& groups,
 // for each, or a few shorter ones. Thread blocks that serve several groups in turn drift apart, and
 // then no longer load the same x at the same moment: only a much better balance is worth that.
 ThreadBlocks balance(const ThreadBlocks& before, const std::vector<GroupWork>& groups,
-                     int32_t first_group, bool saves_slopes) {
-  constexpr double kTurn = 0.3;  // of a thread block's share of the work
+                     GroupTokens tokens, int32_t first_group, bool saves_slopes) {
+  // Of a thread block's share of the work. Where all weights are streamed, x is the lesser part.
+  const bool any_stays =
+      std::any_of(groups.begin(), groups.end(), [](const GroupWork& g) { return g.resident; });
+  const double turn_cost = any_stays ? 0.3 : 0.1;
   const std::vector<double> times = tile_times(groups, saves_slopes);
   const auto count = static_cast<int32_t>(groups.size());
   const auto thread_blocks = static_cast<int32_t>(before.size());
   const double share =
-      kGroupTokenTiles * std::accumulate(times.begin(), times.end(), 0.0) / thread_blocks;
+      tokens.tiles * std::accumulate(times.begin(), times.end(), 0.0) / thread_blocks;
   const int32_t fewest = (count + thread_blocks - 1) / thread_blocks;
   ThreadBlocks best;
   double least = 0;
   for (int32_t turns = fewest; turns < fewest + 3; ++turns) {
     ThreadBlocks trial = before;
-    deal_lanes(trial, groups, times, cut_lanes(times, turns * thread_blocks), first_group);
-    double slowest = 0;
-    for (const ThreadBlock& b : trial) slowest = std::max(slowest, b.busy);
-    const double cost = slowest + kTurn * share * turns;
+    const Index lanes = cut_lanes(times, tokens, turns * thread_blocks);
+    deal_lanes(trial, groups, times, tokens, lanes, first_group);
+    const double cost = longest(trial) + turn_cost * share * turns;
     if (best.empty() || cost < least) {
       least = cost;
       best = std::move(trial);
     }
   }
   return best;
+}
+
+ThreadBlocks spread(const std::vector<GroupWork>& groups, size_t together, int thread_blocks,
+                    GroupTokens tokens, bool saves_slopes) {
+  ThreadBlocks blocks(static_cast<size_t>(thread_blocks));
+  for (size_t begin = 0; begin < groups.size(); begin += together) {
+    const size_t end = std::min(groups.size(), begin + together);
+    blocks = balance(blocks,
+                     {groups.begin() + static_cast<std::ptrdiff_t>(begin),
+                      groups.begin() + static_cast<std::ptrdiff_t>(end)},
+                     tokens, static_cast<int32_t>(begin), saves_slopes);
+  }
+  return blocks;
+}
+
+// How long the slowest thread block is busy with so many token tiles, whatever they were dealt for.
+double longest_with(const ThreadBlocks& blocks, const std::vector<GroupWork>& groups,
+                    GroupTokens tokens, bool saves_slopes) {
+  const std::vector<double> times = tile_times(groups, saves_slopes);
+  Index lanes(groups.size(), 0);
+  for (const ThreadBlock& b : blocks) {
+    for (int32_t g : b.groups) ++lanes[static_cast<size_t>(g)];
+  }
+  double most = 0;
+  for (const ThreadBlock& b : blocks) {
+    double busy = 0;
+    for (int32_t group : b.groups) {
+      const auto g = static_cast<size_t>(group);
+      busy += lane_time(groups[g], times[g], tokens, lanes[g]);
+    }
+    most = std::max(most, busy);
+  }
+  return most;
 }
 
 // Thread blocks in the order of the share of the tokens where their first lane begins: neighbours
@@ -227,18 +283,17 @@ void compare_groups(std::vector<GroupWork>& groups) {
 }
 
 Spread spread_groups(const std::vector<GroupWork>& groups, size_t together, int thread_blocks,
-                     bool saves_slopes) {
-  ThreadBlocks blocks(static_cast<size_t>(thread_blocks));
-  for (size_t begin = 0; begin < groups.size(); begin += together) {
-    const size_t end = std::min(groups.size(), begin + together);
-    blocks = balance(blocks,
-                     {groups.begin() + static_cast<std::ptrdiff_t>(begin),
-                      groups.begin() + static_cast<std::ptrdiff_t>(end)},
-                     static_cast<int32_t>(begin), saves_slopes);
+                     GroupTokens tokens, bool saves_slopes) {
+  constexpr double kWorthIt = .95;
+  ThreadBlocks blocks = spread(groups, together, thread_blocks, kAnyTokens, saves_slopes);
+  if (tokens.whole) {
+    ThreadBlocks own = spread(groups, together, thread_blocks, tokens, saves_slopes);
+    auto time = [&](const ThreadBlocks& b) {
+      return longest_with(b, groups, tokens, saves_slopes);
+    };
+    if (time(own) < kWorthIt * time(blocks)) blocks = std::move(own);
   }
-  double longest = 0;
-  for (const ThreadBlock& b : blocks) longest = std::max(longest, b.busy);
-  return {make_units(in_token_order(blocks, groups.size()), groups), longest};
+  return {make_units(in_token_order(blocks, groups.size()), groups), longest(blocks)};
 }
 
 int32_t choose_ahead_blocks(const std::vector<GroupWork>& groups, size_t together,
@@ -255,14 +310,14 @@ int32_t choose_ahead_blocks(const std::vector<GroupWork>& groups, size_t togethe
   // Where L2 is the limit, what t loads delays the product.
   const double slower = bound_by_loads(groups) ? 1 + kFactorAndX * x_tiles / bytes : 1;
   const double tile = kTile * x_tiles;
-  const double before =
-      spread_groups(groups, together, kGroupThreadBlocks).longest + kRead * x_tiles + kLaunch;
+  const double before = spread_groups(groups, together, kGroupThreadBlocks, kAnyTokens).longest +
+                        kRead * x_tiles + kLaunch;
   int32_t best = 0;
   double least = kWorthIt * before;
   for (int32_t ahead = 1; ahead <= kMost; ++ahead) {
     const double product =
-        slower * spread_groups(groups, together, kGroupThreadBlocks - ahead).longest;
-    const double time = std::max(product, kGroupTokenTiles * tile / ahead) + tile + kStart;
+        slower * spread_groups(groups, together, kGroupThreadBlocks - ahead, kAnyTokens).longest;
+    const double time = std::max(product, kAnyTokens.tiles * tile / ahead) + tile + kStart;
     if (time < least) {
       least = time;
       best = ahead;

@@ -73,13 +73,14 @@ GroupWork work_of(const std::vector<GroupStep>& steps, int32_t outputs, int32_t 
 void compare_groups(std::vector<GroupWork>& groups);
 
 // The groups spread over thread blocks, `together` consecutive ones at a time, and how long the
-// slowest of these is busy, in products, with kGroupTokenTiles token tiles.
+// slowest of these is busy, in products. Lanes cut for whole token tiles must be clearly better
+// than those for any number.
 struct Spread {
   std::vector<GroupUnit> units;
   double longest;
 };
 Spread spread_groups(const std::vector<GroupWork>& groups, size_t together, int thread_blocks,
-                     bool saves_slopes = false);
+                     GroupTokens tokens, bool saves_slopes = false);
 
 // How many thread blocks had better form t = x · vᵀ, of x_tiles tiles, beside the product than have
 // it formed before; 0: none.

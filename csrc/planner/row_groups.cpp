@@ -273,17 +273,20 @@ GroupSection append_row_groups(PlanBuilder& builder, const LayoutView& layout, b
     section.ahead_blocks = choose_ahead_blocks(work, together, x_tiles);
   }
   const int thread_blocks = kGroupThreadBlocks - section.ahead_blocks;
-  const auto units = spread_groups(work, together, thread_blocks).units;
-  const auto saving_units =
-      transposed ? units : spread_groups(work, together, thread_blocks, true).units;
+  std::vector<GroupUnit> units;
+  for (int saves = 0; saves < (transposed ? 1 : 2); ++saves) {
+    for (int list = 0; list < kGroupLists; ++list) {
+      const auto more =
+          spread_groups(work, together, thread_blocks, kGroupTokenLists[list], saves == 1).units;
+      section.num_units[saves][list] = static_cast<int32_t>(more.size());
+      units.insert(units.end(), more.begin(), more.end());
+    }
+  }
   section.num_groups = static_cast<int32_t>(groups.size());
-  section.num_units = static_cast<int32_t>(units.size());
-  section.num_saving_units = static_cast<int32_t>(saving_units.size());
   section.groups_offset = builder.append(groups);
   section.steps_offset = builder.append(steps);
   section.quads_offset = builder.append(quads);
   section.units_offset = builder.append(units);
-  section.saving_units_offset = transposed ? section.units_offset : builder.append(saving_units);
   return section;
 }
 

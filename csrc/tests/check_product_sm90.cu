@@ -297,6 +297,20 @@ int time_all(const std::string& filter) {
     c.b = 32;
     go(c, "b32");
   }
+  for (const int64_t T : {4096, 8192}) {
+    for (const auto& [K, N] : {std::pair{768, 768},
+                               {3072, 768},
+                               {1024, 1024},
+                               {4096, 1024},
+                               {1280, 5120},
+                               {4096, 4096}}) {
+      for (const bool transposed : {false, true}) {
+        go({T, K, N, 64, 0, Kind::kGlobal, transposed, !transposed}, "short global");
+        if (N == 768)
+          go({T, K, N, 64, 0, Kind::kButterfly, transposed, !transposed}, "short plain");
+      }
+    }
+  }
   struct Mlp {
     int64_t T;
     int narrow, wide;

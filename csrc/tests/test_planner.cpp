@@ -122,6 +122,17 @@ void add_weight(const Plan& plan, const GroupSection& s, bool transposed, int32_
   }
 }
 
+std::vector<GroupUnitList> unit_lists(const GroupSection& s, bool transposed) {
+  std::vector<GroupUnitList> lists;
+  for (const bool saves : {false, true}) {
+    if (saves && transposed) continue;
+    for (const GroupTokens& tokens : kGroupTokenLists) {
+      lists.push_back(unit_list(s, tokens.whole ? tokens.tiles : 1, saves));
+    }
+  }
+  return lists;
+}
+
 void check_product(const LayoutView& layout, const Plan& plan, bool transposed) {
   const GroupSection& s = transposed ? plan.header.transposed : plan.header.forward;
   if (layout.block_size == 16) {
@@ -185,10 +196,10 @@ void check_product(const LayoutView& layout, const Plan& plan, bool transposed) 
   expect(s.ahead_blocks == 0 || (layout.rank > 0 && layout.rank <= kGroupTile), "one tile of t");
   // Every token tile of every group in exactly one unit, however many there are.
   std::vector<char> stay(static_cast<size_t>(s.num_groups), 0);
-  for (const auto& [offset, count] :
-       {std::pair{s.units_offset, s.num_units}, {s.saving_units_offset, s.num_saving_units}}) {
+  for (const auto& [offset, count] : unit_lists(s, transposed)) {
     const auto* units = plan.at<GroupUnit>(offset);
-    expect(count % (kGroupThreadBlocks - s.ahead_blocks) == 0, "whole turns of the others");
+    expect(count > 0 && count % (kGroupThreadBlocks - s.ahead_blocks) == 0,
+           "whole turns of the others");
     for (const int32_t token_tiles : {1, 2, 7, 64, 128, 197}) {
       std::vector<int32_t> covered(static_cast<size_t>(s.num_groups * token_tiles), 0);
       for (int32_t i = 0; i < count; ++i) {
@@ -324,8 +335,7 @@ void check_dense_row() {
                        [](int32_t i, int32_t j) { return i == 0 || j == 0 || j / 2 == i / 8; }));
   const GroupSection& s = plan.header.forward;
   const auto* groups = plan.at<RowGroup>(s.groups_offset);
-  for (const auto& [offset, count] :
-       {std::pair{s.units_offset, s.num_units}, {s.saving_units_offset, s.num_saving_units}}) {
+  for (const auto& [offset, count] : unit_lists(s, false)) {
     std::map<int32_t, int32_t> lanes;
     const auto* units = plan.at<GroupUnit>(offset);
     for (int32_t i = 0; i < count; ++i) {
@@ -342,6 +352,30 @@ void check_dense_row() {
                          [](const auto& a, const auto& b) { return a.second < b.second; });
     expect(groups[most->first].step_end - groups[most->first].step_begin == 16, "the most lanes");
   }
+}
+
+// 32 whole token tiles over lanes for any number leave one group waiting for another: lanes of
+// their own must even that out, and must not be there where nothing is gained.
+void check_whole_tiles() {
+  g_case = "whole tiles";
+  const auto lanes_of = [](const Plan& plan, int64_t token_tiles) {
+    const GroupSection& s = plan.header.forward;
+    const GroupUnitList list = unit_list(s, token_tiles, false);
+    std::vector<int32_t> lanes(static_cast<size_t>(s.num_groups), 0);
+    for (int32_t i = 0; i < list.count; ++i) {
+      const GroupUnit& u = plan.at<GroupUnit>(list.offset)[i];
+      if (u.begin != u.end) lanes[static_cast<size_t>(u.group)] = u.lanes;
+    }
+    return lanes;
+  };
+  const auto global = [](int32_t i, int32_t j) { return i == 0 || j == 0 || butterfly(i, j); };
+  const Plan plan(make(16, 16, 64, 0, 0, global));
+  const auto any = lanes_of(plan, 33), own = lanes_of(plan, 32);
+  const int32_t most_any = *std::max_element(any.begin(), any.end());
+  const int32_t most_own = *std::max_element(own.begin(), own.end());
+  expect(most_own >= 32 && most_any < 32, "a lane for each tile of the dense row");
+  const Plan even(make(16, 16, 64, 0, 0, butterfly));
+  expect(lanes_of(even, 32) == lanes_of(even, 33), "groups alike");
 }
 
 void check_bad_layouts() {
@@ -402,6 +436,7 @@ int main() {
   check("256 x 256 butterfly", make(256, 256, 32, 64, 0, butterfly));
   check("64 x 40 dense", make(64, 40, 64, 0, 0, [](int32_t, int32_t) { return true; }));
   check_dense_row();
+  check_whole_tiles();
   check_bad_layouts();
   if (g_failures) {
     std::printf("%d checks failed\n", g_failures);

@@ -20,7 +20,7 @@ namespace pixelfly {
 constexpr int32_t kPlanMagic = 0x70666c79;  // "pfly"
 // Goes up with every change of the plan or of the operators' schemas: torch keeps compiled programs
 // on disk, and the header, which has this number, is all that tells those of another build.
-constexpr int32_t kPlanVersion = 10;
+constexpr int32_t kPlanVersion = 11;
 constexpr int kPlanHeaderSize = 64;
 
 // Schedule of the row-group product (kernels/product_sm90.cuh). Everything is in units of 64x64
@@ -79,26 +79,51 @@ constexpr int kGroupResidentTiles = 18;
 // Weight tiles (12 MB) that L2 keeps beside x and y for groups that stream them.
 constexpr int kGroupStreamedTiles = 1536;
 
-// Thread blocks and token tiles (of 128) that the units are balanced for; any grid and any number
-// of tokens compute the same.
+// Thread blocks that the units are balanced for; any grid computes the same.
 constexpr int kGroupThreadBlocks = 132;
-constexpr int kGroupTokenTiles = 128;
+
+// Token tiles (of 128) that a list of units is balanced for; any number computes the same. Where
+// there are few it counts that lanes take whole tiles: two numbers that training uses much have
+// lists of their own, and the last one, as if tiles could be shared in any proportion, serves all
+// others.
+struct GroupTokens {
+  int32_t tiles;
+  bool whole;
+};
+constexpr GroupTokens kGroupTokenLists[] = {{32, true}, {64, true}, {128, false}};
+constexpr int kGroupLists = sizeof(kGroupTokenLists) / sizeof(GroupTokens);
 
 // A set of row groups covering every output tile exactly once (rows with no blocks included).
 struct GroupSection {
-  int32_t num_groups;     // 0: no schedule (block size not served)
-  int32_t groups_offset;  // RowGroup[num_groups]
-  int32_t steps_offset;   // GroupStep[...]
-  int32_t quads_offset;   // GroupQuad[], block size 32 only
-  int32_t units_offset;   // GroupUnit[num_units]
-  int32_t num_units;
-  int32_t saving_units_offset;  // the same for products that also save slopes: forward only
-  int32_t num_saving_units;
-  int32_t max_weights;       // weight tiles of the largest group
-  int32_t max_steps;         // of that group
-  int32_t resident_weights;  // of the largest group whose weights stay
-  int32_t ahead_blocks;      // thread blocks, of kGroupThreadBlocks, that form t meanwhile
+  int32_t num_groups;                 // 0: no schedule (block size not served)
+  int32_t groups_offset;              // RowGroup[num_groups]
+  int32_t steps_offset;               // GroupStep[...]
+  int32_t quads_offset;               // GroupQuad[], block size 32 only
+  int32_t units_offset;               // GroupUnit[], the lists one after the other
+  int32_t num_units[2][kGroupLists];  // of products that save no slopes, and of those that do:
+                                      // forward only
+  int32_t max_weights;                // weight tiles of the largest group
+  int32_t max_steps;                  // of that group
+  int32_t resident_weights;           // of the largest group whose weights stay
+  int32_t ahead_blocks;               // thread blocks, of kGroupThreadBlocks, that form t meanwhile
 };
+
+// The list of units for so many token tiles.
+struct GroupUnitList {
+  int32_t offset;
+  int32_t count;
+};
+inline GroupUnitList unit_list(const GroupSection& section, int64_t token_tiles,
+                               bool saves_slopes) {
+  constexpr int32_t kWords = sizeof(GroupUnit) / sizeof(int32_t);
+  int list = 0;
+  while (list + 1 < kGroupLists && token_tiles != kGroupTokenLists[list].tiles) ++list;
+  if (saves_slopes) list += kGroupLists;
+  const int32_t* counts = &section.num_units[0][0];
+  int32_t before = 0;
+  for (int i = 0; i < list; ++i) before += counts[i];
+  return {section.units_offset + before * kWords, counts[list]};
+}
 
 // Weight-gradient work of one thread block (kernels/weight_grad_sm90.cuh), in 64x64 tiles whatever
 // the block size (32, 64 or 128): products of the tiles of [dz | s] and [x | t] that it loads, up
@@ -182,7 +207,7 @@ struct PlanHeader {
   GroupSection transposed;  // output rows = block columns, contraction over block rows (dx)
   GradSection grad;
 
-  int32_t reserved[kPlanHeaderSize - 19 - 2 * 12 - 8];
+  int32_t reserved[kPlanHeaderSize - 19 - 2 * 15 - 8];
 };
 static_assert(sizeof(PlanHeader) == kPlanHeaderSize * sizeof(int32_t), "header layout");
 
