@@ -330,7 +330,7 @@ def test_saves_and_loads(tmp_path):
     assert loaded.predicted_step() == result.predicted_step()
     assert str(loaded) == str(result)
     data = json.loads((tmp_path / "plan.json").read_text())
-    with pytest.raises(ValueError, match="version must be 2, got 7"):
+    with pytest.raises(ValueError, match="version must be 3, got 7"):
         Plan.from_dict({**data, "version": 7})
     with pytest.raises(ValueError, match=r"format must be 'pixelfly.Plan', got None"):
         Plan.from_dict({"version": 1})

@@ -61,6 +61,12 @@ def test_fit_finds_what_made_the_timings(launch, flop, byte, form):
     assert min(found.launch, found.flop, found.byte) >= 0
 
 
+@pytest.mark.parametrize("grows", [lambda n: Work(3 * n, n, 2), lambda n: Work(0, n, 2)])
+def test_timings_of_one_size_go_to_the_work_and_not_to_the_launch(grows):
+    found = fit([grows(1e6)] * 3, [1e-3] * 3)
+    assert found.seconds(grows(2e6)) == pytest.approx(2e-3)
+
+
 def test_fit_says_how_far_it_is_off():
     timings = [1e-3, 2e-3] * 5
     found = fit([Work(1e6, 1e6)] * 10, timings)
@@ -103,7 +109,7 @@ def test_rows_of_odd_length_have_a_rate_of_their_own():
 
 def test_seconds_of_a_step_hold_the_backward_once():
     cost, work = CostModel.roofline("h100"), Work(1e12, 1e9)
-    for kind, times in (("attention", 3), ("dense", 3), ("convolution", 1), ("pointwise", 1)):
+    for kind, times in (("attention", 3), ("dense", 3), ("convolution", 1), ("mixed", 1)):
         forward = cost.seconds({kind: work}, training=False)
         assert cost.seconds({kind: work}) == pytest.approx(times * forward)
 
@@ -166,7 +172,7 @@ def test_other_files_are_refused(tmp_path):
     CostModel.roofline("h200").save(path)
     data = json.loads(path.read_text())
     for change, message in (
-        ({"version": 9}, "version must be 2, got 9.*measure again"),
+        ({"version": 9}, "version must be 3, got 9.*measure again"),
         ({"format": "x"}, "file of x"),
     ):
         path.write_text(json.dumps({**data, **change}))

@@ -13,6 +13,7 @@ from toy_models import Block
 from pixelfly import PixelflyLinear
 from pixelfly.budget import Work, count
 from pixelfly.budget.count import Tally, beside_matmuls
+from pixelfly.budget.operators import norm_work
 from pixelfly.budget.rate import add
 from pixelfly.masks import AttentionLayout
 from pixelfly.nn import AttentionConfig, PixelflySelfAttention
@@ -63,14 +64,25 @@ def test_backward_sums_the_bias_gradient():
 
 def test_autocast_casts_weight_and_gradient():
     step = beside_matmuls(128, 256, 64, False, torch.float32, torch.bfloat16, True)
-    assert step == {"pointwise": Work(0, 2 * (F32 + BF16) * 128 * 256, 2)}
+    assert step == {"mixed": Work(0, 2 * (F32 + BF16) * 128 * 256, 2)}
 
 
-def test_layer_norm_backward_is_two_passes():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("training", [False, True])
+def test_layer_norm_is_three_passes(training, dtype):
     model, x = nn.Sequential(nn.Linear(64, 64, bias=False), nn.LayerNorm(64)), torch.zeros(8, 64)
-    forward, step = (total(count(model, x, training=t)) for t in (False, True))
-    assert step["reduction"] == Work(0, 2 * F32 * 8 * 64)
-    assert step["pointwise"].bytes - forward["pointwise"].bytes == 3 * F32 * 8 * 64
+    work = total(count(model, x, training=training, dtype=dtype))["normalization"]
+    expected = norm_work(8 * 64, dtype.itemsize, training)  # what is timed is what is counted
+    assert (work.flops, work.count) == (expected.flops, expected.count)
+    edge = 2 * 64 + 2 * 8 + training * 64  # scale and shift; statistics of rows; dscale
+    assert work.bytes == expected.bytes + edge * dtype.itemsize
+
+
+def test_a_frozen_scale_has_no_pass_of_its_own():
+    model, x = nn.Sequential(nn.Linear(64, 64, bias=False), nn.LayerNorm(64)), torch.zeros(8, 64)
+    model[1].requires_grad_(False)
+    real = total(count(model, x, training=True, fake=False))["normalization"]
+    assert (real.flops, real.count) == (2 * 8 * 64, 2)
 
 
 class Function(nn.Module):
@@ -89,6 +101,7 @@ class Function(nn.Module):
     [
         (lambda x, p: x.transpose(1, 2).contiguous(), "strided", 2 * 8 * 4 * 64),
         (lambda x, p: x * p, "pointwise", 2 * 8 * 4 * 64 + 4 * 64),
+        (lambda x, p: x.double(), "mixed", 3 * 8 * 4 * 64),
         (lambda x, p: x.sum((0, 1)), "reduction", 8 * 4 * 64 + 64),
         (lambda x, p: x.sum(-1), "pointwise", 8 * 4 * 64 + 8 * 4),
         (lambda x, p: torch.zeros_like(x), "pointwise", 8 * 4 * 64),
@@ -104,8 +117,9 @@ def test_what_an_operator_moves(function, kind, elements):
 @pytest.mark.parametrize("power", [lambda x, p: x**3, lambda x, p: torch.pow(x, 3)])
 def test_autocast_runs_in_float32_what_it_does_on_cuda(power):
     x = torch.zeros(8, 64, dtype=torch.bfloat16)
-    (work,) = total(count(Function(power), x, autocast=torch.bfloat16)).values()
-    assert work == Work(0, (BF16 + F32) * 512 + 2 * F32 * 512, 2)  # a cast, then the power
+    works = total(count(Function(power), x, autocast=torch.bfloat16))
+    # a cast, then the power
+    assert works == {"mixed": Work(0, (BF16 + F32) * 512), "pointwise": Work(0, 2 * F32 * 512)}
     (plain,) = total(count(Function(power), x)).values()
     assert plain == Work(0, 2 * BF16 * 512)
 
@@ -222,9 +236,10 @@ def test_backward_of_a_loss_starts_there():
     assert real == total(count(model, x, training=True))
 
 
-def test_convolution_counts_its_own_backward():
-    model, x = nn.Conv2d(3, 8, 3, bias=False), torch.zeros(4, 3, 5, 5)
-    forward, step = (total(count(model, x, training=t))["convolution"] for t in (False, True))
+@pytest.mark.parametrize(("channels", "kind"), [(3, "unaligned convolution"), (16, "convolution")])
+def test_convolution_counts_its_own_backward(channels, kind):
+    model, x = nn.Conv2d(channels, 8, 3, bias=False), torch.zeros(4, channels, 5, 5)
+    forward, step = (total(count(model, x, training=t))[kind] for t in (False, True))
     assert step.flops == 2 * forward.flops and step.count == 2  # no gradient of the image
 
 

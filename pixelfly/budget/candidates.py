@@ -143,7 +143,7 @@ def sparse_layer_seconds(
     )
     if autocast:
         moved = (torch.float32.itemsize + cost.itemsize) * stored
-        seconds += cost.seconds({"pointwise": Work(0, moved)})
+        seconds += cost.seconds({"mixed": Work(0, moved)})
     return seconds
 
 

@@ -10,10 +10,10 @@ from dataclasses import asdict, dataclass, field
 
 import torch
 
-from .operators import MATMULS, MOVED, aligned
+from .operators import CONVOLUTIONS, MATMULS, MOVED, aligned
 from .rate import Rate, Work
 
-VERSION = 2
+VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,11 @@ class CostModel:
         dtype: of activations and weights, by torch's name.
         rates: by kind. Each followed by "/forward" or "/step" (forward + backward): "dense";
             "unaligned", dense with rows that are not whole pieces of 16 bytes; "b16" ... "b128",
-            Pixelfly layers by block size; "attention"; "convolution". And, for all operators that
-            only move bytes: "pointwise"; "reduction", sums over rows; "strided", where dimensions
-            change their order in memory.
+            Pixelfly layers by block size; "attention"; "convolution"; "unaligned convolution", of
+            images, say, whose three channels are no whole pieces. And, for all operators that only
+            move bytes: "pointwise"; "mixed", of tensors of several floating-point dtypes;
+            "normalization", whose FLOPs are elements; "reduction", sums over rows; "strided", where
+            dimensions change their order in memory.
         source: where the numbers come from.
 
     Source: Pixelated Butterfly (Chen et al., ICLR 2022), section 3.3 and its appendix:
@@ -167,7 +169,7 @@ class CostModel:
         total = 0.0
         for kind, work in works.items():
             if kind in MATMULS:
-                if training and kind != "convolution":
+                if training and kind not in CONVOLUTIONS:
                     work = work.scaled(3)
                 kind = f"{kind}/{'step' if training else 'forward'}"
             if kind not in self.rates:

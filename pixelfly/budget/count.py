@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_iter, tree_map_only
 
 from ..nn.linear import PixelflyLinear
 from .as_cuda import AsCUDA
-from .operators import MOVED, is_matmul, matmul, moved
+from .operators import CONVOLUTIONS, MOVED, is_matmul, matmul, moved
 from .rate import Work, add
 
 
@@ -35,8 +35,8 @@ class Tally:
             `butterfly_attention`, those of its kept blocks.
         works: work by the kind of its rate (see `CostModel`). Matmuls ("dense", "unaligned") and
             "attention" count in the forward alone; convolutions and operators that only move
-            bytes ("pointwise", "reduction", "strided") also in the backward, all of which counts
-            under the model itself, "".
+            bytes ("pointwise", "mixed", "normalization", "reduction", "strided") also in the
+            backward, all of which counts under the model itself, "".
     """
 
     macs: int = 0
@@ -271,7 +271,7 @@ class _Counter(TorchDispatchMode):
                 add(self._tally().works, works)
             return out
         kind, macs, work = matmul(func, args, kwargs, out)
-        if kind == "convolution" or not self.backward:
+        if kind in CONVOLUTIONS or not self.backward:
             tally = self._tally()
             tally.macs += 0 if self.backward else macs
             add(tally.works, {kind: work})

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from ..nn.choice import choose
 from ..ops import butterfly_lowrank_mm
 from .cost import dense_work, sparse_work
+from .operators import norm_work
 from .rate import Rate, Work, fit
 
 Call = Callable[[int], object]  # of the index of a buffer set
@@ -57,11 +58,13 @@ def measure_rates(
         _cases(device, dtype, t, k, n, densities, block_sizes)
         for t, (k, n) in product(tokens, shapes)
     )
+    widths = sorted({n for _, n in shapes})
     between = (
         _unaligned_cases(device, dtype, tokens, shapes[-2:]),
-        _attention_cases(device, dtype, max(tokens)),
-        _convolution_cases(device, dtype, max(tokens)),
-        _column_cases(device, dtype, tokens, sorted({n for _, n in shapes})),
+        _attention_cases(device, dtype, tokens),
+        _convolution_cases(device, dtype, tokens),
+        _norm_cases(device, dtype, tokens, widths),
+        _column_cases(device, dtype, tokens, widths),
         _pointwise_cases(device, dtype),
     )
     for case in chain(chain.from_iterable(layers), chain.from_iterable(between)):
@@ -129,11 +132,16 @@ def _unaligned_cases(
             yield _Case(f"unaligned/{mode}", work, call, sets)
 
 
-def _attention_cases(device: torch.device, dtype: torch.dtype, t: int) -> Iterator[_Case]:
-    """Fused attention of `t` tokens, cut into sequences of several lengths."""
+def _attention_cases(
+    device: torch.device, dtype: torch.dtype, tokens: Sequence[int]
+) -> Iterator[_Case]:
+    """Fused attention of tokens that are cut into sequences of several lengths.
+
+    Of one number of tokens alone, no length would tell launches from bytes.
+    """
     cuda = device.type == "cuda"
     heads, lengths = (12, (197, 512, 1024, 2048)) if cuda else (4, (32, 64))
-    for length, causal in product(lengths, (False, True)):
+    for t, length, causal in product(_ends(tokens), lengths, (False, True)):
         batch = max(1, t // length)
         numel = batch * length * heads * _HEAD
         sets = _sets(device, dtype.itemsize * 3 * numel)
@@ -152,15 +160,24 @@ def _attention_cases(device: torch.device, dtype: torch.dtype, t: int) -> Iterat
             yield _Case(f"attention/{mode}", work, call, sets)
 
 
-def _convolution_cases(device: torch.device, dtype: torch.dtype, t: int) -> Iterator[_Case]:
-    """A vision transformer's patches, whose images get no gradient, and a 3 x 3 convolution."""
-    patches, middle = (3, 768, 16, 16, 0, 224), (64, 64, 3, 1, 1, 56)
-    for first, (cin, cout, kernel, stride, padding, side) in ((True, patches), (False, middle)):
+def _convolution_cases(
+    device: torch.device, dtype: torch.dtype, tokens: Sequence[int]
+) -> Iterator[_Case]:
+    """A vision transformer's patches, whose images get no gradient, and 3 x 3 convolutions."""
+    patches = [(3, cout, 16, 16, 0, 224) for cout in (192, 768)]
+    middle = [(64, 64, 3, 1, 1, 56), (256, 256, 3, 1, 1, 14)]
+    for t, (cin, cout, kernel, stride, padding, side) in product(
+        _ends(tokens), (*patches, *middle)
+    ):
+        first = cin == 3
+        kind = "unaligned convolution" if first else "convolution"
         out = (side + 2 * padding - kernel) // stride + 1
         batch = max(1, t // out**2)
         sets = _sets(device, dtype.itemsize * batch * (cin * side**2 + cout * out**2))
         xs = [_normal(device, dtype, batch, cin, side, side) for _ in range(sets)]
         dys = [_normal(device, dtype, batch, cout, out, out) for _ in range(sets)]
+        if first:  # the gradients of tokens have their features side by side
+            dys = [dy.to(memory_format=torch.channels_last) for dy in dys]
         weight = _normal(device, dtype, cout, cin, kernel, kernel)
 
         def apply(x, w, stride=stride, padding=padding):
@@ -174,13 +191,32 @@ def _convolution_cases(device: torch.device, dtype: torch.dtype, t: int) -> Iter
             "step": Work(passes * flops, dtype.itemsize * (forward + backward), 2),
         }
         for mode, call in _calls(apply, xs, dys, [weight], inputs=not first):
-            yield _Case(f"convolution/{mode}", works[mode], call, sets)
+            yield _Case(f"{kind}/{mode}", works[mode], call, sets)
+
+
+def _norm_cases(
+    device: torch.device, dtype: torch.dtype, tokens: Sequence[int], features: Sequence[int]
+) -> Iterator[_Case]:
+    """LayerNorms, in float32 too, as autocast runs them; their backward is most of their time."""
+    kinds = sorted({dtype, torch.float32}, key=str)
+    for kind, t, n in product(kinds, _ends(tokens), _ends(features)):
+        sets = _sets(device, 2 * kind.itemsize * t * n)
+        xs, dys = ([_normal(device, kind, t, n) for _ in range(sets)] for _ in range(2))
+        parameters = [_normal(device, kind, n), _normal(device, kind, n)]
+
+        def apply(x, weight, bias):
+            return F.layer_norm(x, weight.shape, weight, bias)
+
+        for mode, call in _calls(apply, xs, dys, parameters):
+            work = norm_work(t * n, kind.itemsize, training=mode == "step")
+            yield _Case("normalization", work, call, sets)
 
 
 def _column_cases(
     device: torch.device, dtype: torch.dtype, tokens: Sequence[int], features: Sequence[int]
 ) -> Iterator[_Case]:
-    """The sum of a bias gradient, and heads that change places with tokens."""
+    """The sum of a bias gradient; heads that change places with tokens, and the gradients of q, k
+    and v that are put together and then side by side."""
     for t, n in product(tokens, features):
         size = dtype.itemsize * t * n
         sets = _sets(device, size)
@@ -191,17 +227,43 @@ def _column_cases(
         split = [
             x[: t // length * length, : heads * head].reshape(-1, length, heads, head) for x in xs
         ]
+        split = [x.transpose(1, 2) for x in split]
+        threes = [torch.stack((x, x, x)).permute(1, 3, 0, 2, 4) for x in split[:2]]
         work = Work(0, 2 * dtype.itemsize * split[0].numel())
-        call = lambda i, split=split: split[i].transpose(1, 2).contiguous()  # noqa: E731
-        yield _Case("strided", work, call, sets)
+        calls = (
+            (1, lambda i, xs=split: xs[i].contiguous()),
+            (3, lambda i, xs=split: torch.stack([xs[(i + j) % len(xs)] for j in range(3)])),
+            (3, lambda i, xs=threes: xs[i % len(xs)].contiguous()),
+        )
+        for many, call in calls:
+            yield _Case("strided", Work(0, many * work.bytes), call, sets)
 
 
 def _pointwise_cases(device: torch.device, dtype: torch.dtype) -> Iterator[_Case]:
-    """What stands between the layers: reads and writes one tensor, small or larger than caches."""
+    """What stands between the layers, small or larger than caches: one tensor read and written,
+    and with another dtype, as autocast has it, a tensor rounded, widened or added."""
+    other = torch.bfloat16 if dtype == torch.float32 else torch.float32
     for numel in _POINTWISE_SIZES:
         x = torch.randn(2, numel, device=device, dtype=dtype)
-        work = Work(0, 2 * dtype.itemsize * numel)
-        yield _Case("pointwise", work, lambda i, x=x: x[i].mul(2), len(x))
+        y = x.to(other)
+        size = numel * dtype.itemsize
+        both = size + numel * other.itemsize
+        calls = (
+            ("pointwise", 2 * size, lambda i, x=x: x[i].mul(2)),
+            ("mixed", both, lambda i, x=x: x[i].to(other)),
+            ("mixed", both, lambda i, y=y: y[i].to(dtype)),
+            (
+                "mixed",
+                both + numel * torch.float32.itemsize,
+                lambda i, x=x, y=y: torch.add(x[i], y[i]),
+            ),
+        )
+        for kind, moved, call in calls:
+            yield _Case(kind, Work(0, moved), call, len(x))
+
+
+def _ends(values: Sequence[int]) -> list[int]:
+    return sorted({min(values), max(values)})
 
 
 def _calls(

@@ -13,8 +13,9 @@ from .. import ops  # noqa: F401 (tells torch's counter the FLOPs of our operato
 from ..masks import AttentionLayout
 from .rate import Work
 
-MATMULS = ("dense", "unaligned", "attention", "convolution")
-MOVED = ("pointwise", "reduction", "strided")
+CONVOLUTIONS = ("convolution", "unaligned convolution")
+MATMULS = ("dense", "unaligned", "attention", *CONVOLUTIONS)
+MOVED = ("pointwise", "mixed", "normalization", "reduction", "strided")
 _ALIGNMENT = 16  # bytes: rows of other lengths are beyond the fast kernels of BLAS libraries
 
 _aten = torch.ops.aten
@@ -41,6 +42,7 @@ _SKIPS_FIRST = {
     *(_aten.embedding, _aten.index_select, _aten.gather, _aten.index, _aten.nll_loss_forward),
     *(_aten.copy_, _aten.new_zeros, _aten.new_ones, _aten.new_full),
 }
+_NORM = {_aten.native_layer_norm, _aten.native_group_norm, _aten._fused_rms_norm}
 # The gradient of the scale and shift of a normalization is a second pass, over columns.
 _NORM_BACKWARD = {
     _aten.native_layer_norm_backward,
@@ -72,10 +74,24 @@ def matmul(func: Any, args: tuple, kwargs: dict[str, Any], out: Any) -> tuple[st
         return "attention", flops // 2, Work(share * flops, _bytes((args, kwargs, first)))
     work = Work(flops, _bytes((args, kwargs, out)))
     if packet in _CONVOLUTION:
-        return "convolution", flops // 2, work
+        # Input and output, or their gradients: fast kernels want channels side by side.
+        maps = (args[0], out if isinstance(out, torch.Tensor) else args[1])
+        whole = all(aligned(t.element_size(), t.shape[1]) for t in maps)
+        return "convolution" if whole else "unaligned convolution", flops // 2, work
     matrices = [t for t in _tensors((args, out)) if t.dim() > 1]
     whole = all(aligned(t.element_size(), t.shape[-1]) for t in matrices)
     return "dense" if whole else "unaligned", flops // 2, work
+
+
+def norm_work(elements: int, itemsize: int, training: bool = False) -> Work:
+    """Returns the work of a normalization; training adds its backward with a scale's gradient.
+
+    An operation an element counts as a FLOP: statistics are in float32 whatever the dtype, so half
+    the bytes do not make these kernels twice as fast. Forward: x, y. Backward: dy, x, dx, and
+    dy, x again.
+    """
+    passes, moved = (3, 2 + 3 + 2) if training else (1, 2)
+    return Work(passes * elements, itemsize * moved * elements, passes)
 
 
 def block_attention(
@@ -93,8 +109,9 @@ def block_attention(
 def moved(func: Any, args: tuple, kwargs: dict[str, Any], out: Any) -> dict[str, Work]:
     """Returns what an operator that is not a matmul moves, by the kind of its rate.
 
-    "reduction" sums columns, "strided" reads in another order of dimensions than it writes;
-    both reach less of the memory's bandwidth than "pointwise", all else.
+    "reduction" sums columns, "normalization" looks at rows as a whole, "strided" reads in another
+    order of dimensions than it writes, "mixed" has tensors of several floating-point dtypes; all
+    reach less of the memory's bandwidth than "pointwise", all else.
     """
     packet = func._overloadpacket
     if func.is_view or packet in _FREE or func.namespace == "prim":
@@ -103,13 +120,19 @@ def moved(func: Any, args: tuple, kwargs: dict[str, Any], out: Any) -> dict[str,
         return {"pointwise": Work(0, _bytes(out))}
     read = (args[1:], kwargs) if packet in _SKIPS_FIRST else (args, kwargs)
     work = Work(0, _bytes((read, out)))
+    if packet in _NORM:
+        return {"normalization": Work(args[0].numel(), work.bytes)}
     if packet in _NORM_BACKWARD:
-        dx, dscale = out[:2]
-        passes = {"reduction": Work(0, _bytes(args[:2]))} if dscale is not None else {}
-        return passes | ({} if dx is None else {"pointwise": Work(0, _bytes((args[:2], dx)))})
+        # As norm_work has it: a pass for each of dx and dscale.
+        passes = [(args[:2], dx) for dx in out[:2] if dx is not None]
+        elements = args[0].numel() * len(passes)
+        return {"normalization": Work(elements, _bytes(passes), len(passes))} if passes else {}
     if packet in (_aten.sum, _aten.mean) and _keeps_columns(args):
         return {"reduction": work}
-    return {"strided" if _reorders(packet, read, out) else "pointwise": work}
+    if _reorders(packet, read, out):
+        return {"strided": work}
+    dtypes = {t.dtype for t in _tensors((read, out)) if t.dim() and t.is_floating_point()}
+    return {"mixed" if len(dtypes) > 1 else "pointwise": work}
 
 
 def _keeps_columns(args: tuple) -> bool:

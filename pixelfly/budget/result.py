@@ -20,7 +20,7 @@ from .candidates import dense_layer_seconds, gate_params, sparse_layer_seconds
 from .cost import CostModel
 from .rate import Work, resized
 
-VERSION = 2
+VERSION = 3
 _FORMAT = "pixelfly.Plan"
 _ADAMW_PASSES = 7  # over a parameter: weight, gradient and two moments read, three written
 _PARTS = {  # of what is not a linear layer, by the kind of its rate
@@ -28,7 +28,10 @@ _PARTS = {  # of what is not a linear layer, by the kind of its rate
     "unaligned": "other matmuls",
     "attention": "attention",
     "convolution": "convolutions",
+    "unaligned convolution": "convolutions",
     "pointwise": "pointwise",
+    "mixed": "mixed dtypes",
+    "normalization": "normalizations",
     "reduction": "reductions",
     "strided": "strided copies",
 }
@@ -104,8 +107,9 @@ class Prediction:
 
     Attributes:
         parts: seconds by what takes them: the layer types, "other matmuls", "attention",
-            "convolutions", "pointwise", "reductions" (sums over rows), "strided copies" and, in
-            training, "optimizer". A layer's bias gradient and autocast's casts of its weight are
+            "convolutions", "pointwise", "mixed dtypes" (casts, sums of two dtypes),
+            "normalizations", "reductions" (sums over rows), "strided copies" and, in training,
+            "optimizer". A layer's bias gradient and autocast's casts of its weight are
             in its type's part.
     """
 
