@@ -134,7 +134,7 @@ ThreadBlocks balance(const ThreadBlocks& before, const std::vector<GroupWork>& g
   // Of a thread block's share of the work. Where all weights are streamed, x is the lesser part.
   const bool any_stays =
       std::any_of(groups.begin(), groups.end(), [](const GroupWork& g) { return g.resident; });
-  const double turn_cost = any_stays ? 0.3 : 0.1;
+  const double turn_cost = any_stays ? 0.3 : 0.2;
   const std::vector<double> times = tile_times(groups, saves_slopes);
   const auto count = static_cast<int32_t>(groups.size());
   const auto thread_blocks = static_cast<int32_t>(before.size());
