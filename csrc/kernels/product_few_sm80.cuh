@@ -1,14 +1,15 @@
 // y = act(x · Bᵀ + t · uᵀ + bias) + residual for few tokens (decoding): bound by reading each
 // weight once, on mma.sync, for every GPU from sm_80 on. Also t = x · vᵀ: a product without blocks.
 //
-// A thread block makes 16 features of all tokens. Its warps take chunks of 32 contraction features
-// in turn: weights are mma's A (M = 16 features), up to 8 kTiles tokens are N. Nothing is staged:
-// the order of k within a chunk is free as long as A and B agree, so each lane loads 16 contiguous
-// bytes of its row and column, which are the fragments of two k16 products. The warps' partial sums
-// meet in shared memory, in order. A dependent launch: from sm_90 on it may start, and with few
-// tokens have its weights brought to L2, while the kernel before it ends.
+// A group of warps makes 16 features of up to 64 tokens. They take chunks of 32 contraction
+// features in turn: weights are mma's A (M = 16 features), up to 8 kTiles tokens are N. Nothing is
+// staged: the order of k within a chunk is free as long as A and B agree, so each lane loads 16
+// contiguous bytes of its row and column, which are the fragments of two k16 products. The warps'
+// partial sums meet in shared memory, in order. A thread block is a group, or two that read the
+// same x, which then comes from L2 once. A dependent launch: from sm_90 on it may start, and with
+// up to 16 tokens have its weights brought to L2, while the kernel before it ends.
 //
-//   shared memory: float [warps][8 kTiles tokens][16 features + 4]
+//   shared memory of a group: float [16] biases, [warps][8 kTiles tokens][16 features + 4] sums
 #pragma once
 
 #include "device/convert.cuh"
@@ -21,17 +22,23 @@
 
 namespace pixelfly::sm80 {
 
-constexpr int kFewFeatures = 16;  // of a thread block
-constexpr int kFewDepth = 32;     // contraction features of a chunk
-constexpr int kFewMaxTiles = 8;   // of 8 tokens
+constexpr int kFewFeatures = 16;  // of a group of warps
+constexpr int kFewDepthLog2 = 5;
+constexpr int kFewDepth = 1 << kFewDepthLog2;  // contraction features of a chunk
+constexpr int kFewMaxTiles = 8;                // of 8 tokens
 constexpr int kFewMaxWarps = 16;
 constexpr int kFewStride = kFewFeatures + 4;  // of a token: writes meet no bank twice
+
+// Shared memory of a group.
+constexpr int few_shared_floats(int warps, int tiles) {
+  return kFewFeatures + warps * tiles * 8 * kFewStride;
+}
 
 struct FewArgs {
   ProductParams p;
   const int32_t* row_ptr;  // [block rows + 1]; null: no blocks
   const int32_t* col_idx;  // [nnz]
-  int32_t block_size;      // 32, 64 or 128
+  int32_t block_log2;      // 5, 6 or 7; a division would take as long as a load
   int32_t rank;
   bool quads_aligned;  // four outputs, residuals and slopes lie as a vector
 };
@@ -81,21 +88,22 @@ struct FewChunk {
 
 template <typename T, int kTiles>
 __device__ __forceinline__ void load_chunk(FewChunk<kTiles>& c, const FewArgs& args, int chunk,
-                                           int block_chunks, int first_entry, int feature) {
+                                           int block_chunks, int first_entry, int feature,
+                                           int first_token) {
   const ProductParams& p = args.p;
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-  const T* source;  // row `token` of x or t, at this lane's k
+  const T* source;  // x or t at this lane's k
   int64_t stride;
   bool inside;
   if (chunk < block_chunks) {
-    const int b = args.block_size, parts = b / kFewDepth;
-    const int entry = first_entry + chunk / parts, k = chunk % parts * kFewDepth + t * 8;
-    const T* block = static_cast<const T*>(p.blocks) + static_cast<int64_t>(entry) * b * b;
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      c.weights[h] = load_vector(block + (feature % b + g + h * 8) * b + k, true);
-    }
-    const int col = args.col_idx[entry] * b + k;
+    const int log2 = args.block_log2, parts_log2 = log2 - kFewDepthLog2;
+    const int entry = first_entry + (chunk >> parts_log2);
+    const int k = (chunk & ((1 << parts_log2) - 1)) * kFewDepth + t * 8;
+    const int64_t row = (int64_t{entry} << log2) + (feature & ((1 << log2) - 1)) + g;
+    const T* weights = static_cast<const T*>(p.blocks) + (row << log2) + k;
+    c.weights[0] = load_vector(weights, true);
+    c.weights[1] = load_vector(weights + (8 << log2), true);
+    const int col = (args.col_idx[entry] << log2) + k;
     source = static_cast<const T*>(p.x) + col;
     stride = p.x_stride;
     inside = col < p.in_features;
@@ -111,10 +119,13 @@ __device__ __forceinline__ void load_chunk(FewChunk<kTiles>& c, const FewArgs& a
     source = static_cast<const T*>(p.t) + k;
     stride = p.t_stride;
   }
+  const int token = first_token + g;
+  const int left = inside ? static_cast<int>(p.tokens) - token : 0;
+  source += token * stride;
 #pragma unroll
   for (int i = 0; i < kTiles; ++i) {
-    const int64_t token = i * 8 + g;
-    c.x[i] = load_vector(source + token * stride, inside && token < p.tokens);
+    c.x[i] = load_vector(source, i * 8 < left);
+    source += 8 * stride;
   }
 }
 
@@ -123,12 +134,15 @@ template <typename T>
 __device__ __forceinline__ void prefetch_weights(const FewArgs& args, int first, int last,
                                                  int feature) {
   constexpr int kLine = 128 / sizeof(T);
+  constexpr int kPartLinesLog2 = 3;  // of kFewFeatures rows of a chunk
+  static_assert(kFewFeatures * kFewDepth == kLine << kPartLinesLog2);
   const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
-  const int b = args.block_size, lines = b * kFewFeatures / kLine;  // of a block, all in one piece
-  const T* blocks = static_cast<const T*>(args.p.blocks) + feature % b * b;
-  for (int i = thread; i < (last - first) * lines; i += threads) {
-    device::prefetch_before_wait(blocks + static_cast<int64_t>(first + i / lines) * b * b +
-                                 i % lines * kLine);
+  const int log2 = args.block_log2;
+  const int lines_log2 = log2 - kFewDepthLog2 + kPartLinesLog2;  // of a block, all in one piece
+  const T* blocks = static_cast<const T*>(args.p.blocks) + ((feature & ((1 << log2) - 1)) << log2);
+  for (int i = thread; i < (last - first) << lines_log2; i += threads) {
+    device::prefetch_before_wait(blocks + (int64_t{first + (i >> lines_log2)} << 2 * log2) +
+                                 (i & ((1 << lines_log2) - 1)) * kLine);
   }
   const T* factor = static_cast<const T*>(args.p.factor);
   const int rows = min(kFewFeatures, args.p.out_features - feature);
@@ -144,21 +158,30 @@ __global__ void __launch_bounds__(kFewMaxWarps * 32)
     product_few_sm80(const __grid_constant__ FewArgs args) {
   constexpr int kAhead = kTiles <= 2 ? 4 : 2;  // chunks in flight
   constexpr int kTokens = kTiles * 8;
-  // Gains with one token and loses with 64 (csrc/README.md); what lies between was not timed.
+  // The next kernel may start at once, which loses with 64 tokens, or after the products, which
+  // gains with 64 (csrc/README.md).
   constexpr bool kEarly = kTiles <= 2;
   if constexpr (kEarly) device::allow_dependent_launch();
   const ProductParams& p = args.p;
-  const int feature = blockIdx.x * kFewFeatures;
+  const int feature = (blockIdx.x * blockDim.y + threadIdx.y) * kFewFeatures;
+  const int first_token = blockIdx.y * kTokens;
   const int warp = threadIdx.x / 32, warps = blockDim.x / 32;
   int first = 0, last = 0;
   if (args.row_ptr != nullptr) {
-    first = args.row_ptr[feature / args.block_size];
-    last = args.row_ptr[feature / args.block_size + 1];
+    first = args.row_ptr[feature >> args.block_log2];
+    last = args.row_ptr[(feature >> args.block_log2) + 1];
   }
   if constexpr (kEarly) prefetch_weights<T>(args, first, last, feature);
-  device::wait_for_previous_kernel();  // of what came before, only the plan has been read
-  const int block_chunks = (last - first) * (args.block_size / kFewDepth);
+  const int block_chunks = (last - first) << (args.block_log2 - kFewDepthLog2);
   const int chunks = block_chunks + (args.rank + kFewDepth - 1) / kFewDepth;
+  device::wait_for_previous_kernel();  // of what came before, only the plan has been read
+
+  // Thread i brings bias i, which arrives while the products are formed.
+  const int thread = static_cast<int>(threadIdx.x);
+  T bias{};
+  if (p.bias != nullptr && thread < min(kFewFeatures, p.out_features - feature)) {
+    bias = static_cast<const T*>(p.bias)[feature + thread];
+  }
 
   float acc[kTiles][4] = {};
   for (int begin = warp; begin < chunks; begin += warps * kAhead) {
@@ -167,7 +190,7 @@ __global__ void __launch_bounds__(kFewMaxWarps * 32)
     for (int a = 0; a < kAhead; ++a) {
       const int chunk = begin + a * warps;
       if (chunk < chunks) {
-        load_chunk<T>(ahead[a], args, chunk, block_chunks, first, feature);
+        load_chunk<T>(ahead[a], args, chunk, block_chunks, first, feature, first_token);
       }
     }
 #pragma unroll
@@ -184,7 +207,11 @@ __global__ void __launch_bounds__(kFewMaxWarps * 32)
     }
   }
 
-  float* sums = reinterpret_cast<float*>(device::dynamic_shared());
+  if constexpr (!kEarly) device::allow_dependent_launch();
+  float* biases = reinterpret_cast<float*>(device::dynamic_shared()) +
+                  threadIdx.y * few_shared_floats(warps, kTiles);
+  float* sums = biases + kFewFeatures;
+  if (thread < kFewFeatures) biases[thread] = device::to_float(bias);
   const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
 #pragma unroll
   for (int i = 0; i < kTiles; ++i) {
@@ -196,37 +223,36 @@ __global__ void __launch_bounds__(kFewMaxWarps * 32)
   }
   // A thread finishes four features, the same ones of all its tokens.
   constexpr int kQuads = kFewFeatures / 4;
-  const int quad = static_cast<int>(threadIdx.x) % kQuads * 4, n = feature + quad;
+  const int quad = thread % kQuads * 4, n = feature + quad;
   const int count = min(4, p.out_features - n);
   const bool whole = count == 4 && args.quads_aligned;
-  Four<T> bias{};
-  if (p.bias != nullptr) bias = load_four(static_cast<const T*>(p.bias) + n, count, false);
   __syncthreads();
+  const auto start = *reinterpret_cast<const Four<float>*>(biases + quad);
   device::dispatch_activation(p.activation, [&](auto tag) {
     constexpr Activation kActivation = decltype(tag)::value;
+    const int tokens = min(kTokens, static_cast<int>(p.tokens) - first_token);
     const int step = static_cast<int>(blockDim.x) / kQuads;
-    for (int token = static_cast<int>(threadIdx.x) / kQuads; token < p.tokens; token += step) {
-      float z[4];
-#pragma unroll
-      for (int e = 0; e < 4; ++e) z[e] = p.bias != nullptr ? device::to_float(bias.of[e]) : 0.f;
-#pragma unroll 4
-      for (int w = 0; w < warps; ++w) {
-        const float* row = sums + (w * kTokens + token) * kFewStride + quad;
-        const auto sum = *reinterpret_cast<const Four<float>*>(row);
-#pragma unroll
-        for (int e = 0; e < 4; ++e) z[e] += sum.of[e];
-      }
-      using Slope = device::SlopeOf<T>;
-      Four<Slope> slopes;
-      Four<T> y;
+    for (int local = thread / kQuads; local < tokens; local += step) {
+      const int token = first_token + local;
       Four<T> residual{};
       if (p.residual != nullptr) {
         residual = load_four(static_cast<const T*>(p.residual) + token * p.residual_stride + n,
                              count, whole);
       }
+      Four<float> z = start;
+#pragma unroll 4
+      for (int w = 0; w < warps; ++w) {
+        const float* row = sums + (w * kTokens + local) * kFewStride + quad;
+        const auto sum = *reinterpret_cast<const Four<float>*>(row);
+#pragma unroll
+        for (int e = 0; e < 4; ++e) z.of[e] += sum.of[e];
+      }
+      using Slope = device::SlopeOf<T>;
+      Four<Slope> slopes;
+      Four<T> y;
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
-        const auto [value, slope] = device::activate_with_slope<kActivation, false>(z[e]);
+        const auto [value, slope] = device::activate_with_slope<kActivation, false>(z.of[e]);
         slopes.of[e] = device::from_float<Slope>(slope);
         const float added = p.residual != nullptr ? device::to_float(residual.of[e]) : 0.f;
         y.of[e] = device::from_float<T>(value + added);

@@ -29,7 +29,7 @@ Status launch_low_rank(const LowRankParams& p, const DeviceInfo& device, Stream 
   if (p.x_others.given() && path != Path::kHopper) return refuse_thirds();
   switch (path) {
     case Path::kHopper: return launch_low_rank_sm90(p, device, stream);
-    case Path::kFew: return launch_low_rank_few_sm80(p, stream);
+    case Path::kFew: return launch_low_rank_few_sm80(p, device, stream);
     default: return launch_low_rank_sm80(p, device, stream);
   }
 }
@@ -54,7 +54,7 @@ Status launch_product(const ProductParams& p, const DeviceInfo& device, Stream s
   }
   switch (choice.path) {
     case Path::kHopper: return launch_product_sm90(given, device, stream);
-    case Path::kFew: return launch_product_few_sm80(given, stream);
+    case Path::kFew: return launch_product_few_sm80(given, device, stream);
     default: return launch_product_sm80(given, device, stream);
   }
 }

@@ -13,35 +13,46 @@ namespace {
 
 constexpr int64_t kMostTokens = 8 * sm80::kFewMaxTiles;
 
-// `chunks`: the longest contraction of a thread block, in steps of kFewDepth. A warp takes at least
-// two.
+// `chunks`: the longest contraction of a group, in steps of kFewDepth. A warp takes at least two.
 template <typename T, int kTiles>
-Status launch_tiles(const sm80::FewArgs& args, int chunks, Stream stream) {
-  const int warps = std::clamp(chunks / 2, 1, sm80::kFewMaxWarps);
+Status launch_tiles(const sm80::FewArgs& args, int chunks, const DeviceInfo& device,
+                    Stream stream) {
   const int features = args.p.out_features;
-  const auto grid = static_cast<unsigned>((features + sm80::kFewFeatures - 1) / sm80::kFewFeatures);
-  const int shared_bytes = warps * kTiles * 8 * sm80::kFewStride * static_cast<int>(sizeof(float));
-  return launch_dependent_if_it_waits(sm80::product_few_sm80<T, kTiles>, grid,
-                                      static_cast<unsigned>(warps * 32), shared_bytes, stream,
-                                      args);
+  const int groups = (features + sm80::kFewFeatures - 1) / sm80::kFewFeatures;
+  // Two where thread blocks would share multiprocessors anyway; 16 tokens are too little x.
+  const int together = kTiles > 2 && groups > device.num_sms ? 2 : 1;
+  const int warps = std::clamp(chunks / 2, 1, sm80::kFewMaxWarps / together);
+  const dim3 threads(static_cast<unsigned>(warps * 32), static_cast<unsigned>(together));
+  const dim3 grid(static_cast<unsigned>((groups + together - 1) / together),
+                  static_cast<unsigned>((args.p.tokens + kTiles * 8 - 1) / (kTiles * 8)));
+  const int shared_bytes =
+      together * sm80::few_shared_floats(warps, kTiles) * static_cast<int>(sizeof(float));
+  return launch_dependent_if_it_waits(sm80::product_few_sm80<T, kTiles>, grid, threads,
+                                      shared_bytes, stream, args);
 }
 
 template <typename T>
-Status launch_dtype(const sm80::FewArgs& args, int chunks, Stream stream) {
-  const int64_t tiles = (args.p.tokens + 7) / 8;
-  if (tiles <= 1) return launch_tiles<T, 1>(args, chunks, stream);
-  if (tiles <= 2) return launch_tiles<T, 2>(args, chunks, stream);
-  if (tiles <= 4) return launch_tiles<T, 4>(args, chunks, stream);
-  return launch_tiles<T, 8>(args, chunks, stream);
+Status launch_dtype(const sm80::FewArgs& args, int chunks, const DeviceInfo& device,
+                    Stream stream) {
+  int64_t tiles = (args.p.tokens + 7) / 8;
+  // Where multiprocessors would be idle, two thread blocks share the tokens, and both read the
+  // weights; up to 32 tokens that was slower.
+  const int groups = (args.p.out_features + sm80::kFewFeatures - 1) / sm80::kFewFeatures;
+  if (tiles > 4 && 2 * groups <= device.num_sms) tiles = (tiles + 1) / 2;
+  if (tiles <= 1) return launch_tiles<T, 1>(args, chunks, device, stream);
+  if (tiles <= 2) return launch_tiles<T, 2>(args, chunks, device, stream);
+  if (tiles <= 4) return launch_tiles<T, 4>(args, chunks, device, stream);
+  return launch_tiles<T, 8>(args, chunks, device, stream);
 }
 
-Status launch(sm80::FewArgs args, int chunks, Stream stream) {
+Status launch(sm80::FewArgs args, int chunks, const DeviceInfo& device, Stream stream) {
   const ProductParams& p = args.p;
   args.quads_aligned = aligned_rows(p.y, p.y_stride, p.dtype) &&
                        aligned_rows(p.residual, p.residual_stride, p.dtype) &&
                        aligned_rows(p.slope_out, p.slope_out_stride, p.dtype);
-  return args.p.dtype == DType::kBFloat16 ? launch_dtype<__nv_bfloat16>(args, chunks, stream)
-                                          : launch_dtype<__half>(args, chunks, stream);
+  return args.p.dtype == DType::kBFloat16
+             ? launch_dtype<__nv_bfloat16>(args, chunks, device, stream)
+             : launch_dtype<__half>(args, chunks, device, stream);
 }
 
 int rank_chunks(int rank) { return (rank + sm80::kFewDepth - 1) / sm80::kFewDepth; }
@@ -56,17 +67,19 @@ bool product_few_sm80_supports(const ProductParams& p) {
          aligned_rows(p.t, p.t_stride, p.dtype) && aligned_rows(p.factor, p.factor_stride, p.dtype);
 }
 
-Status launch_product_few_sm80(const ProductParams& p, Stream stream) {
+Status launch_product_few_sm80(const ProductParams& p, const DeviceInfo& device, Stream stream) {
   const PlanHeader& h = *p.header;
   sm80::FewArgs args{};
   args.p = p;
   args.p.header = nullptr;
   args.row_ptr = p.plan + h.row_ptr_offset;
   args.col_idx = p.plan + h.col_idx_offset;
-  args.block_size = h.block_size;
+  for (args.block_log2 = sm80::kFewDepthLog2; 1 << args.block_log2 < h.block_size;) {
+    ++args.block_log2;
+  }
   args.rank = h.rank;
   const int chunks = h.max_row_blocks * (h.block_size / sm80::kFewDepth) + rank_chunks(h.rank);
-  return launch(args, chunks, stream);
+  return launch(args, chunks, device, stream);
 }
 
 bool low_rank_few_sm80_supports(const LowRankParams& p) {
@@ -76,7 +89,7 @@ bool low_rank_few_sm80_supports(const LowRankParams& p) {
 }
 
 // t = x · vᵀ is the low-rank term of a product without blocks whose "t" is x and whose "u" is v.
-Status launch_low_rank_few_sm80(const LowRankParams& p, Stream stream) {
+Status launch_low_rank_few_sm80(const LowRankParams& p, const DeviceInfo& device, Stream stream) {
   sm80::FewArgs args{};
   ProductParams& q = args.p;
   q.dtype = p.dtype;
@@ -88,9 +101,9 @@ Status launch_low_rank_few_sm80(const LowRankParams& p, Stream stream) {
   q.factor_stride = p.factor_stride;
   q.y = p.t;
   q.y_stride = p.t_stride;
-  args.block_size = sm80::kFewDepth;
+  args.block_log2 = sm80::kFewDepthLog2;
   args.rank = p.features;
-  return launch(args, rank_chunks(p.features), stream);
+  return launch(args, rank_chunks(p.features), device, stream);
 }
 
 }  // namespace pixelfly

@@ -70,23 +70,26 @@ inline std::vector<Case> cases() {
     c.nan = true;
     all.push_back(c);
   }
-  for (const int tokens : {1, 9, 30, 64}) {
-    Case c{"few tokens " + std::to_string(tokens),
-           4,
-           3,
-           tokens == 9 ? 32 : 64,
-           8,
-           16,
-           tokens == 30 ? holes : butterfly,
-           tokens,
-           tokens == 1 ? 0 : 40,
-           tokens == 64 ? kGelu : kRelu,
-           tokens != 1,
-           tokens == 64,
-           80,
-           2,
-           "few"};
-    all.push_back(c);
+  // Two groups of features in a thread block, and thread blocks of fewer tokens.
+  for (const int sms : {2, 40}) {
+    for (const int tokens : {1, 9, 30, 64}) {
+      Case c{"few tokens " + std::to_string(tokens) + " sms" + std::to_string(sms),
+             4,
+             3,
+             tokens == 9 ? 32 : 64,
+             8,
+             16,
+             tokens == 30 ? holes : butterfly,
+             tokens,
+             tokens == 1 ? 0 : 40,
+             tokens == 64 ? kGelu : kRelu,
+             tokens != 1,
+             tokens == 64,
+             80,
+             sms,
+             "few"};
+      all.push_back(c);
+    }
   }
   for (const int b : {16, 32, 64, 128}) {
     Case c{"portable b" + std::to_string(b),
