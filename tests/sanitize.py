@@ -191,7 +191,7 @@ def rounding_calls(dtypes: list[torch.dtype]) -> tuple[int, int]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--paths", nargs="*", default=["sm80", "auto", "sm90"])
+    parser.add_argument("--paths", nargs="*", default=["sm80", "auto", "few", "sm90"])
     parts = ["linear", "layer-norm", "token-mlp", "qkv", "loss", "rounding"]
     parser.add_argument("--parts", nargs="*", default=parts, choices=parts)
     parser.add_argument("--dtypes", nargs="*", default=["bfloat16", "float16", "float32"])
@@ -216,10 +216,11 @@ def main() -> int:
             calls, wrong = calls + more[0], wrong + more[1]
     for path in args.paths if "linear" in args.parts else []:
         os.environ["PIXELFLY_KERNEL"] = path
+        sizes = ((7, 16, None), (300, 0, "gelu"), (257, 64, "silu"))
+        if path == "few":
+            sizes = ((7, 16, None), (30, 40, "gelu"), (63, 0, "silu"))
         for dtype, b, (tokens, rank, activation) in itertools.product(
-            dtypes,
-            args.block_sizes,
-            ((7, 16, None), (300, 0, "gelu"), (257, 64, "silu")),
+            dtypes, args.block_sizes, sizes
         ):
             call = operands(b, dtype, tokens, rank)
             dy = torch.randn(tokens, N, device="cuda").to(dtype)

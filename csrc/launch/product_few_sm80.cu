@@ -36,7 +36,7 @@ Status launch_dtype(const sm80::FewArgs& args, int chunks, const DeviceInfo& dev
                     Stream stream) {
   int64_t tiles = (args.p.tokens + 7) / 8;
   // Where multiprocessors would be idle, two thread blocks share the tokens, and both read the
-  // weights; up to 32 tokens that was slower.
+  // weights; with up to 32 tokens that gains nothing.
   const int groups = (args.p.out_features + sm80::kFewFeatures - 1) / sm80::kFewFeatures;
   if (tiles > 4 && 2 * groups <= device.num_sms) tiles = (tiles + 1) / 2;
   if (tiles <= 1) return launch_tiles<T, 1>(args, chunks, device, stream);

@@ -15,6 +15,7 @@ from .helpers import (
     make_call,
     make_layout,
     named_grids,
+    xor_grid,
 )
 
 GRIDS = named_grids()
@@ -116,6 +117,30 @@ def test_every_kernel(path, name, b, monkeypatch):
             if "cannot serve" not in str(error):
                 raise
             pytest.skip(f"{path} does not serve {name}, b={b}, rank {call.rank}")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("activation", [None, "gelu"])
+@pytest.mark.parametrize("tokens", [4096, 8192])
+def test_whole_token_tiles(tokens, activation):
+    """Numbers of tokens for which the plan shares the work out in another way than for others."""
+    grid = xor_grid(16, 16)
+    grid[0] = grid[:, 0] = True
+    call = make_call(make_layout(grid, 64), tokens=tokens, activation=activation, device="cuda",
+                     dtype=torch.bfloat16)  # fmt: skip
+    check_call(call)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [1, 30, 47, 64])
+def test_few_tokens_of_wide_layers(tokens, monkeypatch):
+    """More features than multiprocessors have thread blocks for, and the last block half empty."""
+    monkeypatch.setenv("PIXELFLY_KERNEL", "few")
+    layout = make_layout(xor_grid(40, 4), 64, (24, 8))
+    for rank, residual in ((0, True), (40, False)):
+        call = make_call(layout, tokens=tokens, rank=rank, activation="gelu", residual=residual,
+                         device="cuda", dtype=torch.bfloat16)  # fmt: skip
+        check_call(call)
 
 
 @pytest.mark.parametrize("device", DEVICES)
