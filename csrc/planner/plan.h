@@ -73,8 +73,8 @@ GroupWork work_of(const std::vector<GroupStep>& steps, int32_t outputs, int32_t 
 void compare_groups(std::vector<GroupWork>& groups);
 
 // The groups spread over thread blocks, `together` consecutive ones at a time, and how long the
-// slowest of these is busy, in products. Lanes cut for whole token tiles must be clearly better
-// than those for any number.
+// slowest of these is busy, in products (with the last list's tokens, if its lanes serve). Lanes
+// cut for whole token tiles must be clearly better than those for any number.
 struct Spread {
   std::vector<GroupUnit> units;
   double longest;

@@ -70,8 +70,8 @@ inline std::vector<Case> cases() {
     c.nan = true;
     all.push_back(c);
   }
-  // Two groups of features in a thread block, and thread blocks of fewer tokens.
-  for (const int sms : {2, 40}) {
+  // Two groups of features in a thread block, one, and thread blocks of fewer tokens.
+  for (const int sms : {2, 20, 40}) {
     for (const int tokens : {1, 9, 30, 64}) {
       Case c{"few tokens " + std::to_string(tokens) + " sms" + std::to_string(sms),
              4,

@@ -254,7 +254,7 @@ def _pointwise_cases(device: torch.device, dtype: torch.dtype) -> Iterator[_Case
             ("mixed", both, lambda i, y=y: y[i].to(dtype)),
             (
                 "mixed",
-                both + numel * torch.float32.itemsize,
+                both + numel * torch.promote_types(dtype, other).itemsize,
                 lambda i, x=x, y=y: torch.add(x[i], y[i]),
             ),
         )

@@ -121,22 +121,24 @@ def test_every_kernel(path, name, b, monkeypatch):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("activation", [None, "gelu"])
+@pytest.mark.parametrize("rank", [0, 40])
 @pytest.mark.parametrize("tokens", [4096, 8192])
-def test_whole_token_tiles(tokens, activation):
+def test_whole_token_tiles(tokens, rank, activation):
     """Numbers of tokens for which the plan shares the work out in another way than for others."""
     grid = xor_grid(16, 16)
     grid[0] = grid[:, 0] = True
-    call = make_call(make_layout(grid, 64), tokens=tokens, activation=activation, device="cuda",
-                     dtype=torch.bfloat16)  # fmt: skip
+    call = make_call(make_layout(grid, 64), tokens=tokens, rank=rank, activation=activation,
+                     device="cuda", dtype=torch.bfloat16)  # fmt: skip
     check_call(call)
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("rows", [20, 40])
 @pytest.mark.parametrize("tokens", [1, 30, 47, 64])
-def test_few_tokens_of_wide_layers(tokens, monkeypatch):
-    """More features than multiprocessors have thread blocks for, and the last block half empty."""
+def test_few_tokens_of_wide_layers(tokens, rows, monkeypatch):
+    """16 features for most of 132 multiprocessors or for more, and the last block half empty."""
     monkeypatch.setenv("PIXELFLY_KERNEL", "few")
-    layout = make_layout(xor_grid(40, 4), 64, (24, 8))
+    layout = make_layout(xor_grid(rows, 4), 64, (24, 8))
     for rank, residual in ((0, True), (40, False)):
         call = make_call(layout, tokens=tokens, rank=rank, activation="gelu", residual=residual,
                          device="cuda", dtype=torch.bfloat16)  # fmt: skip
