@@ -52,17 +52,17 @@ std::vector<double> tile_times(const std::vector<GroupWork>& groups, bool saves_
   return times;
 }
 
-constexpr GroupTokens kAnyTokens = kGroupTokenLists[kGroupLists - 1];
+constexpr ListTokens kAnyTokens = kGroupTokenLists[kGroupLists - 1];
 
 // Token tiles of the longest of `lanes` lanes.
-double lane_tiles(GroupTokens tokens, int32_t lanes) {
+double lane_tiles(ListTokens tokens, int32_t lanes) {
   const double share = static_cast<double>(tokens.tiles) / lanes;
   return tokens.whole ? std::ceil(share) : share;
 }
 
 // How many lanes the token tiles of each group are cut into: `count` in all, each where the longest
 // lane is. Lanes beyond what the slowest group needs are left out: they only load weights.
-Index cut_lanes(const std::vector<double>& times, GroupTokens tokens, int32_t count) {
+Index cut_lanes(const std::vector<double>& times, ListTokens tokens, int32_t count) {
   Index lanes(times.size(), 1);
   auto time = [&](size_t g, int32_t n) { return times[g] * lane_tiles(tokens, n); };
   auto shorter = [&](size_t a, size_t b) {
@@ -85,7 +85,7 @@ Index cut_lanes(const std::vector<double>& times, GroupTokens tokens, int32_t co
 }
 
 // Of the longest one, with the weights that it loads first.
-double lane_time(const GroupWork& g, double tile_time, GroupTokens tokens, int32_t lanes) {
+double lane_time(const GroupWork& g, double tile_time, ListTokens tokens, int32_t lanes) {
   return lane_tiles(tokens, lanes) * tile_time + (g.resident ? kLoad * g.weights : 0);
 }
 
@@ -104,7 +104,7 @@ double longest(const ThreadBlocks& blocks) {
 
 // Deals the lanes to the thread blocks, the longest first to the one that is free first.
 void deal_lanes(ThreadBlocks& blocks, const std::vector<GroupWork>& groups,
-                const std::vector<double>& times, GroupTokens tokens, const Index& lanes,
+                const std::vector<double>& times, ListTokens tokens, const Index& lanes,
                 int32_t first_group) {
   std::vector<std::pair<double, int32_t>> all;  // (time, group)
   for (size_t g = 0; g < groups.size(); ++g) {
@@ -130,7 +130,7 @@ void deal_lanes(ThreadBlocks& blocks, const std::vector<GroupWork>& groups,
 // for each, or a few shorter ones. Thread blocks that serve several groups in turn drift apart, and
 // then no longer load the same x at the same moment: only a much better balance is worth that.
 ThreadBlocks balance(const ThreadBlocks& before, const std::vector<GroupWork>& groups,
-                     GroupTokens tokens, int32_t first_group, bool saves_slopes) {
+                     ListTokens tokens, int32_t first_group, bool saves_slopes) {
   // Of a thread block's share of the work. Where all weights are streamed, x is the lesser part.
   const bool any_stays =
       std::any_of(groups.begin(), groups.end(), [](const GroupWork& g) { return g.resident; });
@@ -157,7 +157,7 @@ ThreadBlocks balance(const ThreadBlocks& before, const std::vector<GroupWork>& g
 }
 
 ThreadBlocks spread(const std::vector<GroupWork>& groups, size_t together, int thread_blocks,
-                    GroupTokens tokens, bool saves_slopes) {
+                    ListTokens tokens, bool saves_slopes) {
   ThreadBlocks blocks(static_cast<size_t>(thread_blocks));
   for (size_t begin = 0; begin < groups.size(); begin += together) {
     const size_t end = std::min(groups.size(), begin + together);
@@ -171,7 +171,7 @@ ThreadBlocks spread(const std::vector<GroupWork>& groups, size_t together, int t
 
 // How long the slowest thread block is busy with so many token tiles, whatever they were dealt for.
 double longest_with(const ThreadBlocks& blocks, const std::vector<GroupWork>& groups,
-                    GroupTokens tokens, bool saves_slopes) {
+                    ListTokens tokens, bool saves_slopes) {
   const std::vector<double> times = tile_times(groups, saves_slopes);
   Index lanes(groups.size(), 0);
   for (const ThreadBlock& b : blocks) {
@@ -283,7 +283,7 @@ void compare_groups(std::vector<GroupWork>& groups) {
 }
 
 Spread spread_groups(const std::vector<GroupWork>& groups, size_t together, int thread_blocks,
-                     GroupTokens tokens, bool saves_slopes) {
+                     ListTokens tokens, bool saves_slopes) {
   constexpr double kWorthIt = .95;
   ThreadBlocks blocks = spread(groups, together, thread_blocks, kAnyTokens, saves_slopes);
   if (tokens.whole) {

@@ -80,7 +80,7 @@ struct Spread {
   double longest;
 };
 Spread spread_groups(const std::vector<GroupWork>& groups, size_t together, int thread_blocks,
-                     GroupTokens tokens, bool saves_slopes = false);
+                     ListTokens tokens, bool saves_slopes = false);
 
 // How many thread blocks had better form t = x · vᵀ, of x_tiles tiles, beside the product than have
 // it formed before; 0: none.

@@ -274,13 +274,12 @@ GroupSection append_row_groups(PlanBuilder& builder, const LayoutView& layout, b
   }
   const int thread_blocks = kGroupThreadBlocks - section.ahead_blocks;
   std::vector<GroupUnit> units;
-  for (int saves = 0; saves < (transposed ? 1 : 2); ++saves) {
-    for (int list = 0; list < kGroupLists; ++list) {
-      const auto more =
-          spread_groups(work, together, thread_blocks, kGroupTokenLists[list], saves == 1).units;
-      section.num_units[saves][list] = static_cast<int32_t>(more.size());
-      units.insert(units.end(), more.begin(), more.end());
-    }
+  for (int list = 0; list < (transposed ? 1 : 2) * kGroupLists; ++list) {
+    const ListTokens tokens = kGroupTokenLists[list % kGroupLists];
+    const auto more =
+        spread_groups(work, together, thread_blocks, tokens, list >= kGroupLists).units;
+    section.num_units[list] = static_cast<int32_t>(more.size());
+    units.insert(units.end(), more.begin(), more.end());
   }
   section.num_groups = static_cast<int32_t>(groups.size());
   section.groups_offset = builder.append(groups);

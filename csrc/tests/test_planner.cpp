@@ -126,7 +126,7 @@ std::vector<GroupUnitList> unit_lists(const GroupSection& s, bool transposed) {
   std::vector<GroupUnitList> lists;
   for (const bool saves : {false, true}) {
     if (saves && transposed) continue;
-    for (const GroupTokens& tokens : kGroupTokenLists) {
+    for (const ListTokens& tokens : kGroupTokenLists) {
       lists.push_back(unit_list(s, tokens.whole ? tokens.tiles : 1, saves));
     }
   }
@@ -200,7 +200,7 @@ void check_product(const LayoutView& layout, const Plan& plan, bool transposed) 
     const auto* units = plan.at<GroupUnit>(offset);
     expect(count > 0 && count % (kGroupThreadBlocks - s.ahead_blocks) == 0,
            "whole turns of the others");
-    for (const int32_t token_tiles : {1, 2, 7, 64, 128, 197}) {
+    for (const int32_t token_tiles : {1, 2, 7, 32, 64, 128, 197}) {
       std::vector<int32_t> covered(static_cast<size_t>(s.num_groups * token_tiles), 0);
       for (int32_t i = 0; i < count; ++i) {
         const GroupUnit& u = units[i];

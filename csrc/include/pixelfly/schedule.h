@@ -86,26 +86,26 @@ constexpr int kGroupThreadBlocks = 132;
 // there are few it counts that lanes take whole tiles: two numbers that training uses much have
 // lists of their own, and the last one, as if tiles could be shared in any proportion, serves all
 // others.
-struct GroupTokens {
+struct ListTokens {
   int32_t tiles;
   bool whole;
 };
-constexpr GroupTokens kGroupTokenLists[] = {{32, true}, {64, true}, {128, false}};
-constexpr int kGroupLists = sizeof(kGroupTokenLists) / sizeof(GroupTokens);
+constexpr ListTokens kGroupTokenLists[] = {{32, true}, {64, true}, {128, false}};
+constexpr int kGroupLists = sizeof(kGroupTokenLists) / sizeof(ListTokens);
 
 // A set of row groups covering every output tile exactly once (rows with no blocks included).
 struct GroupSection {
-  int32_t num_groups;                 // 0: no schedule (block size not served)
-  int32_t groups_offset;              // RowGroup[num_groups]
-  int32_t steps_offset;               // GroupStep[...]
-  int32_t quads_offset;               // GroupQuad[], block size 32 only
-  int32_t units_offset;               // GroupUnit[], the lists one after the other
-  int32_t num_units[2][kGroupLists];  // of products that save no slopes, and of those that do:
-                                      // forward only
-  int32_t max_weights;                // weight tiles of the largest group
-  int32_t max_steps;                  // of that group
-  int32_t resident_weights;           // of the largest group whose weights stay
-  int32_t ahead_blocks;               // thread blocks, of kGroupThreadBlocks, that form t meanwhile
+  int32_t num_groups;                  // 0: no schedule (block size not served)
+  int32_t groups_offset;               // RowGroup[num_groups]
+  int32_t steps_offset;                // GroupStep[...]
+  int32_t quads_offset;                // GroupQuad[], block size 32 only
+  int32_t units_offset;                // GroupUnit[], the lists one after the other
+  int32_t num_units[2 * kGroupLists];  // of each: for products that save no slopes, then (forward
+                                       // only) for those that do
+  int32_t max_weights;                 // weight tiles of the largest group
+  int32_t max_steps;                   // of that group
+  int32_t resident_weights;            // of the largest group whose weights stay
+  int32_t ahead_blocks;  // thread blocks, of kGroupThreadBlocks, that form t meanwhile
 };
 
 // The list of units for so many token tiles.
@@ -119,10 +119,9 @@ inline GroupUnitList unit_list(const GroupSection& section, int64_t token_tiles,
   int list = 0;
   while (list + 1 < kGroupLists && token_tiles != kGroupTokenLists[list].tiles) ++list;
   if (saves_slopes) list += kGroupLists;
-  const int32_t* counts = &section.num_units[0][0];
   int32_t before = 0;
-  for (int i = 0; i < list; ++i) before += counts[i];
-  return {section.units_offset + before * kWords, counts[list]};
+  for (int i = 0; i < list; ++i) before += section.num_units[i];
+  return {section.units_offset + before * kWords, section.num_units[list]};
 }
 
 // Weight-gradient work of one thread block (kernels/weight_grad_sm90.cuh), in 64x64 tiles whatever
