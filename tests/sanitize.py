@@ -29,14 +29,15 @@ from pixelfly.ops import (
 )
 
 N, K = 200, 328
+WIDE = 2568  # more groups of 16 outputs than a GPU has multiprocessors
 TOLERANCE = {torch.bfloat16: 3e-2, torch.float16: 5e-3, torch.float32: 5e-3}  # of the largest value
 
 
-def operands(block_size: int, dtype: torch.dtype, tokens: int, rank: int) -> dict:
+def operands(n: int, block_size: int, dtype: torch.dtype, tokens: int, rank: int) -> dict:
     """A ragged layout with dense rows, and tensors that want gradients."""
     pattern = {"block_size": block_size}
-    layout = masks.flat_block_butterfly(N, K, **pattern) | masks.global_(
-        N, K, width=block_size, **pattern
+    layout = masks.flat_block_butterfly(n, K, **pattern) | masks.global_(
+        n, K, width=block_size, **pattern
     )
 
     def normal(*shape: int, scale: float) -> torch.Tensor:
@@ -47,9 +48,9 @@ def operands(block_size: int, dtype: torch.dtype, tokens: int, rank: int) -> dic
         "x": normal(tokens, K, scale=1),
         "blocks": normal(layout.nnz, block_size, block_size, scale=K**-0.5),
         "layout": layout,
-        "u": normal(N, rank, scale=max(rank, 1) ** -0.5) if rank else None,
+        "u": normal(n, rank, scale=max(rank, 1) ** -0.5) if rank else None,
         "v": normal(rank, K, scale=K**-0.5) if rank else None,
-        "bias": normal(N, scale=1),
+        "bias": normal(n, scale=1),
     }
 
 
@@ -216,14 +217,15 @@ def main() -> int:
             calls, wrong = calls + more[0], wrong + more[1]
     for path in args.paths if "linear" in args.parts else []:
         os.environ["PIXELFLY_KERNEL"] = path
-        sizes = ((7, 16, None), (300, 0, "gelu"), (257, 64, "silu"))
+        sizes = ((N, 7, 16, None), (N, 300, 0, "gelu"), (N, 257, 64, "silu"))
         if path == "few":
-            sizes = ((7, 16, None), (30, 40, "gelu"), (63, 0, "silu"))
-        for dtype, b, (tokens, rank, activation) in itertools.product(
+            sizes = ((N, 7, 16, None), (N, 30, 40, "gelu"), (N, 63, 0, "silu"))
+            sizes += ((N, 150, 16, "gelu"), (WIDE, 30, 0, "gelu"), (WIDE, 63, 40, None))
+        for dtype, b, (n, tokens, rank, activation) in itertools.product(
             dtypes, args.block_sizes, sizes
         ):
-            call = operands(b, dtype, tokens, rank)
-            dy = torch.randn(tokens, N, device="cuda").to(dtype)
+            call = operands(n, b, dtype, tokens, rank)
+            dy = torch.randn(tokens, n, device="cuda").to(dtype)
             try:
                 ours = gradients(butterfly_lowrank_mm, call, dy, activation=activation)
             except RuntimeError as error:
@@ -234,7 +236,7 @@ def main() -> int:
             # On the CPU: the tools are to watch our kernels, not cuBLAS.
             host = {name: on_cpu(value) for name, value in call.items()}
             exact = gradients(butterfly_lowrank_mm_reference, host, dy.cpu(), activation=activation)
-            wrong += differs(f"{path} {dtype} b={b} T={tokens} r={rank}", ours, exact, dtype)
+            wrong += differs(f"{path} {dtype} b={b} N={n} T={tokens} r={rank}", ours, exact, dtype)
     torch.cuda.synchronize()
     print(f"sanitize: {calls} calls, {wrong} outputs wrong")
     return 1 if wrong else 0

@@ -1,6 +1,6 @@
 // y = act(x · Bᵀ + t · uᵀ + bias) + residual for few tokens (decoding): bound by reading each
-// weight once (twice where multiprocessors would be idle), on mma.sync, for every GPU from sm_80
-// on. Also t = x · vᵀ: a product without blocks.
+// weight, once for 64 tokens (32 where multiprocessors would be idle), on mma.sync, for every GPU
+// from sm_80 on. Also t = x · vᵀ: a product without blocks.
 //
 // A group of warps makes 16 features of up to 64 tokens. They take chunks of 32 contraction
 // features in turn: weights are mma's A (M = 16 features), up to 8 kTiles tokens are N. Nothing is

@@ -22,7 +22,6 @@
 #include <cuda.h>
 #include <cuda_runtime.h>
 
-#include "device/convert.cuh"
 #include "device/dependent_launch.cuh"
 #include "device/mbarrier.cuh"
 #include "device/register_budget.cuh"
@@ -30,110 +29,21 @@
 #include "device/tma.cuh"
 #include "device/wgmma.cuh"
 #include "kernels/thirds.cuh"
-#include "pixelfly/grad_spans.h"
+#include "kernels/weight_grad_sm90_outputs.cuh"
 #include "pixelfly/params.h"
 
 namespace pixelfly {
 
-constexpr int kGradRingBytes = 5 * 11 * kGradTileBytes;  // 220 KB
 constexpr int kGradMaxStages = 12;
 constexpr int kGradOnesBytes = 1024;
 constexpr int kGradSharedBytes = kGradRingBytes + kGradOnesBytes + 1024;
 constexpr int kGradThreads = 384;
-constexpr int kGradPartial = 64 * 64;  // fp32 values of an output tile
 
 struct GradMaps {
   CUtensorMap of[6];  // by GradSource, then dz's other thirds; box 32 tokens x 64 features
 };
 
-struct GradKernelArgs {
-  const GradChunk* chunks;  // device
-  int32_t num_chunks, spans;
-  int32_t span_steps;  // stages of kGradTokens tokens in a span
-  int32_t total_steps;
-  int32_t block_parts;     // block_size / 64
-  const GroupQuad* quads;  // device; b = 32 only, else null
-  int32_t out_features, in_features, rank, rank_tiles;
-  void *dblocks, *du, *dv, *dbias;
-  bool float_out;       // gradients are fp32 instead of T
-  float* partial;       // [span][chunk][warpgroup][output][64 * 64]
-  float* bias_partial;  // [span][chunk][warpgroup][kGradBias][64]
-  int32_t dz_tiles;     // in each of dz's matrices
-};
-
 namespace grad {
-
-// Writes two neighbouring elements of a gradient that begins at `base`.
-template <typename T>
-__device__ __forceinline__ void store_pair(const GradKernelArgs& args, void* base, int64_t at,
-                                           float a, float b) {
-  if (args.float_out) {
-    *reinterpret_cast<float2*>(static_cast<float*>(base) + at) = make_float2(a, b);
-  } else {
-    *reinterpret_cast<uint32_t*>(static_cast<T*>(base) + at) = device::pack2<T>(a, b);
-  }
-}
-
-// Writes (row, col) and (row, col + 1) of an output tile to its gradient.
-template <typename T>
-__device__ __forceinline__ void write_pair(const GradKernelArgs& args, int output, int row, int col,
-                                           float a, float b) {
-  const int index = output & kGradIndexMask;
-  if (output < kGradDu) {
-    if (args.dblocks == nullptr) return;
-    if (args.quads != nullptr) {
-      const int64_t block = args.quads[index].block[col / 32 * 2 + row / 32];
-      if (block < 0) return;
-      store_pair<T>(args, args.dblocks, (block * 32 + row % 32) * 32 + col % 32, a, b);
-      return;
-    }
-    const int parts = args.block_parts, size = 64 * parts;
-    const int64_t block = index / (parts * parts);
-    const int r = index / parts % parts * 64 + row, c = index % parts * 64 + col;
-    store_pair<T>(args, args.dblocks, (block * size + r) * size + c, a, b);
-  } else if (output < kGradDv) {
-    const int n = index / args.rank_tiles * 64 + row, r = index % args.rank_tiles * 64 + col;
-    if (args.du == nullptr || n >= args.out_features || r >= args.rank) return;
-    store_pair<T>(args, args.du, static_cast<int64_t>(n) * args.rank + r, a, b);
-  } else {
-    const int k = index / args.rank_tiles * 64 + col, r = index % args.rank_tiles * 64 + row;
-    if (args.dv == nullptr || r >= args.rank || k >= args.in_features) return;
-    store_pair<T>(args, args.dv, static_cast<int64_t>(r) * args.in_features + k, a, b);
-  }
-}
-
-// Writes accumulator fragment j (four values) of a warpgroup thread.
-template <typename T>
-__device__ __forceinline__ void write_fragment(const GradKernelArgs& args, int output, int thread,
-                                               int j, float4 v) {
-  const int row = thread / 32 * 16 + thread % 32 / 4, col = j * 8 + thread % 4 * 2;
-  write_pair<T>(args, output, row, col, v.x, v.y);
-  write_pair<T>(args, output, row + 8, col, v.z, v.w);
-}
-
-template <typename T>
-__device__ __forceinline__ void write_bias(const GradKernelArgs& args, const GradChunk& chunk,
-                                           int warpgroup, int i, int feature, float sum) {
-  const int n = (chunk.tile[chunk.bias[warpgroup][i]] >> 2) * 64 + feature;
-  if (args.dbias == nullptr || n >= args.out_features) return;
-  if (args.float_out) {
-    static_cast<float*>(args.dbias)[n] = sum;
-  } else {
-    static_cast<T*>(args.dbias)[n] = device::from_float<T>(sum);
-  }
-}
-
-// Where a warpgroup's sums go, in fragment order: the workspace or, with one span, shared memory.
-__device__ __forceinline__ float4* fragments(const GradKernelArgs& args, int warpgroup, int span,
-                                             int chunk_index) {
-  float* to = args.partial;
-  int64_t slot = (static_cast<int64_t>(span) * args.num_chunks + chunk_index) * 2 + warpgroup;
-  if (args.spans == 1) {
-    to = reinterpret_cast<float*>(device::dynamic_shared());
-    slot = warpgroup;
-  }
-  return reinterpret_cast<float4*>(to + slot * kGradOutputs * kGradPartial);
-}
 
 struct GradRing {
   uint32_t tiles, ones, bars, free;  // shared addresses; free: a barrier, all has been read
@@ -171,14 +81,15 @@ struct Runs {
                                    kDescriptorHigh | (b[i] + offset), 1);
     }
   }
-  // Writes the eight fragments of every output, 128 threads apart.
-  __device__ __forceinline__ void store(float4* to) const {
+  // Writes the eight fragments of every output and moves on behind them.
+  __device__ __forceinline__ void store(Fragments& to) const {
 #pragma unroll
     for (int i = 0; i < kRuns; ++i) {
 #pragma unroll
       for (int j = 0; j < 8 * kSize; ++j) {
         const float* v = acc[i] + j * 4;
-        to[(i * kSize * 8 + j) * 128] = make_float4(v[0], v[1], v[2], v[3]);
+        *to.of_thread = make_float4(v[0], v[1], v[2], v[3]);
+        to.of_thread += to.stride;
       }
     }
   }
@@ -281,22 +192,10 @@ __device__ void consume(const GradChunk& chunk, const GradKernelArgs& args, int 
     if (threadIdx.x % 32 == 0) device::mbarrier_arrive(ring.free);
     device::mbarrier_wait(ring.free, 0);
   }
-  float4* to = fragments(args, warpgroup, span, chunk_index) + threadIdx.x % 128;
+  Fragments to(args, warpgroup, span, chunk_index);
   threes.store(to);
-  twos.store(to + kThrees * 3 * kGradPartial / 4);
-  ones.store(to + (kThrees * 3 + kTwos * 2) * kGradPartial / 4);
-}
-
-// Writes a warpgroup's gradients from its sums in shared memory: a loop, as unrolled with the
-// accumulators in registers it takes most of the kernel's code.
-template <typename T>
-__device__ void write_outputs(const GradChunk& chunk, const GradKernelArgs& args, int warpgroup) {
-  const int thread = threadIdx.x % 128;
-  const float4* from = fragments(args, warpgroup, 0, 0) + thread;
-#pragma unroll 1
-  for (int i = 0; i < chunk.num_outputs[warpgroup] * 8; ++i) {
-    write_fragment<T>(args, chunk.output[warpgroup][i / 8], thread, i % 8, from[i * 128]);
-  }
+  twos.store(to);
+  ones.store(to);
 }
 
 __device__ inline void produce(const GradMaps& maps, const GradChunk& chunk, const GradRing& ring,
@@ -444,7 +343,8 @@ __global__ void __launch_bounds__(128)
     sum.z += v.z;
     sum.w += v.w;
   }
-  grad::write_fragment<T>(args, chunk.output[warpgroup][output], thread, j, sum);
+  grad::write_fragment<T>(args, grad::Destination(args, chunk.output[warpgroup][output]), thread, j,
+                          sum);
 }
 
 }  // namespace pixelfly

@@ -10,10 +10,6 @@
 namespace pixelfly {
 namespace {
 
-// Up to this many tokens weight_grad_sm80 is faster (H100, 1024 -> 4096, 256 tokens: .018 against
-// .051 ms); where the two cross is not measured.
-constexpr int64_t kFewGradTokens = 256;
-
 Status cannot(const char* forced, const char* what) {
   return Status::unsupported(std::string("PIXELFLY_KERNEL=") + forced + " cannot serve this " +
                              what +
@@ -47,17 +43,20 @@ Choice choose_product(const ProductParams& p, const DeviceInfo& device, Forced f
     case Forced::kFew:
       if (p.transposed) break;  // it has no backward: that runs as it would
       if (product_few_sm80_supports(p)) return {Path::kFew, Status::success()};
-      return {Path::kFew, Status::unsupported(
-                              "PIXELFLY_KERNEL=few cannot serve this product: it needs a forward "
-                              "pass of at most 64 tokens, a 16-bit dtype, 16-byte aligned rows and "
-                              "blocks of 32 or more")};
+      return {Path::kFew,
+              Status::unsupported(
+                  "PIXELFLY_KERNEL=few cannot serve this product: it needs a forward "
+                  "pass of at most 256 tokens, a 16-bit dtype, 16-byte aligned rows and "
+                  "blocks of 32 or more")};
     case Forced::kHopper:
       return {Path::kHopper, hopper ? Status::success() : cannot("sm90", "product")};
     case Forced::kUnknown:
       return {Path::kSm80, Status::invalid("PIXELFLY_KERNEL must be auto, sm80, few or sm90")};
     default: break;
   }
-  if (product_few_sm80_supports(p)) return {Path::kFew, Status::success()};
+  if (product_few_sm80_supports(p) && few_tokens_are_quick(p.tokens, p.out_features, device)) {
+    return {Path::kFew, Status::success()};
+  }
   return {hopper ? Path::kHopper : Path::kSm80, Status::success()};
 }
 
@@ -72,7 +71,6 @@ Choice choose_weight_grad(const WeightGradParams& p, const DeviceInfo& device, F
       return {Path::kSm80, Status::invalid("PIXELFLY_KERNEL must be auto, sm80, few or sm90")};
     default: break;
   }
-  if (p.tokens <= kFewGradTokens) return {};
   return {hopper ? Path::kHopper : Path::kSm80, Status::success()};
 }
 

@@ -11,7 +11,10 @@ namespace {
 Path choose_low_rank(const LowRankParams& p, const DeviceInfo& device) {
   const Forced forced = forced_path();
   if (forced == Forced::kSm80) return Path::kSm80;
-  if (forced != Forced::kHopper && low_rank_few_sm80_supports(p)) return Path::kFew;
+  if (forced != Forced::kHopper && low_rank_few_sm80_supports(p) &&
+      (forced == Forced::kFew || few_tokens_are_quick(p.tokens, p.rank, device))) {
+    return Path::kFew;
+  }
   return low_rank_sm90_supports(p, device) ? Path::kHopper : Path::kSm80;
 }
 

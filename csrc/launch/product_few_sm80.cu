@@ -11,14 +11,18 @@
 namespace pixelfly {
 namespace {
 
-constexpr int64_t kMostTokens = 8 * sm80::kFewMaxTiles;
+constexpr int64_t kMostTokens = 256;
+constexpr int64_t kBlockTokens = 8 * sm80::kFewMaxTiles;
+
+int64_t groups_of(int32_t outputs) {
+  return (int64_t{outputs} + sm80::kFewFeatures - 1) / sm80::kFewFeatures;
+}
 
 // `chunks`: the longest contraction of a group, in steps of kFewDepth. A warp takes at least two.
 template <typename T, int kTiles>
 Status launch_tiles(const sm80::FewArgs& args, int chunks, const DeviceInfo& device,
                     Stream stream) {
-  const int features = args.p.out_features;
-  const int groups = (features + sm80::kFewFeatures - 1) / sm80::kFewFeatures;
+  const auto groups = static_cast<int>(groups_of(args.p.out_features));
   // Two where thread blocks would share multiprocessors anyway; 16 tokens are too little x.
   const int together = kTiles > 2 && groups > device.num_sms ? 2 : 1;
   const int warps = std::clamp(chunks / 2, 1, sm80::kFewMaxWarps / together);
@@ -34,11 +38,11 @@ Status launch_tiles(const sm80::FewArgs& args, int chunks, const DeviceInfo& dev
 template <typename T>
 Status launch_dtype(const sm80::FewArgs& args, int chunks, const DeviceInfo& device,
                     Stream stream) {
-  int64_t tiles = (args.p.tokens + 7) / 8;
-  // Where multiprocessors would be idle, two thread blocks share the tokens, and both read the
-  // weights; with up to 32 tokens that gains nothing.
-  const int groups = (args.p.out_features + sm80::kFewFeatures - 1) / sm80::kFewFeatures;
-  if (tiles > 4 && 2 * groups <= device.num_sms) tiles = (tiles + 1) / 2;
+  const int64_t all = (args.p.tokens + 7) / 8;
+  int64_t tiles = std::min<int64_t>(all, sm80::kFewMaxTiles);
+  // Where multiprocessors would be idle, thread blocks take 32 tokens instead of 64, and more of
+  // them read the same weights; fewer than 32 gain nothing.
+  if (tiles > 4 && groups_of(args.p.out_features) * ((all + 3) / 4) <= device.num_sms) tiles = 4;
   if (tiles <= 1) return launch_tiles<T, 1>(args, chunks, device, stream);
   if (tiles <= 2) return launch_tiles<T, 2>(args, chunks, device, stream);
   if (tiles <= 4) return launch_tiles<T, 4>(args, chunks, device, stream);
@@ -65,6 +69,14 @@ bool product_few_sm80_supports(const ProductParams& p) {
   return h.block_size >= sm80::kFewDepth && h.rank % 8 == 0 && p.in_features % 8 == 0 &&
          aligned_rows(p.x, p.x_stride, p.dtype) && aligned_rows(p.blocks, 0, p.dtype) &&
          aligned_rows(p.t, p.t_stride, p.dtype) && aligned_rows(p.factor, p.factor_stride, p.dtype);
+}
+
+// With two thread blocks of 64 tokens for each multiprocessor product_sm90 took 1.07 to 2.4 times
+// as long, with four less (one H200; `product_few_sm80_h200.json`).
+bool few_tokens_are_quick(int64_t tokens, int32_t outputs, const DeviceInfo& device) {
+  if (tokens <= kBlockTokens) return true;
+  const int64_t blocks = groups_of(outputs) * ((tokens + kBlockTokens - 1) / kBlockTokens);
+  return blocks <= 2 * device.num_sms;
 }
 
 Status launch_product_few_sm80(const ProductParams& p, const DeviceInfo& device, Stream stream) {

@@ -58,6 +58,9 @@ inline std::vector<Case> cases() {
       {"slopes cooperative dx b64", 23, 3, 64, 8, 16, everything, 620, 0, kSilu, false, true, 90,
        2},
       {"slopes cooperative y b64", 3, 23, 64, 40, 0, everything, 390, 0, kGelu, false, true, 90, 1},
+      {"slopes cooperative dx b32", 22, 4, 32, 8, 16, everything, 390, 0, kSilu, false, true, 90,
+       2},
+      {"slopes cooperative y b32", 4, 22, 32, 8, 16, everything, 390, 8, kGelu, false, true, 90, 1},
       {"slopes ragged b32", 7, 5, 32, 24, 8, holes, 200, 40, kGelu, false, true},
       {"slopes ragged b128", 2, 3, 128, 56, 56, butterfly, 150, 0, kSilu, false, true},
       {"slopes portable b64", 3, 3, 64, 56, 40, butterfly, 140, 8, kGelu, true, true, 80, 2,
@@ -72,7 +75,7 @@ inline std::vector<Case> cases() {
   }
   // Two groups of features in a thread block, one, and thread blocks of fewer tokens.
   for (const int sms : {2, 20, 40}) {
-    for (const int tokens : {1, 9, 30, 64}) {
+    for (const int tokens : {1, 9, 30, 64, 150}) {
       Case c{"few tokens " + std::to_string(tokens) + " sms" + std::to_string(sms),
              4,
              3,

@@ -58,13 +58,23 @@ def test_decoding_has_a_kernel_of_its_own():
         for tokens, kernel in ((1, "product_few_sm80"), (64, "product_few_sm80")):
             assert choose(device, tokens=tokens, b=32, rank=8)["y"] == kernel
     assert choose(tokens=1, dtype=FLOAT32)["y"] == choose(tokens=1, b=16)["y"] == "product_sm80"
-    assert choose(A100, tokens=1)["dx"] == choose(A100, tokens=65)["y"] == "product_sm80"
-    assert choose(tokens=1)["dx"] == choose(tokens=65)["y"] == "product_sm90"
+    assert choose(A100, tokens=1)["dx"] == "product_sm80"
+    assert choose(tokens=1)["dx"] == "product_sm90"
 
 
-def test_weight_gradients_of_few_tokens_run_the_portable_kernel():
-    for tokens, path in ((1, "sm80"), (256, "sm80"), (257, "sm90")):
-        assert choose(tokens=tokens)["dblocks, du, dv, dbias"] == f"weight_grad_{path}"
+def test_few_tokens_more_than_64_for_narrow_outputs():
+    """Two thread blocks of 64 tokens x 16 outputs for each multiprocessor, and 256 tokens."""
+    for n, most in ((4096, 64), (2048, 128), (1024, 256), (256, 256)):
+        assert choose(n=n, tokens=most)["y"] == "product_few_sm80"
+        assert choose(n=n, tokens=most + 1)["y"] == "product_sm90"
+        assert choose(A100, n=n, tokens=257)["y"] == "product_sm80"
+    few = choose(n=4096, rank=64, tokens=256)  # t has few outputs, y many
+    assert few["t"] == "product_few_sm80 without blocks" and few["y"] == "product_sm90"
+
+
+def test_weight_gradients_of_few_tokens_run_on_hopper():
+    for tokens in (1, 256, 257):
+        assert choose(tokens=tokens)["dblocks, du, dv, dbias"] == "weight_grad_sm90"
 
 
 def test_forced_path(monkeypatch):
@@ -76,7 +86,7 @@ def test_forced_path(monkeypatch):
     assert "cannot serve" in choose(A100)["dx"]
     monkeypatch.setenv("PIXELFLY_KERNEL", "few")
     assert choose(tokens=8)["y"] == "product_few_sm80"
-    assert "at most 64 tokens" in choose(tokens=65)["y"]
+    assert "at most 256 tokens" in choose(tokens=257)["y"]
     monkeypatch.setenv("PIXELFLY_KERNEL", "sm70")
     assert choose()["y"] == "PIXELFLY_KERNEL must be auto, sm80, few or sm90"
 

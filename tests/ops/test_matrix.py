@@ -106,9 +106,9 @@ def test_every_kernel(path, name, b, monkeypatch):
     tail = ((0, 0), (8, b - 8), (b - 8, 0))[i % 3]
     layout = make_layout(GRIDS[name], b, tail)
     for j, dtype in enumerate((torch.bfloat16, torch.float16)):
-        tokens = (1, 17, 64) if path == "few" else (64, 1000, 333)
+        tokens = (1, 17, 64, 200) if path == "few" else (64, 1000, 333)
         call = make_call(
-            layout, tokens=tokens[(i + j) % 3], rank=(64, 0, 32, 72)[(i + 2 * j) % 4],
+            layout, tokens=tokens[(i + j) % len(tokens)], rank=(64, 0, 32, 72)[(i + 2 * j) % 4],
             activation=ACTIVATIONS[(i + j) % 5], residual=j == 1, device="cuda", dtype=dtype,
         )  # fmt: skip
         try:
@@ -134,7 +134,7 @@ def test_whole_token_tiles(tokens, rank, activation):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("rows", [20, 40])
-@pytest.mark.parametrize("tokens", [1, 30, 47, 64])
+@pytest.mark.parametrize("tokens", [1, 30, 47, 64, 130])
 def test_few_tokens_of_wide_layers(tokens, rows, monkeypatch):
     """16 features for most of 132 multiprocessors or for more, and the last block half empty."""
     monkeypatch.setenv("PIXELFLY_KERNEL", "few")
