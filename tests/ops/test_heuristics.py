@@ -15,8 +15,10 @@ B200 = (100, 148, 232448)
 FLOAT32, BFLOAT16, FLOAT16 = 0, 1, 2  # dtype.h
 
 
-def choose(device=H100, *, tokens=4096, b=64, rank=0, dtype=BFLOAT16, activation=0, n=2048) -> dict:
-    layout = masks.flat_block_butterfly(1024, n, block_size=b)
+def choose(
+    device=H100, *, tokens=4096, b=64, rank=0, dtype=BFLOAT16, activation=0, outputs=1024, n=2048
+) -> dict:
+    layout = masks.flat_block_butterfly(outputs, n, block_size=b)
     plan = host_plan(layout, rank)
     return dict(_C.explain(plan, dtype, tokens, activation, False, False, *device))
 
@@ -64,11 +66,11 @@ def test_decoding_has_a_kernel_of_its_own():
 
 def test_few_tokens_more_than_64_for_narrow_outputs():
     """Two thread blocks of 64 tokens x 16 outputs for each multiprocessor, and 256 tokens."""
-    for n, most in ((4096, 64), (2048, 128), (1024, 256), (256, 256)):
-        assert choose(n=n, tokens=most)["y"] == "product_few_sm80"
-        assert choose(n=n, tokens=most + 1)["y"] == "product_sm90"
-        assert choose(A100, n=n, tokens=257)["y"] == "product_sm80"
-    few = choose(n=4096, rank=64, tokens=256)  # t has few outputs, y many
+    for outputs, most in ((4096, 64), (2048, 128), (1024, 256), (256, 256)):
+        assert choose(outputs=outputs, tokens=most)["y"] == "product_few_sm80"
+        assert choose(outputs=outputs, tokens=most + 1)["y"] == "product_sm90"
+        assert choose(A100, outputs=outputs, tokens=257)["y"] == "product_sm80"
+    few = choose(outputs=4096, rank=64, tokens=256)  # t has few outputs, y many
     assert few["t"] == "product_few_sm80 without blocks" and few["y"] == "product_sm90"
 
 
