@@ -20,7 +20,7 @@ from .helpers import (
 
 GRIDS = named_grids()
 RANKS = (0, 8, 64, 72)
-# Above 256 tokens the GPU's kernels for throughput take over from those for latency.
+# Above 256 tokens the forward's kernels for throughput have taken over from those for latency.
 TOKENS = {"cpu": (7, 129, (2, 3, 11)), "cuda": (7, 1025, 129, (2, 3, 67), 300)}
 CPU_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 CUDA_DTYPES = CPU_DTYPES[1:]
