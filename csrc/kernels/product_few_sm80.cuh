@@ -1,11 +1,13 @@
-// y = act(x · Bᵀ + t · uᵀ + bias) + residual for few tokens (decoding): bound by reading each
-// weight, once for 64 tokens (32 where multiprocessors would be idle), on mma.sync, for every GPU
-// from sm_80 on. Also t = x · vᵀ: a product without blocks.
+// y = act(x · Bᵀ + t · uᵀ + bias) + residual for few tokens (decoding), and dx = (dz · B + s · v) ⊙
+// slope: bound by reading each weight, once for 64 tokens (32 where multiprocessors would be idle),
+// on mma.sync, for every GPU from sm_80 on. Also t = x · vᵀ: a product without blocks.
 //
 // A group of warps makes 16 features of up to 64 tokens. They take chunks of 32 contraction
 // features in turn: weights are mma's A (M = 16 features), up to 8 kTiles tokens are N. Nothing is
 // staged: the order of k within a chunk is free as long as A and B agree, so each lane loads 16
-// contiguous bytes of its row and column, which are the fragments of two k16 products. The warps'
+// contiguous bytes of its row and column, which are the fragments of two k16 products. (dx: its
+// weights are columns of blocks. A lane loads pairs of neighbouring features from eight rows, and
+// even features are A's rows g, odd ones g + 8.) The warps'
 // partial sums meet in shared memory, in order. A thread block is a group, or two that read the
 // same x, which then comes from L2 once. A dependent launch: from sm_90 on it may start, and with
 // up to 16 tokens have its weights brought to L2, while the kernel before it ends.
@@ -37,9 +39,10 @@ constexpr int few_shared_floats(int warps, int tiles) {
 
 struct FewArgs {
   ProductParams p;
-  const int32_t* row_ptr;  // [block rows + 1]; null: no blocks
-  const int32_t* col_idx;  // [nnz]
-  int32_t block_log2;      // 5, 6 or 7; a division would take as long as a load
+  const int32_t* row_ptr;    // [block rows + 1]; null: no blocks. dx: of block columns
+  const int32_t* col_idx;    // [nnz]; dx: block rows
+  const int32_t* block_idx;  // [nnz], dx only: blocks column by column
+  int32_t block_log2;        // 5, 6 or 7; a division would take as long as a load
   int32_t rank;
   bool quads_aligned;  // four outputs, residuals and slopes lie as a vector
 };
@@ -80,14 +83,38 @@ __device__ __forceinline__ uint4 load_vector(const void* row, bool valid) {
   return valid ? *static_cast<const uint4*>(row) : uint4{0, 0, 0, 0};
 }
 
-// One chunk: a lane's weights of rows g and g + 8, and its 8 values of each token tile.
+// One chunk: a lane's weights of rows g and g + 8 (dx: eight pairs of both), and its 8 values of
+// each token tile.
 template <int kTiles>
 struct FewChunk {
   uint4 weights[2];
   uint4 x[kTiles];
 };
 
-template <typename T, int kTiles>
+// Pairs of features from the eight rows that begin at `first`.
+template <typename T>
+__device__ __forceinline__ void load_pairs(uint4 (&pairs)[2], const T* first, int64_t stride,
+                                           bool valid) {
+  uint32_t of[8];
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    of[i] = valid ? *reinterpret_cast<const uint32_t*>(first + i * stride) : 0;
+  }
+  pairs[0] = {of[0], of[1], of[2], of[3]};
+  pairs[1] = {of[4], of[5], of[6], of[7]};
+}
+
+// Eight pairs, one below the other, as two columns.
+__device__ __forceinline__ void transpose_pairs(uint4 (&pairs)[2]) {
+  const uint32_t of[8] = {pairs[0].x, pairs[0].y, pairs[0].z, pairs[0].w,
+                          pairs[1].x, pairs[1].y, pairs[1].z, pairs[1].w};
+  auto even = [&](int i) { return (of[i] & 0xffff) | of[i + 1] << 16; };
+  auto odd = [&](int i) { return of[i] >> 16 | (of[i + 1] & 0xffff0000); };
+  pairs[0] = {even(0), even(2), even(4), even(6)};
+  pairs[1] = {odd(0), odd(2), odd(4), odd(6)};
+}
+
+template <typename T, bool kTransposed, int kTiles>
 __device__ __forceinline__ void load_chunk(FewChunk<kTiles>& c, const FewArgs& args, int chunk,
                                            int block_chunks, int first_entry, int feature,
                                            int first_token) {
@@ -100,10 +127,16 @@ __device__ __forceinline__ void load_chunk(FewChunk<kTiles>& c, const FewArgs& a
     const int log2 = args.block_log2, parts_log2 = log2 - kFewDepthLog2;
     const int entry = first_entry + (chunk >> parts_log2);
     const int k = (chunk & ((1 << parts_log2) - 1)) * kFewDepth + t * 8;
-    const int64_t row = (int64_t{entry} << log2) + (feature & ((1 << log2) - 1)) + g;
-    const T* weights = static_cast<const T*>(p.blocks) + (row << log2) + k;
-    c.weights[0] = load_vector(weights, true);
-    c.weights[1] = load_vector(weights + (8 << log2), true);
+    const int within = feature & ((1 << log2) - 1);
+    const T* blocks = static_cast<const T*>(p.blocks);
+    if constexpr (kTransposed) {
+      const int64_t row = (int64_t{args.block_idx[entry]} << log2) + k;
+      load_pairs(c.weights, blocks + (row << log2) + within + 2 * g, int64_t{1} << log2, true);
+    } else {
+      const T* weights = blocks + (((int64_t{entry} << log2) + within + g) << log2) + k;
+      c.weights[0] = load_vector(weights, true);
+      c.weights[1] = load_vector(weights + (8 << log2), true);
+    }
     const int col = (args.col_idx[entry] << log2) + k;
     source = static_cast<const T*>(p.x) + col;
     stride = p.x_stride;
@@ -111,11 +144,18 @@ __device__ __forceinline__ void load_chunk(FewChunk<kTiles>& c, const FewArgs& a
   } else {
     const int k = (chunk - block_chunks) * kFewDepth + t * 8;
     inside = k < args.rank;
+    const T* factor = static_cast<const T*>(p.factor);
+    if constexpr (kTransposed) {
+      const int column = feature + 2 * g;
+      load_pairs(c.weights, factor + k * p.factor_stride + column, p.factor_stride,
+                 inside && column < p.out_features);
+    } else {
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const int row = feature + g + h * 8;
-      const T* factor = static_cast<const T*>(p.factor) + row * p.factor_stride + k;
-      c.weights[h] = load_vector(factor, inside && row < p.out_features);
+      for (int h = 0; h < 2; ++h) {
+        const int row = feature + g + h * 8;
+        c.weights[h] =
+            load_vector(factor + row * p.factor_stride + k, inside && row < p.out_features);
+      }
     }
     source = static_cast<const T*>(p.t) + k;
     stride = p.t_stride;
@@ -154,7 +194,7 @@ __device__ __forceinline__ void prefetch_weights(const FewArgs& args, int first,
   }
 }
 
-template <typename T, int kTiles>
+template <typename T, int kTiles, bool kTransposed>
 __global__ void __launch_bounds__(kFewMaxWarps * 32)
     product_few_sm80(const __grid_constant__ FewArgs args) {
   constexpr int kAhead = kTiles <= 2 ? 4 : 2;  // chunks in flight
@@ -172,7 +212,7 @@ __global__ void __launch_bounds__(kFewMaxWarps * 32)
     first = args.row_ptr[feature >> args.block_log2];
     last = args.row_ptr[(feature >> args.block_log2) + 1];
   }
-  if constexpr (kEarly) prefetch_weights<T>(args, first, last, feature);
+  if constexpr (kEarly && !kTransposed) prefetch_weights<T>(args, first, last, feature);
   const int block_chunks = (last - first) << (args.block_log2 - kFewDepthLog2);
   const int chunks = block_chunks + (args.rank + kFewDepth - 1) / kFewDepth;
   device::wait_for_previous_kernel();  // of what came before, only the plan has been read
@@ -191,13 +231,15 @@ __global__ void __launch_bounds__(kFewMaxWarps * 32)
     for (int a = 0; a < kAhead; ++a) {
       const int chunk = begin + a * warps;
       if (chunk < chunks) {
-        load_chunk<T>(ahead[a], args, chunk, block_chunks, first, feature, first_token);
+        load_chunk<T, kTransposed>(ahead[a], args, chunk, block_chunks, first, feature,
+                                   first_token);
       }
     }
 #pragma unroll
     for (int a = 0; a < kAhead; ++a) {
       if (begin + a * warps >= chunks) break;
-      const FewChunk<kTiles>& c = ahead[a];
+      FewChunk<kTiles>& c = ahead[a];
+      if constexpr (kTransposed) transpose_pairs(c.weights);
       const uint32_t low[4] = {c.weights[0].x, c.weights[1].x, c.weights[0].y, c.weights[1].y};
       const uint32_t high[4] = {c.weights[0].z, c.weights[1].z, c.weights[0].w, c.weights[1].w};
 #pragma unroll
@@ -219,7 +261,8 @@ __global__ void __launch_bounds__(kFewMaxWarps * 32)
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
       const int token = i * 8 + t * 2 + e % 2;
-      sums[(warp * kTokens + token) * kFewStride + g + e / 2 * 8] = acc[i][e];
+      const int row = kTransposed ? 2 * g + e / 2 : g + e / 2 * 8;
+      sums[(warp * kTokens + token) * kFewStride + row] = acc[i][e];
     }
   }
   // A thread finishes four features, the same ones of all its tokens.
@@ -235,6 +278,12 @@ __global__ void __launch_bounds__(kFewMaxWarps * 32)
     const int step = static_cast<int>(blockDim.x) / kQuads;
     for (int local = thread / kQuads; local < tokens; local += step) {
       const int token = first_token + local;
+      using Slope = device::SlopeOf<T>;
+      Four<Slope> slopes{};
+      if (kTransposed && p.slope != nullptr) {
+        slopes = load_four(static_cast<const Slope*>(p.slope) + token * p.slope_stride + n, count,
+                           whole);
+      }
       Four<T> residual{};
       if (p.residual != nullptr) {
         residual = load_four(static_cast<const T*>(p.residual) + token * p.residual_stride + n,
@@ -248,11 +297,14 @@ __global__ void __launch_bounds__(kFewMaxWarps * 32)
 #pragma unroll
         for (int e = 0; e < 4; ++e) z.of[e] += sum.of[e];
       }
-      using Slope = device::SlopeOf<T>;
-      Four<Slope> slopes;
       Four<T> y;
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
+        if constexpr (kTransposed) {
+          const float slope = p.slope != nullptr ? device::to_float(slopes.of[e]) : 1.f;
+          y.of[e] = device::from_float<T>(z.of[e] * slope);
+          continue;
+        }
         const auto [value, slope] = device::activate_with_slope<kActivation, false>(z.of[e]);
         slopes.of[e] = device::from_float<Slope>(slope);
         const float added = p.residual != nullptr ? device::to_float(residual.of[e]) : 0.f;

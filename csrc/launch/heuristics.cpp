@@ -41,13 +41,12 @@ Choice choose_product(const ProductParams& p, const DeviceInfo& device, Forced f
   switch (forced) {
     case Forced::kSm80: return {};
     case Forced::kFew:
-      if (p.transposed) break;  // it has no backward: that runs as it would
       if (product_few_sm80_supports(p)) return {Path::kFew, Status::success()};
+      if (p.transposed) break;  // a backward of more tokens runs as it would
       return {Path::kFew,
-              Status::unsupported(
-                  "PIXELFLY_KERNEL=few cannot serve this product: it needs a forward "
-                  "pass of at most 256 tokens, a 16-bit dtype, 16-byte aligned rows and "
-                  "blocks of 32 or more")};
+              Status::unsupported("PIXELFLY_KERNEL=few cannot serve this product: it needs at most "
+                                  "256 tokens, a 16-bit dtype, 16-byte aligned rows and "
+                                  "blocks of 32 or more")};
     case Forced::kHopper:
       return {Path::kHopper, hopper ? Status::success() : cannot("sm90", "product")};
     case Forced::kUnknown:
@@ -92,9 +91,8 @@ bool takes_thirds(DType dtype, int64_t tokens, const PlanHeader& h, const Device
   g.tokens = tokens;
   g.header = &h;
   const Forced forced = forced_path();
-  const Choice dx = choose_product(p, device, forced), dw = choose_weight_grad(g, device, forced);
-  const bool hopper = dx.path == Path::kHopper && dw.path == Path::kHopper;
-  return hopper && dx.status.ok() && dw.status.ok();
+  return (forced == Forced::kAuto || forced == Forced::kHopper) &&
+         product_sm90_supports(p, device) && weight_grad_sm90_supports(g, device);
 }
 
 }  // namespace pixelfly
