@@ -85,14 +85,17 @@ bool takes_thirds(DType dtype, int64_t tokens, const PlanHeader& h, const Device
   p.dtype = dtype;
   p.transposed = true;
   p.tokens = tokens;
+  p.in_features = h.out_features;
+  p.out_features = h.in_features;
   p.header = &h;
   WeightGradParams g{};
   g.dtype = dtype;
   g.tokens = tokens;
   g.header = &h;
   const Forced forced = forced_path();
-  return (forced == Forced::kAuto || forced == Forced::kHopper) &&
-         product_sm90_supports(p, device) && weight_grad_sm90_supports(g, device);
+  const Choice dx = choose_product(p, device, forced), dw = choose_weight_grad(g, device, forced);
+  const bool hopper = dx.path == Path::kHopper && dw.path == Path::kHopper;
+  return hopper && dx.status.ok() && dw.status.ok();
 }
 
 }  // namespace pixelfly
