@@ -93,7 +93,7 @@ struct FewChunk {
 
 // Pairs of features from the eight rows that begin at `first`.
 template <typename T>
-__device__ __forceinline__ void load_pairs(uint4 (&pairs)[2], const T* first, int64_t stride,
+__device__ __forceinline__ void load_pairs(uint4 (&pairs)[2], const T* first, int stride,
                                            bool valid) {
   uint32_t of[8];
 #pragma unroll
@@ -131,7 +131,7 @@ __device__ __forceinline__ void load_chunk(FewChunk<kTiles>& c, const FewArgs& a
     const T* blocks = static_cast<const T*>(p.blocks);
     if constexpr (kTransposed) {
       const int64_t row = (int64_t{args.block_idx[entry]} << log2) + k;
-      load_pairs(c.weights, blocks + (row << log2) + within + 2 * g, int64_t{1} << log2, true);
+      load_pairs(c.weights, blocks + (row << log2) + within + 2 * g, 1 << log2, true);
     } else {
       const T* weights = blocks + (((int64_t{entry} << log2) + within + g) << log2) + k;
       c.weights[0] = load_vector(weights, true);
@@ -147,7 +147,8 @@ __device__ __forceinline__ void load_chunk(FewChunk<kTiles>& c, const FewArgs& a
     const T* factor = static_cast<const T*>(p.factor);
     if constexpr (kTransposed) {
       const int column = feature + 2 * g;
-      load_pairs(c.weights, factor + k * p.factor_stride + column, p.factor_stride,
+      const auto row_stride = static_cast<int>(p.factor_stride);
+      load_pairs(c.weights, factor + k * p.factor_stride + column, row_stride,
                  inside && column < p.out_features);
     } else {
 #pragma unroll
@@ -220,7 +221,7 @@ __global__ void __launch_bounds__(kFewMaxWarps * 32)
   // Thread i brings bias i, which arrives while the products are formed.
   const int thread = static_cast<int>(threadIdx.x);
   T bias{};
-  if (p.bias != nullptr && thread < min(kFewFeatures, p.out_features - feature)) {
+  if (!kTransposed && p.bias != nullptr && thread < min(kFewFeatures, p.out_features - feature)) {
     bias = static_cast<const T*>(p.bias)[feature + thread];
   }
 

@@ -9,7 +9,7 @@ namespace pixelfly {
 
 enum class Path {
   kSm80,    // product_sm80, weight_grad_sm80: mma.sync, serves everything
-  kFew,     // product_few_sm80: few tokens, forward
+  kFew,     // product_few_sm80: few tokens
   kHopper,  // product_sm90, weight_grad_sm90: wgmma + TMA
 };
 const char* name_of(Path path);

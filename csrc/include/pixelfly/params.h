@@ -121,7 +121,7 @@ struct WeightGradParams {
   int64_t t_stride;
   const void* s;  // [T, rank] or null
   int64_t s_stride;
-  void* dblocks;    // [nnz, b, b] contiguous
+  void* dblocks;    // [nnz, b, b] contiguous, aligned to 16 bytes as du and dv are
   void* du;         // [N, rank] contiguous
   void* dv;         // [rank, K] contiguous
   void* dbias;      // [N]
