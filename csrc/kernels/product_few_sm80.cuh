@@ -5,12 +5,13 @@
 // A group of warps makes 16 features of up to 64 tokens. They take chunks of 32 contraction
 // features in turn: weights are mma's A (M = 16 features), up to 8 kTiles tokens are N. Nothing is
 // staged: the order of k within a chunk is free as long as A and B agree, so each lane loads 16
-// contiguous bytes of its row and column, which are the fragments of two k16 products. (dx: its
-// weights are columns of blocks. A lane loads pairs of neighbouring features from eight rows, and
-// even features are A's rows g, odd ones g + 8.) The warps'
+// contiguous bytes of its row and column, which are the fragments of two k16 products. The warps'
 // partial sums meet in shared memory, in order. A thread block is a group, or two that read the
 // same x, which then comes from L2 once. A dependent launch: from sm_90 on it may start, and with
-// up to 16 tokens have its weights brought to L2, while the kernel before it ends.
+// up to 16 tokens have its weights brought to L2 (not for dx), while the kernel before it ends.
+//
+// dx: the weights are columns of blocks. A lane loads pairs of neighbouring features from eight
+// rows; even features are A's rows g, odd ones g + 8.
 //
 //   shared memory of a group: float [16] biases, [warps][8 kTiles tokens][16 features + 4] sums
 #pragma once

@@ -30,10 +30,14 @@
 #include "device/wgmma.cuh"
 #include "kernels/thirds.cuh"
 #include "kernels/weight_grad_sm90_outputs.cuh"
+#include "pixelfly/grad_spans.h"
 #include "pixelfly/params.h"
 
 namespace pixelfly {
 
+constexpr int kGradRingBytes = 5 * 11 * kGradTileBytes;  // 220 KB
+static_assert(2 * kGradOutputs * 8 * kGradSharedFragment * 16 <= kGradRingBytes,
+              "with one span the sums take its place");
 constexpr int kGradMaxStages = 12;
 constexpr int kGradOnesBytes = 1024;
 constexpr int kGradSharedBytes = kGradRingBytes + kGradOnesBytes + 1024;

@@ -1,17 +1,14 @@
-// Where weight_grad_sm90's sums go: the workspace, or the gradients.
+// What weight_grad_sm90 is given, and where its sums go: the workspace, or the gradients.
 #pragma once
 
 #include "device/convert.cuh"
 #include "device/shared_memory.cuh"
-#include "pixelfly/grad_spans.h"
 #include "pixelfly/params.h"
 
 namespace pixelfly {
 
-constexpr int kGradRingBytes = 5 * 11 * kGradTileBytes;  // 220 KB
-constexpr int kGradPartial = 64 * 64;                    // fp32 values of an output tile
+constexpr int kGradPartial = 64 * 64;     // fp32 values of an output tile
 constexpr int kGradSharedFragment = 129;  // four values of each of 128 threads, and four of padding
-static_assert(2 * kGradOutputs * 8 * kGradSharedFragment * 16 <= kGradRingBytes, "instead of it");
 
 struct GradKernelArgs {
   const GradChunk* chunks;  // device
