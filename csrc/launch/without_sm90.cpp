@@ -3,6 +3,7 @@
 #include "launch/low_rank_sm90.h"
 #include "launch/product_sm90.h"
 #include "launch/weight_grad_sm90.h"
+#include "pixelfly/launch.h"
 
 namespace pixelfly {
 namespace {
@@ -17,6 +18,7 @@ Status not_built() {
 bool low_rank_sm90_supports(const LowRankParams&, const DeviceInfo&) { return false; }
 bool product_sm90_supports(const ProductParams&, const DeviceInfo&) { return false; }
 bool weight_grad_sm90_supports(const WeightGradParams&, const DeviceInfo&) { return false; }
+bool short_attention_supports(DType, int64_t, int64_t, const DeviceInfo&) { return false; }
 
 Status launch_low_rank_sm90(const LowRankParams&, const DeviceInfo&, Stream) { return not_built(); }
 Status launch_low_rank_ahead_sm90(const LowRankParams&, const DeviceInfo&, int, int32_t*, Stream) {
@@ -24,6 +26,13 @@ Status launch_low_rank_ahead_sm90(const LowRankParams&, const DeviceInfo&, int, 
 }
 Status launch_product_sm90(const ProductParams&, const DeviceInfo&, Stream) { return not_built(); }
 Status launch_weight_grad_sm90(const WeightGradParams&, const DeviceInfo&, Stream) {
+  return not_built();
+}
+
+Status launch_short_attention(const ShortAttentionParams&, const DeviceInfo&, Stream) {
+  return not_built();
+}
+Status launch_short_attention_grad(const ShortAttentionGradParams&, const DeviceInfo&, Stream) {
   return not_built();
 }
 

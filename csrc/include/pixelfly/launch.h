@@ -38,6 +38,13 @@ Status launch_add_layer_norm_grad(const AddLayerNormGradParams& p, const DeviceI
                                   Stream stream);
 Status launch_softmax_minus_target(const SoftmaxMinusTargetParams& p, const DeviceInfo& device,
                                    Stream stream);
+// Hopper kernels alone; what they serve. For others there is torch's scaled_dot_product_attention.
+bool short_attention_supports(DType dtype, int64_t tokens, int64_t features,
+                              const DeviceInfo& device);
+Status launch_short_attention(const ShortAttentionParams& p, const DeviceInfo& device,
+                              Stream stream);
+Status launch_short_attention_grad(const ShortAttentionGradParams& p, const DeviceInfo& device,
+                                   Stream stream);
 
 // Names of the kernels that would serve a call, for ops.explain: e.g. "product_sm90<b=64,
 // resident>".

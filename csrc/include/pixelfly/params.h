@@ -238,4 +238,34 @@ struct SoftmaxMinusTargetParams {
   float* loss;            // [T]
 };
 
+// y = softmax(scale q kᵀ) v for every sample and head, all keys of a sample in shared memory. Heads
+// have 64 features. Everything is contiguous and starts at a multiple of 16 bytes.
+struct ShortAttentionParams {
+  DType dtype;  // of qkv and y: 16 bits
+  int32_t samples;
+  int32_t tokens;  // at most kShortAttentionTokens
+  int32_t heads;
+  float scale;
+  const void* qkv;  // [samples, tokens, 3, heads, 64]
+  void* y;          // [samples, tokens, heads, 64]
+  float* log_sum;   // [samples, heads, tokens]: log Σ exp(scale q kᵀ), for the gradient
+};
+
+// The gradient of qkv. Deterministic.
+struct ShortAttentionGradParams {
+  DType dtype;
+  int32_t samples;
+  int32_t tokens;
+  int32_t heads;
+  float scale;
+  const void* qkv;       // as above
+  const void* y;         // as above
+  const float* log_sum;  // as above
+  const void* dy;        // [samples, tokens, heads, 64]
+  void* dqkv;            // [samples, tokens, 3, heads, 64]
+};
+
+constexpr int kShortAttentionTokens = 208;
+constexpr int kShortAttentionFeatures = 64;
+
 }  // namespace pixelfly

@@ -102,6 +102,10 @@ inline float __shfl_xor_sync(unsigned, float value, int mask) {
   return value;
 }
 
+inline uint32_t __shfl_xor_sync(unsigned, uint32_t value, int mask) {
+  return ::emulator::warp_exchange({value})[static_cast<size_t>(::emulator::lane() ^ mask)][0];
+}
+
 inline unsigned __ballot_sync(unsigned, int predicate) {
   const auto& given = ::emulator::warp_exchange({predicate != 0 ? 1u : 0u});
   unsigned bits = 0;
