@@ -31,9 +31,9 @@ from pixelfly import PixelflyConfig, sparsify_
 from pixelfly.nn import AttentionConfig
 
 KINDS = {  # kernels by words of their names, the first match counts
+    "attention": ("attention", "flash", "fmha", "mha"),  # first: pixelfly's own is one
     "pixelfly": ("pixelfly",),
     "gemm": ("gemm", "nvjet", "cutlass", "xmma", "cublas"),
-    "attention": ("flash", "fmha", "attention", "mha"),
     "optimizer": ("adam", "multi_tensor"),
     "pointwise": ("triton", "elementwise", "layer_norm", "reduce", "copy", "cat", "memset"),
 }

@@ -64,8 +64,9 @@ class PixelflyConfig:
         fuse_blocks: runs timm's ViT and Mixer blocks and transformers' GPT-2 blocks with fewer
             passes over activations: residual additions within the norms' kernels, the MLP over a
             Mixer's tokens (it stays dense) without transposing copies, one copy for the gradients
-            of q, k and v, or none (a sparse qkv layer on Hopper, 16 bits); the patch embedding in
-            front of them as a matrix product.
+            of q, k and v, or none (a sparse qkv layer on Hopper, 16 bits); there also
+            `pixelfly.ops.short_attention` where it has kernels; the patch embedding in front of the
+            blocks as a matrix product.
         fuse_loss: in training, with labels, transformers' GPT-2 computes its loss by
             `pixelfly.ops.linear_cross_entropy`: the answer's `logits` are None then.
         attention: a `pixelfly.nn.AttentionConfig` makes timm's `Attention` and GPT-2's compute

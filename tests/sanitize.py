@@ -26,6 +26,7 @@ from pixelfly.ops import (
     butterfly_lowrank_mm_reference,
     butterfly_qkv,
     linear_cross_entropy,
+    short_attention,
 )
 
 N, K = 200, 328
@@ -155,6 +156,25 @@ def qkv_calls(dtypes: list[torch.dtype]) -> tuple[int, int]:
     return calls, wrong
 
 
+def attention_calls(dtypes: list[torch.dtype]) -> tuple[int, int]:
+    """Runs short_attention where its kernels serve it; returns the calls and the wrong outputs."""
+    calls = wrong = 0
+    for dtype, (batch, tokens, heads) in itertools.product(
+        [d for d in dtypes if d != torch.float32], ((2, 7, 1), (1, 197, 2), (3, 50, 2))
+    ):
+        qkv = torch.randn(batch, tokens, 3 * heads * 64).to(dtype)
+        dy = torch.randn(batch, tokens, heads * 64).to(dtype)
+        results = []
+        for device in ("cuda", "cpu"):
+            leaf = qkv.to(device).requires_grad_()
+            y = short_attention(leaf, heads)
+            (dqkv,) = torch.autograd.grad(y, leaf, dy.to(device))
+            results.append([y.detach(), *dqkv.chunk(3, 2)])
+        calls += 1
+        wrong += differs(f"attention {dtype} B={batch} T={tokens} H={heads}", *results, dtype)
+    return calls, wrong
+
+
 def loss_calls(dtypes: list[torch.dtype]) -> tuple[int, int]:
     """Runs linear_cross_entropy, rows kept and read twice; returns the calls and wrong outputs."""
     calls = wrong = 0
@@ -193,7 +213,7 @@ def rounding_calls(dtypes: list[torch.dtype]) -> tuple[int, int]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--paths", nargs="*", default=["sm80", "auto", "few", "sm90"])
-    parts = ["linear", "layer-norm", "token-mlp", "qkv", "loss", "rounding"]
+    parts = ["linear", "layer-norm", "token-mlp", "qkv", "attention", "loss", "rounding"]
     parser.add_argument("--parts", nargs="*", default=parts, choices=parts)
     parser.add_argument("--dtypes", nargs="*", default=["bfloat16", "float16", "float32"])
     parser.add_argument("--block-sizes", nargs="*", type=int, default=[16, 32, 64, 128])
@@ -208,6 +228,7 @@ def main() -> int:
         "layer-norm": layer_norm_calls,
         "token-mlp": token_mlp_calls,
         "qkv": qkv_calls,
+        "attention": attention_calls,
         "loss": loss_calls,
         "rounding": rounding_calls,
     }

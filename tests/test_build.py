@@ -79,20 +79,22 @@ def test_launchers_of_hopper_or_their_stand_ins(build, monkeypatch, archs, hoppe
         monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", archs)
     names = {path.name for path in build.launch_sources()}
     kernels = {"low_rank_sm90.cu", "product_sm90.cu", "weight_grad_sm90.cu"}
+    kernels.add("short_attention_sm90.cu")
     assert {"product.cpp", "product_sm80.cu", "tensor_map.cpp"} <= names
     assert names & (kernels | {"without_sm90.cpp"}) == (kernels if hopper else {"without_sm90.cpp"})
 
 
 def test_stand_ins_are_complete():
     """A launcher without one would be an undefined symbol, seen only when the library loads."""
-    launch = SETUP.parent / "csrc/launch"
-    declared = {
-        name
-        for header in launch.glob("*_sm90.h")
-        for name in re.findall(r"(\w+)\(const", header.read_text())
-    }
-    defined = set(re.findall(r"(\w+)\(const", (launch / "without_sm90.cpp").read_text()))
-    assert len(declared) == 10 and declared == defined
+
+    def functions(path, name=r"\w+"):
+        return set(re.findall(rf"^\w+ ({name})\((?!\))", path.read_text(), re.M))
+
+    csrc = SETUP.parent / "csrc"
+    declared = {name for path in csrc.glob("launch/*_sm90.h") for name in functions(path)}
+    declared |= functions(csrc / "include/pixelfly/launch.h", r"\w*short_attention\w*")
+    defined = functions(csrc / "launch/without_sm90.cpp")
+    assert len(declared) == 13 and declared == defined
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -184,6 +186,20 @@ def test_a_layout_of_all_blocks_counts_as_dense_attention(options):
     whole = count(self_attention(block_size=128), x, training=True, **options)
     assert whole == count(self_attention(FullSelfAttention), x, training=True, **options)
     assert whole[""].macs == 2 * 2 * 48 * 48 * 64
+
+
+def test_packed_attention_counts_as_torchs(monkeypatch):
+    """As Hopper GPUs run it, for which the CPU passes here."""
+    model = FullSelfAttention(128, 2).bfloat16()
+    x = torch.zeros(2, 48, 128, dtype=torch.bfloat16)
+    plain = count(model, x, training=True, fake=False)[""]
+    module = importlib.import_module("pixelfly.ops.short_attention")
+    monkeypatch.setattr(module, "has_hopper_kernels", lambda device: True)
+    packed = count(model, x, training=True, fake=False)[""]
+    assert packed.macs == plain.macs == 2 * 2 * 48 * 48 * 128
+    assert packed.works["attention"] == plain.works["attention"]
+    # The gradients of q, k and v need not be put side by side.
+    assert "pointwise" in plain.works and "pointwise" not in packed.works
 
 
 @pytest.mark.parametrize("causal", [False, True])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from pixelfly.nn.attention import FullSelfAttention
 from pixelfly.nn.blocks import FusedMixerBlock, FusedTransformerBlock
 from pixelfly.nn.patches import PatchConv2d
 from pixelfly.ops import butterfly_qkv
+from pixelfly.ops.device import has_hopper_kernels
 
 timm = pytest.importorskip("timm")
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -24,9 +26,9 @@ FUSED = PixelflyConfig(density=0.5, block_size=16, rank=0, fuse_mlp=True, fuse_b
 PLAIN = PixelflyConfig(density=0.5, block_size=16, rank=0)
 
 
-def vit(**options):
+def vit(width=64, **options):
     return timm.models.VisionTransformer(
-        img_size=32, patch_size=8, embed_dim=64, depth=2, num_heads=2, num_classes=8, **options
+        img_size=32, patch_size=8, embed_dim=width, depth=2, num_heads=2, num_classes=8, **options
     )
 
 
@@ -38,6 +40,7 @@ def mixer():
 
 BUILDS = {
     "vit": (vit, "vit", FusedTransformerBlock),
+    "vit with heads of 64": (lambda: vit(128), "vit", FusedTransformerBlock),
     "vit with scales": (lambda: vit(init_values=0.5, qk_norm=True), "vit", FusedTransformerBlock),
     "mixer": (mixer, "mixer", FusedMixerBlock),
 }
@@ -203,6 +206,87 @@ def test_qkv_layer_takes_three_gradients(monkeypatch, build, spoil, split, check
     assert len(calls) == split * (1 + checkpointed)
     monkeypatch.setattr(pixelfly.nn.attention, "is_plain", lambda layer: False)
     torch.testing.assert_close(ours, step(), rtol=1e-4, atol=1e-5)
+
+
+def hopper_or_skip():
+    if not has_hopper_kernels(torch.device("cuda", torch.cuda.current_device())):
+        pytest.skip("the kernels are for Hopper GPUs")
+
+
+PACKED = {"plain": True, "dense qkv": True, "frozen": True, "normed y": True, "long": False}
+PACKED |= {"norms": False, "hooked norm": False, "mask": False, "causal": False, "narrow": False}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("case", list(PACKED))
+@pytest.mark.parametrize("compiled", [False, True])
+def test_short_sequences_stay_packed(monkeypatch, device, case, compiled):
+    """Where the kernels serve them (here the CPU passes for Hopper); the function is the same."""
+    torch._dynamo.reset()
+    if device == "cuda":
+        hopper_or_skip()
+    else:
+        module = importlib.import_module("pixelfly.ops.short_attention")
+        monkeypatch.setattr(module, "has_hopper_kernels", lambda device: True)
+    options = {"norms": {"qk_norm": True}, "normed y": {"scale_attn_norm": True}}.get(case, {})
+    model = vit(64 if case == "narrow" else 128, qkv_bias=True, **options)
+    attention = FullSelfAttention.from_module(model.blocks[0].attn)
+    if case != "dense qkv":
+        attention.qkv = PixelflyLinear(attention.qkv.in_features, attention.qkv.out_features,
+                                       block_size=16, rank=16)  # fmt: skip
+    if case == "frozen":
+        attention.qkv.requires_grad_(False)
+    if case == "hooked norm":
+        attention.k_norm.register_forward_hook(lambda module, args, k: 2 * k)
+    attention.to(device)
+    tokens = 209 if case == "long" else 50
+    x = torch.randn(2, tokens, attention.qkv.in_features, device=device)
+    mask = torch.rand(2, 1, tokens, tokens, device=device) > 0.3
+    call = {"mask": {"attn_mask": mask}, "causal": {"is_causal": True}}.get(case, {})
+    backend = "inductor" if device == "cuda" else "aot_eager"
+    function = torch.compile(attention, fullgraph=True, backend=backend) if compiled else attention
+
+    def step(function, dtype=torch.bfloat16):
+        leaf = x.clone().requires_grad_()
+        with torch.autocast(device, dtype, enabled=dtype != torch.float32):
+            y = function(leaf, **call)
+        attention.zero_grad()
+        y.float().square().sum().backward()
+        return [y, leaf.grad, *(p.grad for p in attention.parameters() if p.requires_grad)]
+
+    calls = []
+    packed = pixelfly.nn.attention.short_attention
+    count = lambda *args, **options: calls.append(args) or packed(*args, **options)  # noqa: E731
+    monkeypatch.setattr(pixelfly.nn.attention, "short_attention", count)
+    ours, exact = step(function), step(attention, torch.float32)
+    assert len(calls) == PACKED[case]
+    monkeypatch.setattr(pixelfly.nn.attention, "serves", lambda *args: False)
+    theirs = step(attention)
+    assert len(calls) == PACKED[case] and [t.dtype for t in ours] == [t.dtype for t in theirs]
+    for mine, other, want in zip(ours, theirs, exact, strict=True):
+        bound = 2 * (other - want).norm() + 0.01 * want.norm() + 1e-3
+        assert (mine - want).norm() <= bound
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("width", [64, 128])
+def test_kernels_of_a_vit(width):
+    """short_attention serves heads of 64 features, torch's attention those of 32."""
+    hopper_or_skip()
+    model = vit(width).cuda()
+    assert sparsify_(model, FUSED, "vit").fused_blocks
+    x = torch.randn(3, 3, 32, 32, device="cuda")
+
+    def step():
+        with torch.autocast("cuda", torch.bfloat16):
+            return run(model, x)
+
+    step()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        step()
+        torch.cuda.synchronize()
+    kernels = [e.count for e in profile.key_averages() if "short_attention" in e.key]
+    assert sum(kernels) == (0 if width == 64 else 2 * 2)  # forward and backward of two blocks
 
 
 def test_masks_reach_the_attention():

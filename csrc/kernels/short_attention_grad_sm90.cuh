@@ -117,14 +117,15 @@ __global__ void __launch_bounds__(kShortAttentionThreads, 1)
     __syncthreads();  // they are there, and nobody reads the last head's dS
 
     Sums dk, dv;
-    RowFragments key_rows, value_rows;
+    RowFragments key_rows;
     key_rows.load(k, warp, tiles, lanes);
-    value_rows.load(v, warp, tiles, lanes);
     const uint32_t to = scores + (first + lane % 16) * score_row + lane / 16 * 16;
 #pragma unroll 1
     for (int i = 0; i < tiles; ++i) {
       float p[kWarpTiles][2][4] = {}, ds[kWarpTiles][2][4] = {};
       add_scores<T>(p, key_rows, q + i * kTileBytes, lanes);
+      RowFragments value_rows;  // read anew for every tile: registers are short
+      value_rows.load(v, warp, tiles, lanes);
       add_scores<T>(ds, value_rows, dy + i * kTileBytes, lanes);
 #pragma unroll
       for (int n = 0; n < 2; ++n) {
@@ -135,19 +136,10 @@ __global__ void __launch_bounds__(kShortAttentionThreads, 1)
         for (int m = 0; m < kWarpTiles; ++m) {
 #pragma unroll
           for (int e = 0; e < 4; ++e) {
-            p[m][n][e] = device::exp2_approx(p[m][n][e] * scale_log2 - log_sums[e % 2]);
+            // At most 1, as it is: so a key beyond the tokens, whose k is 0, adds nothing to dq.
+            const float power = device::min_nan(p[m][n][e] * scale_log2 - log_sums[e % 2], 0);
+            p[m][n][e] = device::exp2_approx(power);
             ds[m][n][e] = p[m][n][e] * (ds[m][n][e] - d[e % 2]);
-          }
-        }
-      }
-      if (first + kWarpRows > args.tokens) {  // keys beyond the tokens: 0 times k should stay 0
-#pragma unroll
-        for (int m = 0; m < kWarpTiles; ++m) {
-#pragma unroll
-          for (int e = 0; e < 4; ++e) {
-            if (first + m * kRows + lane / 4 + e / 2 * 8 >= args.tokens) {
-              ds[m][0][e] = ds[m][1][e] = 0;
-            }
           }
         }
       }

@@ -2,7 +2,7 @@
 //
 // A thread block takes one head after the other: TMA brings the next one's q, k and v while this
 // one's are multiplied, as all of them fit in shared memory twice. A warp has 32 queries and walks
-// over the keys, 64 at a time, with the running maximum and sum of each row in registers
+// over the keys, 32 at a time, with the running shift and sum of each row in registers
 // (Flash-attention's recurrence). Products are mma.sync: heads are too small and too ragged (197
 // tokens in a ViT) for wgmma's 64 rows, of which a quarter would be empty.
 //
@@ -49,58 +49,22 @@ __device__ inline void load_head(uint32_t to, const CUtensorMap* map, uint32_t b
   device::tma_load_3d(to, map, barrier, column * kShortAttentionFeatures, 0, sample);
 }
 
-// One row's running maximum (of raw scores) and sum of exponentials.
-struct RunningRow {
-  float top = -INFINITY, sum = 0;
-};
-
-// Takes scores [tiles of 16][2][4] of half h of a tile's rows into those running rows and makes
-// them exponentials. Returns what the sums so far are to be multiplied by.
+// A warp's scores of kTiles tiles of keys, rows as RowFragments has them.
 template <int kTiles>
-__device__ __forceinline__ float exponentials(RunningRow& row,
-                                              float (&scores)[kTiles][kWarpTiles][2][4], int m,
-                                              int h, float scale_log2) {
-  float top = row.top;
-#pragma unroll
-  for (int i = 0; i < kTiles; ++i) {
-#pragma unroll
-    for (int n = 0; n < 2; ++n) {
-      top = fmaxf(top, fmaxf(scores[i][m][n][2 * h], scores[i][m][n][2 * h + 1]));
-    }
-  }
-  top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 1));
-  top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 2));
-  const float shift = top * scale_log2;
-  const float factor = device::exp2_approx(row.top * scale_log2 - shift);
-  float sum = 0;
-#pragma unroll
-  for (int i = 0; i < kTiles; ++i) {
-#pragma unroll
-    for (int n = 0; n < 2; ++n) {
-#pragma unroll
-      for (int e = 2 * h; e < 2 * h + 2; ++e) {
-        float& score = scores[i][m][n][e];
-        score = device::exp2_approx(score * scale_log2 - shift);
-        sum += score;
-      }
-    }
-  }
-  row.sum = row.sum * factor + sum;  // this lane's part
-  row.top = top;
-  return factor;
-}
+struct Scores {
+  float of[kTiles][kWarpTiles][2][4] = {};
 
-// Adds kTiles tiles of keys from `key` on to the output of a warp's queries.
-template <typename T, int kTiles>
-__device__ __forceinline__ void attend(Sums& out, RunningRow (&rows)[kWarpTiles][2],
-                                       const RowFragments& q, uint32_t k, uint32_t v, int key,
-                                       int tokens, float scale_log2, const Lanes& lanes) {
-  float scores[kTiles][kWarpTiles][2][4] = {};
+  template <typename T>
+  __device__ __forceinline__ void form(const RowFragments& q, uint32_t k, int key,
+                                       const Lanes& lanes) {
 #pragma unroll
-  for (int i = 0; i < kTiles; ++i) {
-    add_scores<T>(scores[i], q, k + (key + i * kRows) * kRowBytes, lanes);
+    for (int i = 0; i < kTiles; ++i) {
+      add_scores<T>(of[i], q, k + (key + i * kRows) * kRowBytes, lanes);
+    }
   }
-  if (key + kTiles * kRows > tokens) {  // the last tile has rows beyond the tokens
+  // The last tile may have rows beyond the tokens.
+  __device__ __forceinline__ void mask(int key, int tokens) {
+    if (key + kTiles * kRows <= tokens) return;
 #pragma unroll
     for (int n = 0; n < 2; ++n) {
 #pragma unroll
@@ -108,31 +72,101 @@ __device__ __forceinline__ void attend(Sums& out, RunningRow (&rows)[kWarpTiles]
         const int at = key + (kTiles - 1) * kRows + n * 8 + threadIdx.x % 4 * 2 + e % 2;
 #pragma unroll
         for (int m = 0; m < kWarpTiles; ++m) {
-          if (at >= tokens) scores[kTiles - 1][m][n][e] = -INFINITY;
+          if (at >= tokens) of[kTiles - 1][m][n][e] = -INFINITY;
         }
       }
     }
   }
+  // This lane's largest score of half h of tile m's rows.
+  __device__ __forceinline__ float largest(int m, int h) const {
+    float top = -INFINITY;
 #pragma unroll
-  for (int m = 0; m < kWarpTiles; ++m) {
+    for (int i = 0; i < kTiles; ++i) {
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const float factor = exponentials(rows[m][h], scores, m, h, scale_log2);
+      for (int n = 0; n < 2; ++n) {
+        top = fmaxf(top, fmaxf(of[i][m][n][2 * h], of[i][m][n][2 * h + 1]));
+      }
+    }
+    return top;
+  }
+};
+
+// The output of a warp's queries while it walks over the keys: sums of exp2(score - shift) and of
+// v times those. The shifts, near a row's largest score, are raised only when a score exceeds one
+// by kSlack: so lanes need not agree on every tile's maximum.
+constexpr float kSlack = 8;
+constexpr float kLowest = -1e38f;  // below every score, but not -inf: that has no difference
+
+struct Attended {
+  Sums out;
+  float sum[kWarpTiles][2] = {};  // this lane's part
+  float shift[kWarpTiles][2];
+
+  __device__ __forceinline__ Attended() {
 #pragma unroll
-      for (int j = 0; j < 8; ++j) {
-        out.of[m][j][2 * h] *= factor;
-        out.of[m][j][2 * h + 1] *= factor;
+    for (int m = 0; m < kWarpTiles; ++m) shift[m][0] = shift[m][1] = kLowest;
+  }
+
+  // Raises the shifts if these scores ask for it.
+  template <int kTiles>
+  __device__ __forceinline__ void admit(const Scores<kTiles>& scores, float scale_log2) {
+    bool exceeds = false;
+#pragma unroll
+    for (int m = 0; m < kWarpTiles; ++m) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        exceeds |= scores.largest(m, h) * scale_log2 > shift[m][h] + kSlack;
+      }
+    }
+    if (__any_sync(0xffffffffu, exceeds)) raise(scores, scale_log2);
+  }
+
+  // Adds keys whose scores were admitted; these become exponentials.
+  template <typename T, int kTiles>
+  __device__ __forceinline__ void add(Scores<kTiles>& scores, uint32_t v, int key, float scale_log2,
+                                      const Lanes& lanes) {
+#pragma unroll
+    for (int i = 0; i < kTiles; ++i) {
+      uint32_t weights[kWarpTiles][4];
+#pragma unroll
+      for (int m = 0; m < kWarpTiles; ++m) {
+#pragma unroll
+        for (int n = 0; n < 2; ++n) {
+#pragma unroll
+          for (int e = 0; e < 4; ++e) {
+            float& p = scores.of[i][m][n][e];
+            p = device::exp2_approx(p * scale_log2 - shift[m][e / 2]);
+            sum[m][e / 2] += p;
+          }
+        }
+        as_weights<T>(weights[m], scores.of[i][m]);
+      }
+      add_rows<T>(out, weights, v + (key + i * kRows) * kRowBytes, lanes);
+    }
+  }
+
+  template <int kTiles>
+  __device__ __forceinline__ void raise(const Scores<kTiles>& scores, float scale_log2) {
+#pragma unroll
+    for (int m = 0; m < kWarpTiles; ++m) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        float top = scores.largest(m, h);
+        top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 1));
+        top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 2));
+        const float raised = fmaxf(shift[m][h], top * scale_log2);
+        const float factor = device::exp2_approx(shift[m][h] - raised);
+        shift[m][h] = raised;
+        sum[m][h] *= factor;
+#pragma unroll
+        for (int j = 0; j < 8; ++j) {
+          out.of[m][j][2 * h] *= factor;
+          out.of[m][j][2 * h + 1] *= factor;
+        }
       }
     }
   }
-#pragma unroll
-  for (int i = 0; i < kTiles; ++i) {
-    uint32_t weights[kWarpTiles][4];
-#pragma unroll
-    for (int m = 0; m < kWarpTiles; ++m) as_weights<T>(weights[m], scores[i][m]);
-    add_rows<T>(out, weights, v + (key + i * kRows) * kRowBytes, lanes);
-  }
-}
+};
 
 }  // namespace attention
 
@@ -142,16 +176,18 @@ __global__ void __launch_bounds__(kShortAttentionThreads, 1)
                          const ShortAttentionArgs args) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   using namespace attention;
-  __shared__ uint64_t barriers[2];
+  __shared__ uint64_t barriers[4];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const uint32_t bytes = args.tiles * kTileBytes;  // of a matrix
   const uint32_t base = (device::smem_address(device::dynamic_shared()) + 1023) & ~1023u;
-  const uint32_t full = device::smem_address(barriers);
+  const uint32_t full = device::smem_address(barriers), empty = full + 16;
   const float scale_log2 = args.scale * kLog2e;
   const Lanes lanes;
   if (threadIdx.x == 0) {
-    device::mbarrier_init(full, 1);
-    device::mbarrier_init(full + 8, 1);
+    for (int s = 0; s < 2; ++s) {
+      device::mbarrier_init(full + 8 * s, 1);
+      device::mbarrier_init(empty + 8 * s, blockDim.x / 32);
+    }
     device::mbarrier_init_fence();
   }
   auto load = [&](int problem, int stage) {
@@ -163,26 +199,51 @@ __global__ void __launch_bounds__(kShortAttentionThreads, 1)
     }
   };
   if (threadIdx.x == 0) load(blockIdx.x, 0);
+  __syncthreads();  // the barriers are there
 
   int turn = 0;
   for (int problem = blockIdx.x; problem < args.problems; problem += gridDim.x, ++turn) {
     const int stage = turn % 2, next = problem + gridDim.x;
-    __syncthreads();  // nobody reads the other stage; at first: the barriers are there
-    if (threadIdx.x == 0 && next < args.problems) load(next, 1 - stage);
     device::mbarrier_wait(full + 8 * stage, turn / 2 % 2);
 
     const uint32_t q = base + stage * 3 * bytes, k = q + bytes, v = k + bytes;
     RowFragments queries;
     queries.load(q, warp, args.tiles, lanes);
-    Sums out;
-    RunningRow rows[kWarpTiles][2];
-    int i = 0;
-    for (; i + 4 <= args.tiles; i += 4) {
-      attend<T, 4>(out, rows, queries, k, v, i * kRows, args.tokens, scale_log2, lanes);
+    Attended attended;
+    // An odd tile first, then pairs: the next pair's scores are formed while this one's are turned
+    // into exponentials.
+    int key = 0;
+    if (args.tiles % 2 == 1) {
+      Scores<1> odd;
+      odd.form<T>(queries, k, 0, lanes);
+      odd.mask(0, args.tokens);
+      attended.admit(odd, scale_log2);
+      attended.add<T>(odd, v, 0, scale_log2, lanes);
+      key = kRows;
     }
-    for (; i < args.tiles; ++i) {
-      attend<T, 1>(out, rows, queries, k, v, i * kRows, args.tokens, scale_log2, lanes);
+    if (threadIdx.x == 0 && next < args.problems) {
+      device::mbarrier_wait(empty + 8 * (1 - stage), (turn + 1) / 2 % 2 ^ 1);
+      load(next, 1 - stage);
     }
+    __syncwarp();
+    const int last = (args.tiles - 2) * kRows;
+    if (key <= last) {
+      Scores<2> pair;
+      pair.form<T>(queries, k, key, lanes);
+      for (; key < last; key += 2 * kRows) {
+        attended.admit(pair, scale_log2);
+        Scores<2> next_pair;
+        next_pair.form<T>(queries, k, key + 2 * kRows, lanes);
+        attended.add<T>(pair, v, key, scale_log2, lanes);
+        pair = next_pair;
+      }
+      pair.mask(last, args.tokens);
+      attended.admit(pair, scale_log2);
+      attended.add<T>(pair, v, last, scale_log2, lanes);
+    }
+
+    __syncwarp();
+    if (lane == 0) device::mbarrier_arrive(empty + 8 * stage);
 
     const int sample = problem / args.heads, head = problem % args.heads;
     const int64_t stride = int64_t{args.heads} * kShortAttentionFeatures;
@@ -192,19 +253,19 @@ __global__ void __launch_bounds__(kShortAttentionThreads, 1)
       float factors[2];
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        float sum = rows[m][h].sum;
+        float sum = attended.sum[m][h];
         sum += __shfl_xor_sync(0xffffffffu, sum, 1);
         sum += __shfl_xor_sync(0xffffffffu, sum, 2);
-        factors[h] = 1.f / sum;
+        factors[h] = device::reciprocal(sum);
         const int row = first + lane / 4 + 8 * h;
         if (lane % 4 == 0 && row < args.tokens) {
           args.log_sum[int64_t{problem} * args.tokens + row] =
-              rows[m][h].top * args.scale + logf(sum);
+              attended.shift[m][h] / kLog2e + logf(sum);
         }
       }
       T* y = static_cast<T*>(args.y) + (int64_t{sample} * args.tokens + first) * stride +
              head * kShortAttentionFeatures;
-      store_rows(y, stride, args.tokens - first, out.of[m], factors[0], factors[1]);
+      store_rows(y, stride, args.tokens - first, attended.out.of[m], factors[0], factors[1]);
     }
   }
 #endif

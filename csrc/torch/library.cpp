@@ -76,4 +76,12 @@ STABLE_TORCH_LIBRARY(pixelfly, m) {
   m.def(
       "softmax_minus_target_(Tensor(a!) logits, Tensor target, int classes, int ignore_index, "
       "bool write) -> Tensor loss");
+  // softmax(scale q kᵀ) v of every sample and head, every score: qkv [B, T, 3 * heads * D], y [B,
+  // T, heads * D], both as a layer's rows lie; log_sum [B, heads, T] is log Σ exp(scale q kᵀ) in
+  // float32, for the gradient of all of qkv. The kernels are Hopper's, for D = 64 and up to 208
+  // tokens in 16 bits.
+  m.def("short_attention(Tensor qkv, int heads, float scale) -> (Tensor y, Tensor log_sum)");
+  m.def(
+      "short_attention_backward(Tensor dy, Tensor qkv, Tensor y, Tensor log_sum, int heads, "
+      "float scale) -> Tensor dqkv");
 }

@@ -13,8 +13,10 @@ from torch import nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ..masks.attention import ATTENTION_BLOCK_SIZES, AttentionLayout, butterfly_attention_layout
-from ..ops import butterfly_qkv
+from ..ops import butterfly_qkv, short_attention
 from ..ops.attention import butterfly_attention
+from ..ops.functional import products_dtype
+from ..ops.short_attention import serves
 from .dense import call_linear, has_hooks
 from .linear import is_plain
 
@@ -261,12 +263,11 @@ class PixelflySelfAttention(nn.Module):
         causal = self.is_causal or is_causal
         hidden = None if attn_mask is None else ~_visible_keys(attn_mask, *x.shape[:2])
         q, k, v = self._project(x)
-        return self._output(x, self._attend(q, k, v, causal, hidden))
+        return self._output(x, self._merge(self._attend(q, k, v, causal, hidden)))
 
     def _output(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        """What follows the heads `y [B, H, N, D]`."""
+        """What follows the heads side by side, `y [B, N, H * D]`."""
         parts = self._modules  # to miss one there costs no search and no message
-        y = self._merge(y)
         if "norm" in parts:
             y = parts["norm"](y)
         if "gate" in parts:
@@ -312,7 +313,10 @@ class PixelflySelfAttention(nn.Module):
 
 
 class FullSelfAttention(PixelflySelfAttention):
-    """Every score, by torch's fused kernels: timm's `Attention` with fewer copies in its backward.
+    """Every score: timm's `Attention` with fewer copies in its backward.
+
+    Sequences that `pixelfly.ops.short_attention` has kernels for go to those, packed as the qkv
+    layer makes them; others, and calls with a mask or norms of q and k, to torch's fused kernels.
 
     Example:
         >>> import timm
@@ -341,10 +345,20 @@ class FullSelfAttention(PixelflySelfAttention):
     ) -> torch.Tensor:
         """Applies the attention to `[B, N, C]`; a mask is scaled_dot_product_attention's."""
         self._check(x)
-        q, k, v = self._project(x)
         causal = self.is_causal or is_causal
+        if attn_mask is None and not causal and self._takes_packed(x):
+            qkv = call_linear(self._modules[self.names[0]], x)
+            return self._output(x, short_attention(qkv, self.num_heads, scale=self.scale))
+        q, k, v = self._project(x)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask, is_causal=causal, scale=self.scale)
-        return self._output(x, y)
+        return self._output(x, self._merge(y))
+
+    def _takes_packed(self, x: torch.Tensor) -> bool:
+        """Whether q, k and v may stay in one tensor: nothing changes them, and kernels read it."""
+        if not serves(products_dtype(x), x.shape[1], self.head_dim, x.device):
+            return False
+        norms = [self._modules[name] for name in ("q_norm", "k_norm") if name in self._modules]
+        return all(type(n) is nn.Identity and not has_hooks(n) for n in norms)
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}, is_causal={self.is_causal}"

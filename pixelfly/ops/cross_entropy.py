@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from .device import has_kernels, plain_on_cuda
-from .functional import _autocast_dtype
+from .functional import _autocast_dtype, products_dtype
 from .validation import DTYPES
 
 OP = "linear_cross_entropy"
@@ -63,7 +63,7 @@ def linear_cross_entropy(
         True
     """
     _check(x, weight, target, reduction)
-    dtype = _autocast_dtype(x) or x.dtype
+    dtype = products_dtype(x)
     rows, labels = x.reshape(-1, x.shape[-1]), target.reshape(-1)
     if _kernels_serve(x, weight, dtype):
         rows, labels = rows.to(dtype).contiguous(), labels.contiguous()

@@ -89,3 +89,18 @@ def has_kernels(device: torch.device) -> bool:
         else:
             _known[device] = True
     return _known[device]
+
+
+_hopper: dict[torch.device, bool] = {}
+
+
+@traced_constant
+def has_hopper_kernels(device: torch.device) -> bool:
+    """Whether `device` is a Hopper GPU and this build has its kernels; found out once."""
+    if device not in _hopper:
+        _hopper[device] = (
+            device.type == "cuda"
+            and torch.cuda.get_device_capability(device) == (9, 0)
+            and "9.0" in build_info()["archs"]
+        )
+    return _hopper[device]

@@ -32,6 +32,11 @@ def _autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(device_type)
 
 
+def products_dtype(x: torch.Tensor) -> torch.dtype:
+    """Returns the dtype that products of x run in: autocast's inside an autocast region."""
+    return _autocast_dtype(x) or x.dtype
+
+
 def autocast_input(x: torch.Tensor) -> tuple[torch.Tensor, torch.dtype | None]:
     """Returns x in autocast's dtype, and that dtype; x as it is and None where there is none."""
     dtype = _autocast_dtype(x) if isinstance(x, torch.Tensor) else None

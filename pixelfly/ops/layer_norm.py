@@ -16,7 +16,7 @@ from torch.autograd import forward_ad
 
 from .autograd import needs_grad
 from .device import PLAIN, has_kernels
-from .functional import _autocast_dtype
+from .functional import products_dtype
 from .validation import DTYPES
 
 OP = "add_layer_norm"
@@ -82,7 +82,7 @@ def add_layer_norm(
         (torch.bfloat16, torch.float32, torch.Size([2, 5, 64]))
     """
     if dtype is None and isinstance(x, torch.Tensor):
-        dtype = _autocast_dtype(x) or x.dtype
+        dtype = products_dtype(x)
     if torch.compiler.is_compiling() or not _kernels_serve(x, delta, weight, bias, dtype):
         _check(x, delta, weight, bias, dtype)
         return _plain(x, delta, weight, bias, eps, dtype)

@@ -17,13 +17,11 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
-from .._build import build_info
 from ..masks import BlockLayout, dense
 from .activations import NONE, apply_activation, slope_dtype
-from .device import plain_on_cuda
+from .device import has_hopper_kernels, plain_on_cuda
 from .plan import Header, device_plan, plan_header
 from .rounding import round_weights
-from .tracing import traced_constant
 
 _column_product = torch.ops.pixelfly.column_product.default
 _feature_sums = torch.ops.pixelfly.feature_sums.default
@@ -53,7 +51,8 @@ def token_mlp(
     """
     compiling = torch.compiler.is_compiling()
     plans: tuple[Any, ...] = (None, None, None, None)
-    if x.is_cuda and x.shape[2] % COLUMNS_MULTIPLE == 0 and _kernels_serve((x.device, x.dtype)):
+    served = x.dtype.itemsize == 2 and has_hopper_kernels(x.device)
+    if served and x.shape[2] % COLUMNS_MULTIPLE == 0:
         first, second = layouts
         # Equal layouts have one plan, and a traced function must not be given a tensor twice.
         equal = -(-w1.shape[0] // BLOCK) == -(-w1.shape[1] // BLOCK)
@@ -68,13 +67,6 @@ def token_mlp(
             w1, b1, w2, b2 = (None if w is None else w.to(x.dtype) for w in (w1, b1, w2, b2))
             return F.linear(apply_activation(F.linear(x.mT, w1, b1), activation), w2, b2).mT
         return _TokenMLP.apply(x.contiguous(), w1, b1, w2, b2, activation, *plans)
-
-
-@traced_constant
-def _kernels_serve(key: tuple[torch.device, torch.dtype]) -> bool:
-    device, dtype = key
-    hopper = torch.cuda.get_device_capability(device) == (9, 0)
-    return hopper and "9.0" in (build_info()["archs"] or "") and dtype.itemsize == 2
 
 
 def _aligned(weight: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

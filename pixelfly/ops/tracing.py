@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 
 def traced_constant(fn: Callable[..., Any]) -> Callable[..., Any]:
     """Marks a function whose result is a constant of a traced program.
@@ -14,3 +16,9 @@ def traced_constant(fn: Callable[..., Any]) -> Callable[..., Any]:
     """
     fn._dynamo_marked_constant = True
     return fn
+
+
+@traced_constant
+def exporting() -> bool:
+    """torch.compiler.is_exporting(), which dynamo of torch 2.11 takes for true in every trace."""
+    return torch.compiler.is_exporting()

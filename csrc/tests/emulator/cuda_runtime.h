@@ -113,6 +113,8 @@ inline unsigned __ballot_sync(unsigned, int predicate) {
   return bits;
 }
 
+inline int __any_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
+
 enum cudaError_t { cudaSuccess = 0 };
 inline const char* cudaGetErrorString(cudaError_t) { return "no error"; }
 struct CUstream_st;
