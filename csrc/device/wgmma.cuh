@@ -117,6 +117,8 @@ struct Wgmma;
 
 PIXELFLY_WGMMA(8, "%0, %1, %2, %3", "%4", "%5", "%6", "%7", "%8", "+f"(d[0]), "+f"(d[1]),
                "+f"(d[2]), "+f"(d[3]))
+PIXELFLY_WGMMA(16, "%0, %1, %2, %3, %4, %5, %6, %7", "%8", "%9", "%10", "%11", "%12", "+f"(d[0]),
+               "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]))
 PIXELFLY_WGMMA(64, PIXELFLY_NAMES_64, "%32", "%33", "%34", "%35", "%36", PIXELFLY_SUMS_64)
 PIXELFLY_WGMMA(128, PIXELFLY_NAMES_128, "%64", "%65", "%66", "%67", "%68", PIXELFLY_SUMS_128)
 PIXELFLY_WGMMA(192, PIXELFLY_NAMES_192, "%96", "%97", "%98", "%99", "%100", PIXELFLY_SUMS_192)
@@ -137,9 +139,26 @@ __device__ __forceinline__ void wgmma_registers(float (&d)[64], const uint32_t (
 PIXELFLY_WGMMA_REGISTERS(__nv_bfloat16, "bf16")
 PIXELFLY_WGMMA_REGISTERS(__half, "f16")
 
+// d += a · b likewise, b MN-major.
+template <typename T>
+__device__ __forceinline__ void wgmma_add_registers(float (&d)[32], const uint32_t (&a)[4],
+                                                    uint64_t b);
+#define PIXELFLY_WGMMA_ADD_REGISTERS(TYPE, NAME)                                                  \
+  template <>                                                                                     \
+  __device__ __forceinline__ void wgmma_add_registers<TYPE>(float (&d)[32],                       \
+                                                            const uint32_t (&a)[4], uint64_t b) { \
+    asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32." NAME "." NAME                      \
+                 " {" PIXELFLY_NAMES_64 "}, {%32, %33, %34, %35}, %36, 1, 1, 1, 1;"               \
+                 : PIXELFLY_SUMS_64                                                               \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                           \
+  }
+PIXELFLY_WGMMA_ADD_REGISTERS(__nv_bfloat16, "bf16")
+PIXELFLY_WGMMA_ADD_REGISTERS(__half, "f16")
+
 #undef PIXELFLY_WGMMA
 #undef PIXELFLY_WGMMA_OF
 #undef PIXELFLY_WGMMA_REGISTERS
+#undef PIXELFLY_WGMMA_ADD_REGISTERS
 #undef PIXELFLY_NAMES_64
 #undef PIXELFLY_SUMS_64
 #undef PIXELFLY_NAMES_128

@@ -12,9 +12,7 @@
 
 namespace pixelfly::attention {
 
-constexpr int kRows = 16;      // of a tile
-constexpr int kWarpTiles = 2;  // a warp's queries or keys
-constexpr int kWarpRows = kWarpTiles * kRows;
+constexpr int kRows = 16;  // of a tile
 constexpr int kRowBytes = 128;
 constexpr int kTileBytes = kRows * kRowBytes;
 
@@ -35,15 +33,16 @@ struct Lanes {
 // The j-th 16 features of a lane's row.
 __device__ __forceinline__ uint32_t features(uint32_t row, int j) { return row ^ (j << 5); }
 
-// A warp's rows as A operands, 16 features each. Its last tile may not be there (`tiles`, of the
+// kTiles tiles of rows as A operands, 16 features each. The last may not be there (`tiles`, of the
 // whole matrix): the one before it stands in, and nobody uses the results.
+template <int kTiles>
 struct RowFragments {
-  uint32_t a[kWarpTiles][4][4];
+  uint32_t a[kTiles][4][4];
 
-  __device__ __forceinline__ void load(uint32_t matrix, int warp, int tiles, const Lanes& lanes) {
+  __device__ __forceinline__ void load(uint32_t matrix, int first, int tiles, const Lanes& lanes) {
 #pragma unroll
-    for (int m = 0; m < kWarpTiles; ++m) {
-      const uint32_t tile = matrix + min(warp * kWarpTiles + m, tiles - 1) * kTileBytes;
+    for (int m = 0; m < kTiles; ++m) {
+      const uint32_t tile = matrix + min(first + m, tiles - 1) * kTileBytes;
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         device::ldmatrix_x4(a[m][j], features(tile + lanes.rows_first, j));
@@ -52,40 +51,36 @@ struct RowFragments {
   }
 };
 
-// sums [32 rows][16 rows of the tile] += rows · tileᵀ.
-template <typename T>
-__device__ __forceinline__ void add_scores(float (&sums)[kWarpTiles][2][4],
-                                           const RowFragments& rows, uint32_t tile,
+// sums [rows][16 rows of the tile] += rows · tileᵀ.
+template <typename T, int kTiles>
+__device__ __forceinline__ void add_scores(float (&sums)[kTiles][2][4],
+                                           const RowFragments<kTiles>& rows, uint32_t tile,
                                            const Lanes& lanes) {
 #pragma unroll
   for (int j = 0; j < 4; ++j) {
     uint32_t b[4];
     device::ldmatrix_x4(b, features(tile + lanes.features_first, j));
 #pragma unroll
-    for (int m = 0; m < kWarpTiles; ++m) {
+    for (int m = 0; m < kTiles; ++m) {
       device::mma_m16n8k16<T>(sums[m][0], rows.a[m][j], b[0], b[1]);
       device::mma_m16n8k16<T>(sums[m][1], rows.a[m][j], b[2], b[3]);
     }
   }
 }
 
-// A warp's sums over rows of 64 features.
-struct Sums {
-  float of[kWarpTiles][8][4] = {};
-};
-
-// sums [32][64] += weights [32][16 rows of the tile] · tile.
-template <typename T>
-__device__ __forceinline__ void add_rows(Sums& sums, const uint32_t (&weights)[kWarpTiles][4],
-                                         uint32_t tile, const Lanes& lanes) {
+// sums [kTiles * 16][64] += weights [kTiles * 16][16 rows of the tile] · tile.
+template <typename T, int kTiles>
+__device__ __forceinline__ void add_rows(float (&sums)[kTiles][8][4],
+                                         const uint32_t (&weights)[kTiles][4], uint32_t tile,
+                                         const Lanes& lanes) {
 #pragma unroll
   for (int j = 0; j < 4; ++j) {
     uint32_t b[4];
     device::ldmatrix_x4_trans(b, features(tile + lanes.rows_first, j));
 #pragma unroll
-    for (int m = 0; m < kWarpTiles; ++m) {
-      device::mma_m16n8k16<T>(sums.of[m][2 * j], weights[m], b[0], b[1]);
-      device::mma_m16n8k16<T>(sums.of[m][2 * j + 1], weights[m], b[2], b[3]);
+    for (int m = 0; m < kTiles; ++m) {
+      device::mma_m16n8k16<T>(sums[m][2 * j], weights[m], b[0], b[1]);
+      device::mma_m16n8k16<T>(sums[m][2 * j + 1], weights[m], b[2], b[3]);
     }
   }
 }

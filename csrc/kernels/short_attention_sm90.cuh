@@ -21,9 +21,8 @@
 
 namespace pixelfly {
 
-constexpr int kShortAttentionWarps = 8;  // with the registers of a multiprocessor
-constexpr int kShortAttentionThreads = kShortAttentionWarps * 32;
-static_assert(kShortAttentionTokens <= kShortAttentionWarps * attention::kWarpRows);
+constexpr int kShortAttentionWarps = 8;  // that a multiprocessor has registers for
+static_assert(kShortAttentionTokens <= kShortAttentionWarps * 2 * attention::kRows);
 
 struct ShortAttentionMaps {
   CUtensorMap qkv;  // [samples][tokens][3 * heads * 64], boxes of a head's rows
@@ -41,6 +40,8 @@ struct ShortAttentionArgs {
 
 namespace attention {
 
+constexpr int kWarpTiles = 2;  // a warp's queries
+constexpr int kWarpRows = kWarpTiles * kRows;
 constexpr float kLog2e = 1.44269504088896f;
 
 // Loads the rows of one of a head's matrices; `column`: in heads.
@@ -55,7 +56,7 @@ struct Scores {
   float of[kTiles][kWarpTiles][2][4] = {};
 
   template <typename T>
-  __device__ __forceinline__ void form(const RowFragments& q, uint32_t k, int key,
+  __device__ __forceinline__ void form(const RowFragments<kWarpTiles>& q, uint32_t k, int key,
                                        const Lanes& lanes) {
 #pragma unroll
     for (int i = 0; i < kTiles; ++i) {
@@ -98,7 +99,7 @@ constexpr float kSlack = 8;
 constexpr float kLowest = -1e38f;  // below every score, but not -inf: that has no difference
 
 struct Attended {
-  Sums out;
+  float out[kWarpTiles][8][4] = {};
   float sum[kWarpTiles][2] = {};  // this lane's part
   float shift[kWarpTiles][2];
 
@@ -160,8 +161,8 @@ struct Attended {
         sum[m][h] *= factor;
 #pragma unroll
         for (int j = 0; j < 8; ++j) {
-          out.of[m][j][2 * h] *= factor;
-          out.of[m][j][2 * h + 1] *= factor;
+          out[m][j][2 * h] *= factor;
+          out[m][j][2 * h + 1] *= factor;
         }
       }
     }
@@ -171,7 +172,7 @@ struct Attended {
 }  // namespace attention
 
 template <typename T>
-__global__ void __launch_bounds__(kShortAttentionThreads, 1)
+__global__ void __launch_bounds__(kShortAttentionWarps * 32, 1)
     short_attention_sm90(const __grid_constant__ ShortAttentionMaps maps,
                          const ShortAttentionArgs args) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
@@ -198,8 +199,8 @@ __global__ void __launch_bounds__(kShortAttentionThreads, 1)
                 problem / args.heads);
     }
   };
+  __syncthreads();
   if (threadIdx.x == 0) load(blockIdx.x, 0);
-  __syncthreads();  // the barriers are there
 
   int turn = 0;
   for (int problem = blockIdx.x; problem < args.problems; problem += gridDim.x, ++turn) {
@@ -207,8 +208,8 @@ __global__ void __launch_bounds__(kShortAttentionThreads, 1)
     device::mbarrier_wait(full + 8 * stage, turn / 2 % 2);
 
     const uint32_t q = base + stage * 3 * bytes, k = q + bytes, v = k + bytes;
-    RowFragments queries;
-    queries.load(q, warp, args.tiles, lanes);
+    RowFragments<kWarpTiles> queries;
+    queries.load(q, warp * kWarpTiles, args.tiles, lanes);
     Attended attended;
     // An odd tile first, then pairs: the next pair's scores are formed while this one's are turned
     // into exponentials.
@@ -265,7 +266,7 @@ __global__ void __launch_bounds__(kShortAttentionThreads, 1)
       }
       T* y = static_cast<T*>(args.y) + (int64_t{sample} * args.tokens + first) * stride +
              head * kShortAttentionFeatures;
-      store_rows(y, stride, args.tokens - first, attended.out.of[m], factors[0], factors[1]);
+      store_rows(y, stride, args.tokens - first, attended.out[m], factors[0], factors[1]);
     }
   }
 #endif

@@ -35,14 +35,13 @@ Status check(const P& p, const DeviceInfo& device) {
   return Status::success();
 }
 
-int warps_of(int tiles) { return (tiles + attention::kWarpTiles - 1) / attention::kWarpTiles; }
-
-// Persistent thread blocks, as many as stay on a multiprocessor by shared memory and registers.
-unsigned grid_of(int problems, int tiles, int shared_bytes, const DeviceInfo& device) {
+// Persistent thread blocks, as many as stay on a multiprocessor by shared memory and, with
+// `largest` threads in the largest of which one does, by registers.
+unsigned grid_of(int problems, int threads, int largest, int shared_bytes,
+                 const DeviceInfo& device) {
   constexpr int kReserved = 1024;  // what the system takes of each block's shared memory
   const int by_memory = (device.max_shared_bytes + kReserved) / (shared_bytes + kReserved);
-  const int by_registers = kShortAttentionWarps / warps_of(tiles);
-  const int resident = std::max(1, std::min(by_memory, by_registers));
+  const int resident = std::max(1, std::min(by_memory, largest / threads));
   return static_cast<unsigned>(std::min<int>(problems, device.num_sms * resident));
 }
 
@@ -51,10 +50,11 @@ Status launch(const ShortAttentionMaps& maps, const ShortAttentionParams& p,
               const DeviceInfo& device, Stream stream) {
   const int tiles = tiles_of(p.tokens), problems = p.samples * p.heads;
   const int shared_bytes = 6 * tiles * attention::kTileBytes + 1024;
+  const int threads = (tiles + attention::kWarpTiles - 1) / attention::kWarpTiles * 32;
+  const unsigned grid = grid_of(problems, threads, kShortAttentionWarps * 32, shared_bytes, device);
   const ShortAttentionArgs args{p.tokens, p.heads, tiles, problems, p.scale, p.y, p.log_sum};
-  return launch_kernel(short_attention_sm90<T>, grid_of(problems, tiles, shared_bytes, device),
-                       static_cast<unsigned>(warps_of(tiles) * 32), shared_bytes, stream, maps,
-                       args);
+  return launch_kernel(short_attention_sm90<T>, grid, static_cast<unsigned>(threads), shared_bytes,
+                       stream, maps, args);
 }
 
 template <typename T>
@@ -62,11 +62,13 @@ Status launch_grad(const ShortAttentionMaps& maps, const ShortAttentionGradParam
                    const DeviceInfo& device, Stream stream) {
   const int tiles = tiles_of(p.tokens), problems = p.samples * p.heads;
   const int shared_bytes = attention::grad_shared_bytes(tiles);
+  const int threads = (p.tokens + kGradKeys - 1) / kGradKeys * 128;
+  const unsigned grid =
+      grid_of(problems, threads, kShortAttentionGradThreads, shared_bytes, device);
   const ShortAttentionGradArgs args{p.tokens, p.heads, tiles,     problems,
                                     p.scale,  p.y,     p.log_sum, p.dqkv};
-  return launch_kernel(short_attention_grad_sm90<T>, grid_of(problems, tiles, shared_bytes, device),
-                       static_cast<unsigned>(warps_of(tiles) * 32), shared_bytes, stream, maps,
-                       args);
+  return launch_kernel(short_attention_grad_sm90<T>, grid, static_cast<unsigned>(threads),
+                       shared_bytes, stream, maps, args);
 }
 
 }  // namespace

@@ -106,8 +106,9 @@ void wgmma(float (&d)[kRegisters], uint64_t a, uint64_t b, int accumulate) {
       d, [=](int row, int k) { return operand<T, kTransA>(a, row, k); }, b, accumulate);
 }
 
-template <typename T>
-void wgmma_registers(float (&d)[64], const uint32_t (&a)[4], uint64_t b) {
+// d (+)= a · b with a in registers.
+template <typename T, bool kTransB, int kRegisters>
+void issue_registers(float (&d)[kRegisters], const uint32_t (&a)[4], uint64_t b, int accumulate) {
   // The warp's 16x16 part of a: lane 4 (row % 8) + column / 2 % 4 holds two columns in a register.
   const auto& lanes = emulator::warp_exchange({a[0], a[1], a[2], a[3]});
   std::array<std::array<float, 16>, 16> part;
@@ -119,10 +120,18 @@ void wgmma_registers(float (&d)[64], const uint32_t (&a)[4], uint64_t b) {
       row[lane % 4 * 2 + r / 2 * 8 + 1] = pair.y;
     }
   }
-  issue_product<T, false>(
+  issue_product<T, kTransB>(
       d,
       [=](int row, int k) { return part[static_cast<size_t>(row % 16)][static_cast<size_t>(k)]; },
-      b, 0);
+      b, accumulate);
+}
+template <typename T>
+void wgmma_registers(float (&d)[64], const uint32_t (&a)[4], uint64_t b) {
+  issue_registers<T, false>(d, a, b, 0);
+}
+template <typename T>
+void wgmma_add_registers(float (&d)[32], const uint32_t (&a)[4], uint64_t b) {
+  issue_registers<T, true>(d, a, b, 1);
 }
 
 }  // namespace pixelfly::device
