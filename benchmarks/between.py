@@ -1,6 +1,7 @@
 """What lies between the sparse layers of a ViT, a Mixer and a GPT-2, in eager code, bf16 autocast.
 
     python benchmarks/between.py                       # all of it, on a GPU
+    python benchmarks/between.py --cases attention qkv # those whose names begin so
     python benchmarks/between.py --device cpu --tokens 64
 
 Residual addition + LayerNorm (`pixelfly.ops.add_layer_norm`), float32 stream and bf16 branches, a
@@ -8,7 +9,8 @@ Mixer's MLP over tokens (`pixelfly.nn.TokenMLP`), the patch embedding (`PatchCon
 layer with its loss (`pixelfly.ops.linear_cross_entropy`), each beside torch's own operators as timm
 and transformers call them, forward and forward + backward. And a sparse qkv layer with the
 gradients that attention hands back (`pixelfly.ops.butterfly_qkv`), beside the same layer whose
-output torch takes apart, so that it puts them side by side. The floor is bytes at 3.0 TB/s, of a
+output torch takes apart, so that it puts them side by side. And attention on such an output, with
+the gradient of all of it (`pixelfly.ops.short_attention`). The floor is bytes at 3.0 TB/s, of a
 pass that reads and writes every operand once; for the loss its products at 790 TFLOP/s, one reading
 of the logits and, with the backward, one writing. Writes between_<device>.json to
 benchmarks/results.
@@ -17,6 +19,7 @@ benchmarks/results.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import pathlib
 from collections.abc import Callable
@@ -29,10 +32,17 @@ from timing import Timing, environment, num_buffer_sets, results_path, time_all
 from pixelfly import PixelflyLinear
 from pixelfly.nn import TokenMLP
 from pixelfly.nn.patches import PatchConv2d
-from pixelfly.ops import Weights, add_layer_norm, butterfly_qkv, linear_cross_entropy
+from pixelfly.ops import (
+    Weights,
+    add_layer_norm,
+    butterfly_qkv,
+    linear_cross_entropy,
+    short_attention,
+)
 
 BYTES_PER_SECOND, FLOPS_PER_SECOND = 3.0e12, 790e12
 SHAPES = [(25216, 768), (8192, 1024), (8192, 4096)]  # ViT-B/16, GPT-2 medium, a wide model
+ATTENTION = [(128, 197, 12), (64, 197, 16), (256, 50, 12)]  # ViT-B/16, ViT-L/16, ViT-B/32
 Call = Callable[[int], object]
 
 
@@ -166,6 +176,33 @@ def qkv(batch: int, device: str) -> tuple[dict[str, dict[str, Call]], dict, int]
     return candidates, {"forward": forward, "forward_backward": forward + backward}, sets
 
 
+def attention(
+    batch: int, tokens: int, heads: int, device: str
+) -> tuple[dict[str, dict[str, Call]], dict, int]:
+    features = 64 * heads
+    elements = batch * tokens * features
+    sets = num_buffer_sets(16 * elements) if device == "cuda" else 1
+    bf16 = {"device": device, "dtype": torch.bfloat16}
+    shape = (batch, tokens, 3 * features)
+    qkv = [torch.randn(shape, **bf16).requires_grad_() for _ in range(sets)]
+    dy = [torch.randn(batch, tokens, features, **bf16) for _ in range(sets)]
+
+    def ours(i: int) -> tuple:
+        return (short_attention(qkv[i], heads),)
+
+    def theirs(i: int) -> tuple:
+        q, k, v = qkv[i].unflatten(2, (3, heads, 64)).permute(2, 0, 3, 1, 4).unbind(0)
+        return (F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2),)
+
+    def grads(i: int) -> tuple:
+        return (qkv[i],), (dy[i],)
+
+    # Forward: qkv, y; backward: those, dy, dqkv.
+    forward, backward = 8 * elements, 16 * elements
+    candidates = {"torch": both_ways(theirs, grads), "pixelfly": both_ways(ours, grads)}
+    return candidates, {"forward": forward, "forward_backward": forward + backward}, sets
+
+
 def loss(tokens: int, device: str) -> tuple[dict[str, dict[str, Call]], dict, int]:
     features, classes = 1024, 50257
     x = torch.randn(tokens, features, device=device, requires_grad=True)
@@ -194,6 +231,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--cases", nargs="*", default=[""], help="what their names begin with")
     parser.add_argument("--tokens", type=int, default=None, help="instead of the usual numbers")
     parser.add_argument("--batch", type=int, default=128, help="images")
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
@@ -203,18 +241,27 @@ def main() -> None:
         raise SystemExit("benchmarks/between.py: torch sees no CUDA device; use --device cpu")
     meta = environment(args.device)
     out = args.out or results_path("between", meta["device"])
+    device, batch = args.device, args.batch
     cases = {
-        f"add + norm {args.tokens or tokens} x {features}": norm(
-            args.tokens or tokens, features, args.device
+        f"add + norm {args.tokens or tokens} x {features}": functools.partial(
+            norm, args.tokens or tokens, features, device
         )
         for tokens, features in SHAPES
     }
-    cases[f"token MLP {args.batch} x 196 x 768"] = token_mlp(args.batch, args.device)
-    cases[f"patches {args.batch} x 3 x 224 x 224"] = patches(args.batch, args.device)
-    cases[f"qkv {args.batch} x 197 x 768"] = qkv(args.batch, args.device)
-    cases[f"loss {args.tokens or 8192} x 1024, 50257"] = loss(args.tokens or 8192, args.device)
+    cases[f"token MLP {batch} x 196 x 768"] = functools.partial(token_mlp, batch, device)
+    cases[f"patches {batch} x 3 x 224 x 224"] = functools.partial(patches, batch, device)
+    cases[f"qkv {batch} x 197 x 768"] = functools.partial(qkv, batch, device)
+    for images, tokens, heads in ATTENTION:
+        name = f"attention {images} x {tokens} x {heads} heads"
+        cases[name] = functools.partial(attention, images, tokens, heads, device)
+    tokens = args.tokens or 8192
+    cases[f"loss {tokens} x 1024, 50257"] = functools.partial(loss, tokens, device)
+    chosen = {name: make for name, make in cases.items() if name.startswith(tuple(args.cases))}
+    if not chosen:
+        raise SystemExit(f"benchmarks/between.py: --cases must begin one of {list(cases)}")
     records, rows = [], []
-    for case, (candidates, floors, sets) in cases.items():
+    for case, make in chosen.items():
+        candidates, floors, sets = make()
         for direction in ("forward", "forward_backward"):
             calls = {name: both[direction] for name, both in candidates.items()}
             times = time_all(calls, sets, device=args.device)
