@@ -29,7 +29,13 @@ __device__ __forceinline__ uint64_t descriptor_mn_major(uint32_t address, uint32
   return (static_cast<uint64_t>(address & 0x3FFFF) >> 4) |
          (static_cast<uint64_t>(chunk_bytes >> 4) << 16) | kGroupStride | kSwizzle128;
 }
-// The same for a 64x64 tile made of four 32x32 boxes (2 KB each, rows of 64 bytes, 64-byte
+// In two parts: what differs between tiles in 32 bits, and the rest. With one chunk (0 bytes)
+// K-major operands are described so too.
+constexpr uint64_t kDescriptorHigh = kSwizzle128 | kGroupStride;
+__device__ __forceinline__ uint32_t descriptor_low(uint32_t address, uint32_t chunk_bytes) {
+  return static_cast<uint32_t>(descriptor_mn_major(address, chunk_bytes));
+}
+// Of a 64x64 tile made of four 32x32 boxes (2 KB each, rows of 64 bytes, 64-byte
 // swizzle), stored [k half][m half]: a k half is two k16 steps.
 constexpr int kQuadBytes = 2048;
 __device__ __forceinline__ uint64_t descriptor_quads(uint32_t address, bool mn_major) {

@@ -91,8 +91,9 @@ __device__ __forceinline__ void as_weights(uint32_t (&weights)[4], const float (
 #pragma unroll
   for (int n = 0; n < 2; ++n) {
 #pragma unroll
-    for (int h = 0; h < 2; ++h)
+    for (int h = 0; h < 2; ++h) {
       weights[n * 2 + h] = device::pack2<T>(sums[n][2 * h], sums[n][2 * h + 1]);
+    }
   }
 }
 

@@ -81,20 +81,13 @@ struct OutputRow {
   }
 };
 
-// The part of a tile's descriptor that differs, and the rest. With one chunk of 64 it is the same
-// K-major and MN-major.
-constexpr uint64_t kDescriptorHigh = device::kSwizzle128 | device::kGroupStride;
-__device__ __forceinline__ uint32_t descriptor_low(uint32_t address) {
-  return static_cast<uint32_t>(device::descriptor_mn_major(address, 0));
-}
-
 // sums [64 rows][16 rows of the tile] = rows · tileᵀ, asynchronously; by a warpgroup.
 template <typename T>
 __device__ __forceinline__ void form_scores(float (&sums)[8], uint32_t rows, uint32_t tile) {
 #pragma unroll
   for (int j = 0; j < 4; ++j) {
-    device::wgmma<T, false, false>(sums, kDescriptorHigh | (rows + j * 2),
-                                   kDescriptorHigh | (tile + j * 2), j != 0);
+    device::wgmma<T, false, false>(sums, device::kDescriptorHigh | (rows + j * 2),
+                                   device::kDescriptorHigh | (tile + j * 2), j != 0);
   }
 }
 
@@ -159,9 +152,9 @@ __global__ void __launch_bounds__(kShortAttentionGradThreads, 1)
     // From one lane, so that the compiler knows it to be uniform.
     const uint32_t warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);
     const uint32_t of_warpgroup = warpgroup * kGradKeys * kRowBytes;
-    const uint32_t key_rows = descriptor_low(k + of_warpgroup);
-    const uint32_t value_rows = descriptor_low(v + of_warpgroup);
-    uint32_t q_tile = descriptor_low(q), dy_tile = descriptor_low(dy);
+    const uint32_t key_rows = device::descriptor_low(k + of_warpgroup, 0);
+    const uint32_t value_rows = device::descriptor_low(v + of_warpgroup, 0);
+    uint32_t q_tile = device::descriptor_low(q, 0), dy_tile = device::descriptor_low(dy, 0);
     uint32_t to = scores + (first + lane % 16) * score_row + lane / 16 * 16;
     uint32_t stat = stats + lane % 4 * 16;
     float dk[32] = {}, dv[32] = {};
@@ -187,7 +180,7 @@ __global__ void __launch_bounds__(kShortAttentionGradThreads, 1)
 #pragma unroll
       for (int j = 0; j < 4; ++j) pairs[0][j] = device::pack2<T>(p[2 * j], p[2 * j + 1]);
       device::wgmma_fence();
-      device::wgmma_add_registers<T>(dv, pairs[0], kDescriptorHigh | dy_tile);
+      device::wgmma_add_registers<T>(dv, pairs[0], device::kDescriptorHigh | dy_tile);
       device::wgmma_commit();
       device::wgmma_wait<1>();
 #pragma unroll
@@ -198,7 +191,7 @@ __global__ void __launch_bounds__(kShortAttentionGradThreads, 1)
       for (int j = 0; j < 4; ++j) pairs[1][j] = device::pack2<T>(ds[2 * j], ds[2 * j + 1]);
       if (first < args.tokens) device::stmatrix_x4(to, pairs[1]);
       device::wgmma_fence();
-      device::wgmma_add_registers<T>(dk, pairs[1], kDescriptorHigh | q_tile);
+      device::wgmma_add_registers<T>(dk, pairs[1], device::kDescriptorHigh | q_tile);
       device::wgmma_commit();
       to += kRows * 2;
       stat += kRows / 2 * 16;

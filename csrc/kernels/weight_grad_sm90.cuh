@@ -55,12 +55,6 @@ struct GradRing {
   int stages;
 };
 
-// The part of a tile's descriptor that differs, and the rest.
-constexpr uint64_t kDescriptorHigh = device::kSwizzle128 | device::kGroupStride;
-__device__ __forceinline__ uint32_t descriptor_low(uint32_t address, uint32_t step_bytes) {
-  return static_cast<uint32_t>(device::descriptor_mn_major(address, step_bytes));
-}
-
 // Accumulators of kRuns runs of kSize outputs, and where their operands are.
 template <int kRuns, int kSize>
 struct Runs {
@@ -70,8 +64,9 @@ struct Runs {
   __device__ __forceinline__ void init(const GradRun* run, uint32_t ring) {
 #pragma unroll
     for (int i = 0; i < kRuns; ++i) {
-      a[i] = descriptor_low(ring + run[i].row * kGradTileBytes, 0);
-      b[i] = descriptor_low(ring + run[i].first * kGradTileBytes, run[i].step * kGradTileBytes);
+      a[i] = device::descriptor_low(ring + run[i].row * kGradTileBytes, 0);
+      b[i] = device::descriptor_low(ring + run[i].first * kGradTileBytes,
+                                    run[i].step * kGradTileBytes);
 #pragma unroll
       for (int j = 0; j < 32 * kSize; ++j) acc[i][j] = 0.f;
     }
@@ -81,8 +76,8 @@ struct Runs {
   __device__ __forceinline__ void multiply(uint32_t offset) {
 #pragma unroll
     for (int i = 0; i < kRuns; ++i) {
-      device::wgmma<T, true, true>(acc[i], kDescriptorHigh | (a[i] + offset),
-                                   kDescriptorHigh | (b[i] + offset), 1);
+      device::wgmma<T, true, true>(acc[i], device::kDescriptorHigh | (a[i] + offset),
+                                   device::kDescriptorHigh | (b[i] + offset), 1);
     }
   }
   // Writes the eight fragments of every output and moves on behind them.
@@ -107,13 +102,14 @@ struct TokenSums {
 
   __device__ __forceinline__ void init(const int32_t* tiles, uint32_t ring) {
 #pragma unroll
-    for (int i = 0; i < kTiles; ++i) a[i] = descriptor_low(ring + tiles[i] * kGradTileBytes, 0);
+    for (int i = 0; i < kTiles; ++i)
+      a[i] = device::descriptor_low(ring + tiles[i] * kGradTileBytes, 0);
   }
   template <typename T>
   __device__ __forceinline__ void multiply(uint32_t offset, uint64_t ones) {
 #pragma unroll
     for (int i = 0; i < kTiles; ++i) {
-      device::wgmma<T, true, false>(acc[i], kDescriptorHigh | (a[i] + offset), ones, 1);
+      device::wgmma<T, true, false>(acc[i], device::kDescriptorHigh | (a[i] + offset), ones, 1);
     }
   }
 };

@@ -26,6 +26,10 @@ inline uint64_t descriptor_k_major(uint32_t address) {
 inline uint64_t descriptor_mn_major(uint32_t address, uint32_t chunk_bytes) {
   return make_descriptor(address, chunk_bytes, 1024, kSwizzle128);
 }
+constexpr uint64_t kDescriptorHigh = kSwizzle128 | kGroupStride;
+inline uint32_t descriptor_low(uint32_t address, uint32_t chunk_bytes) {
+  return static_cast<uint32_t>(descriptor_mn_major(address, chunk_bytes));
+}
 inline uint64_t descriptor_repeated(uint32_t address) { return make_descriptor(address, 0, 0, 0); }
 constexpr int kQuadBytes = 2048;
 inline uint64_t descriptor_quads(uint32_t address, bool mn_major) {
