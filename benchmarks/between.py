@@ -233,7 +233,7 @@ def main() -> None:
     )
     parser.add_argument("--cases", nargs="*", default=[""], help="what their names begin with")
     parser.add_argument("--tokens", type=int, default=None, help="instead of the usual numbers")
-    parser.add_argument("--batch", type=int, default=128, help="images")
+    parser.add_argument("--batch", type=int, default=None, help="images, instead of the usual")
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--out", type=pathlib.Path, default=None)
     args = parser.parse_args()
@@ -241,7 +241,7 @@ def main() -> None:
         raise SystemExit("benchmarks/between.py: torch sees no CUDA device; use --device cpu")
     meta = environment(args.device)
     out = args.out or results_path("between", meta["device"])
-    device, batch = args.device, args.batch
+    device, batch = args.device, args.batch or 128
     cases = {
         f"add + norm {args.tokens or tokens} x {features}": functools.partial(
             norm, args.tokens or tokens, features, device
@@ -252,8 +252,9 @@ def main() -> None:
     cases[f"patches {batch} x 3 x 224 x 224"] = functools.partial(patches, batch, device)
     cases[f"qkv {batch} x 197 x 768"] = functools.partial(qkv, batch, device)
     for images, tokens, heads in ATTENTION:
-        name = f"attention {images} x {tokens} x {heads} heads"
-        cases[name] = functools.partial(attention, images, tokens, heads, device)
+        shape = args.batch or images, args.tokens or tokens, heads
+        name = "attention {} x {} x {} heads".format(*shape)
+        cases[name] = functools.partial(attention, *shape, device)
     tokens = args.tokens or 8192
     cases[f"loss {tokens} x 1024, 50257"] = functools.partial(loss, tokens, device)
     chosen = {name: make for name, make in cases.items() if name.startswith(tuple(args.cases))}

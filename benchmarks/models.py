@@ -31,7 +31,7 @@ from pixelfly import PixelflyConfig, sparsify_
 from pixelfly.nn import AttentionConfig
 
 KINDS = {  # kernels by words of their names, the first match counts
-    "attention": ("attention", "flash", "fmha", "mha"),  # first: pixelfly's own is one
+    "attention": ("attention", "flash", "fmha", "mha", "cudnn::fusion"),  # ours is one too
     "pixelfly": ("pixelfly",),
     "gemm": ("gemm", "nvjet", "cutlass", "xmma", "cublas"),
     "optimizer": ("adam", "multi_tensor"),

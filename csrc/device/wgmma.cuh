@@ -35,7 +35,7 @@ constexpr uint64_t kDescriptorHigh = kSwizzle128 | kGroupStride;
 __device__ __forceinline__ uint32_t descriptor_low(uint32_t address, uint32_t chunk_bytes) {
   return static_cast<uint32_t>(descriptor_mn_major(address, chunk_bytes));
 }
-// Of a 64x64 tile made of four 32x32 boxes (2 KB each, rows of 64 bytes, 64-byte
+// A descriptor of a 64x64 tile made of four 32x32 boxes (2 KB each, rows of 64 bytes, 64-byte
 // swizzle), stored [k half][m half]: a k half is two k16 steps.
 constexpr int kQuadBytes = 2048;
 __device__ __forceinline__ uint64_t descriptor_quads(uint32_t address, bool mn_major) {

@@ -23,6 +23,11 @@ constexpr int kGradKeys = 64;  // of a warpgroup
 constexpr int kShortAttentionGradThreads =
     (kShortAttentionTokens + kGradKeys - 1) / kGradKeys * 128;
 
+struct ShortAttentionGradMaps {
+  CUtensorMap qkv;  // as the forward's
+  CUtensorMap dy;   // [samples][tokens][heads * 64], likewise
+};
+
 struct ShortAttentionGradArgs {
   int32_t tokens, heads;
   int32_t tiles;
@@ -100,7 +105,7 @@ __device__ __forceinline__ const float (&as_rows(const float (&sums)[32]))[8][4]
 
 template <typename T>
 __global__ void __launch_bounds__(kShortAttentionGradThreads, 1)
-    short_attention_grad_sm90(const __grid_constant__ ShortAttentionMaps maps,
+    short_attention_grad_sm90(const __grid_constant__ ShortAttentionGradMaps maps,
                               const ShortAttentionGradArgs args) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   using namespace attention;
@@ -174,8 +179,7 @@ __global__ void __launch_bounds__(kShortAttentionGradThreads, 1)
 #pragma unroll
       for (int e = 0; e < 8; ++e) {
         const float log_sum = __uint_as_float(e % 2 == 0 ? two[e / 4].x : two[e / 4].y);
-        // At most 1, as it is: so a key beyond the tokens, whose k is 0, adds nothing to dq.
-        p[e] = device::exp2_approx(device::min_nan(p[e] * scale_log2 - log_sum, 0));
+        p[e] = device::exp2_approx(p[e] * scale_log2 - log_sum);
       }
 #pragma unroll
       for (int j = 0; j < 4; ++j) pairs[0][j] = device::pack2<T>(p[2 * j], p[2 * j + 1]);
@@ -199,11 +203,20 @@ __global__ void __launch_bounds__(kShortAttentionGradThreads, 1)
       dy_tile += kTileBytes >> 4;
     }
     device::wgmma_wait<0>();
+    const int rows = args.tokens - first;  // of this warp
+    if (0 < rows && rows < kRows) {  // keys beyond the tokens: k is 0 there, dS may be infinite
+      static_assert(kShortAttentionTokens / 8 <= 32, "a lane clears 8 scores of a row");
+      __syncwarp();
+#pragma unroll 1
+      for (int key = args.tokens; key < first + kRows; ++key) {
+        const uint32_t at = scores + key * score_row + lane * 16;
+        if (lane < tiles * 2) device::store_shared(at, uint4{0, 0, 0, 0});
+      }
+    }
     __syncthreads();  // dS is there, and nobody reads q, v and dy
     if (threadIdx.x == 0 && next < args.problems) load(next, 1 - stage);
 
     const int sample = problem / args.heads, head = problem % args.heads;
-    const int rows = args.tokens - first;
     const int64_t width = int64_t{args.heads} * kShortAttentionFeatures, stride = 3 * width;
     T* grads = static_cast<T*>(args.dqkv) + (int64_t{sample} * args.tokens + first) * stride +
                head * kShortAttentionFeatures;

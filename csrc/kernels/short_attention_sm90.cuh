@@ -6,8 +6,10 @@
 // (Flash-attention's recurrence). Products are mma.sync: heads are too small and too ragged (197
 // tokens in a ViT) for wgmma's 64 rows, of which a quarter would be empty.
 //
-//   shared memory: two stages of q, k, v, each [tokens, rounded up to 16][64]; rows beyond the
-//   tokens are 0 full[s]: TMA -> all threads; a stage is free again when the block has met
+//   qkv: a map of [samples][tokens][3 * heads * 64] with boxes of a head's rows
+//   shared memory: two stages of q, k, v, each [tokens, rounded up to 16][64], rows beyond them 0
+//   full[s]: TMA -> all threads; empty[s]: an arrival from each warp -> the thread that loads, in
+//   the midst of its warp's next head, so that warps may be half a head apart
 #pragma once
 
 #include <cuda.h>
@@ -23,11 +25,6 @@ namespace pixelfly {
 
 constexpr int kShortAttentionWarps = 8;  // that a multiprocessor has registers for
 static_assert(kShortAttentionTokens <= kShortAttentionWarps * 2 * attention::kRows);
-
-struct ShortAttentionMaps {
-  CUtensorMap qkv;  // [samples][tokens][3 * heads * 64], boxes of a head's rows
-  CUtensorMap dy;   // [samples][tokens][heads * 64], likewise; the gradient's alone
-};
 
 struct ShortAttentionArgs {
   int32_t tokens, heads;
@@ -173,8 +170,7 @@ struct Attended {
 
 template <typename T>
 __global__ void __launch_bounds__(kShortAttentionWarps * 32, 1)
-    short_attention_sm90(const __grid_constant__ ShortAttentionMaps maps,
-                         const ShortAttentionArgs args) {
+    short_attention_sm90(const __grid_constant__ CUtensorMap qkv, const ShortAttentionArgs args) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   using namespace attention;
   __shared__ uint64_t barriers[4];
@@ -195,7 +191,7 @@ __global__ void __launch_bounds__(kShortAttentionWarps * 32, 1)
     const uint32_t to = base + stage * 3 * bytes, barrier = full + 8 * stage;
     device::mbarrier_expect_tx(barrier, 3 * bytes);
     for (int i = 0; i < 3; ++i) {
-      load_head(to + i * bytes, &maps.qkv, barrier, i * args.heads + problem % args.heads,
+      load_head(to + i * bytes, &qkv, barrier, i * args.heads + problem % args.heads,
                 problem / args.heads);
     }
   };

@@ -102,8 +102,9 @@ struct TokenSums {
 
   __device__ __forceinline__ void init(const int32_t* tiles, uint32_t ring) {
 #pragma unroll
-    for (int i = 0; i < kTiles; ++i)
+    for (int i = 0; i < kTiles; ++i) {
       a[i] = device::descriptor_low(ring + tiles[i] * kGradTileBytes, 0);
+    }
   }
   template <typename T>
   __device__ __forceinline__ void multiply(uint32_t offset, uint64_t ones) {

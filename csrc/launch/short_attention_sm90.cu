@@ -28,9 +28,14 @@ Status check(const P& p, const DeviceInfo& device) {
         "short attention wants a Hopper GPU, bfloat16 or float16, and at most " +
         std::to_string(kShortAttentionTokens) + " tokens");
   }
-  if (!(p.scale > 0)) return Status::unsupported("the scale of attention must be positive");
-  if (int64_t{p.samples} * p.heads > INT32_MAX / 2) {
-    return Status::unsupported("more than 2^30 heads in a call");
+  if (!(p.scale > 0)) {
+    return Status::unsupported("the scale of attention must be positive, got " +
+                               std::to_string(p.scale));
+  }
+  constexpr int kMaxColumns = INT32_MAX / kShortAttentionFeatures;  // TMA's coordinates
+  if (3 * int64_t{p.heads} > kMaxColumns || int64_t{p.samples} * p.heads > INT32_MAX / 2) {
+    return Status::unsupported("too many heads in a call: " + std::to_string(p.samples) + " x " +
+                               std::to_string(p.heads));
   }
   return Status::success();
 }
@@ -46,19 +51,19 @@ unsigned grid_of(int problems, int threads, int largest, int shared_bytes,
 }
 
 template <typename T>
-Status launch(const ShortAttentionMaps& maps, const ShortAttentionParams& p,
-              const DeviceInfo& device, Stream stream) {
+Status launch(const CUtensorMap& qkv, const ShortAttentionParams& p, const DeviceInfo& device,
+              Stream stream) {
   const int tiles = tiles_of(p.tokens), problems = p.samples * p.heads;
   const int shared_bytes = 6 * tiles * attention::kTileBytes + 1024;
   const int threads = (tiles + attention::kWarpTiles - 1) / attention::kWarpTiles * 32;
   const unsigned grid = grid_of(problems, threads, kShortAttentionWarps * 32, shared_bytes, device);
   const ShortAttentionArgs args{p.tokens, p.heads, tiles, problems, p.scale, p.y, p.log_sum};
   return launch_kernel(short_attention_sm90<T>, grid, static_cast<unsigned>(threads), shared_bytes,
-                       stream, maps, args);
+                       stream, qkv, args);
 }
 
 template <typename T>
-Status launch_grad(const ShortAttentionMaps& maps, const ShortAttentionGradParams& p,
+Status launch_grad(const ShortAttentionGradMaps& maps, const ShortAttentionGradParams& p,
                    const DeviceInfo& device, Stream stream) {
   const int tiles = tiles_of(p.tokens), problems = p.samples * p.heads;
   const int shared_bytes = attention::grad_shared_bytes(tiles);
@@ -83,18 +88,17 @@ Status launch_short_attention(const ShortAttentionParams& p, const DeviceInfo& d
                               Stream stream) {
   PIXELFLY_RETURN_IF_ERROR(check(p, device));
   if (p.samples == 0 || p.tokens == 0 || p.heads == 0) return Status::success();
-  ShortAttentionMaps maps;
-  PIXELFLY_RETURN_IF_ERROR(encode(&maps.qkv, p.dtype, p.qkv, p.samples, p.tokens, p.heads, 3));
-  maps.dy = maps.qkv;  // must be a valid parameter
-  return p.dtype == DType::kBFloat16 ? launch<__nv_bfloat16>(maps, p, device, stream)
-                                     : launch<__half>(maps, p, device, stream);
+  CUtensorMap qkv;
+  PIXELFLY_RETURN_IF_ERROR(encode(&qkv, p.dtype, p.qkv, p.samples, p.tokens, p.heads, 3));
+  return p.dtype == DType::kBFloat16 ? launch<__nv_bfloat16>(qkv, p, device, stream)
+                                     : launch<__half>(qkv, p, device, stream);
 }
 
 Status launch_short_attention_grad(const ShortAttentionGradParams& p, const DeviceInfo& device,
                                    Stream stream) {
   PIXELFLY_RETURN_IF_ERROR(check(p, device));
   if (p.samples == 0 || p.tokens == 0 || p.heads == 0) return Status::success();
-  ShortAttentionMaps maps;
+  ShortAttentionGradMaps maps;
   PIXELFLY_RETURN_IF_ERROR(encode(&maps.qkv, p.dtype, p.qkv, p.samples, p.tokens, p.heads, 3));
   PIXELFLY_RETURN_IF_ERROR(encode(&maps.dy, p.dtype, p.dy, p.samples, p.tokens, p.heads, 1));
   return p.dtype == DType::kBFloat16 ? launch_grad<__nv_bfloat16>(maps, p, device, stream)

@@ -16,7 +16,8 @@ struct Shape {
   float scale = 0.125f;
   double spread = 1;  // of q and k
   int sms = 2;
-  bool nan = false;  // in the last sample's v and dy
+  bool nan = false;   // in the last sample's v and dy
+  bool huge = false;  // equal rows, negative scores, Σ dy ⊙ y beyond fp16's range
 };
 
 template <typename T>
@@ -76,6 +77,13 @@ struct Run {
     std::mt19937 rng{20211130};
     qkv = Tensor<T>::random(rows, 3 * width, s.spread, rng);
     dy = Tensor<T>::random(rows, width, 1, rng);
+    if (s.huge) {
+      const double of_matrix[] = {1, -1.35, 10};
+      for (int64_t i = 0; i < rows; ++i) {
+        for (int64_t j = 0; j < 3 * width; ++j) qkv.set(i, j, of_matrix[j / width]);
+        for (int64_t j = 0; j < width; ++j) dy.set(i, j, 200);
+      }
+    }
     if (s.nan) {
       qkv.set(rows - 1, 2 * width, NAN);
       dy.set(rows - s.tokens, 0, NAN);
@@ -143,6 +151,7 @@ int main() {
       {"seven tiles", 1, 100, 2},
       {"large scores", 2, 50, 1, 0.125f, 12},
       {"NaN in the last sample", 3, 20, 2, 0.125f, 1, 2, true},
+      {"dS beyond the tokens", 1, 17, 1, 0.125f, 1, 1, false, true},
   };
   int ran = 0;
   for (const Shape& s : shapes) {

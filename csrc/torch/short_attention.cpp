@@ -15,7 +15,8 @@ template <class Params>
 Params sizes_of(const char* op, const Tensor& qkv, int64_t heads, double scale) {
   STD_TORCH_CHECK(qkv.dim() == 3, op, ": qkv must be [B, T, 3 * heads * ", kShortAttentionFeatures,
                   "], got ", shape_string(qkv));
-  STD_TORCH_CHECK(heads >= 1 && heads <= INT32_MAX, op, ": heads must be at least 1, got ", heads);
+  STD_TORCH_CHECK(heads >= 1 && heads <= INT32_MAX, op, ": heads must be between 1 and ", INT32_MAX,
+                  ", got ", heads);
   const int64_t samples = qkv.size(0), tokens = qkv.size(1);
   check_rows(op, "qkv", qkv, qkv, {samples, tokens, 3 * heads * kShortAttentionFeatures});
   STD_TORCH_CHECK(qkv.is_contiguous(), op, ": qkv must be contiguous");

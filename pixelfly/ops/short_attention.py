@@ -9,14 +9,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
 from .autograd import needs_grad
 from .device import PLAIN, has_hopper_kernels
 from .functional import autocast_input
-from .tracing import exporting
+from .tracing import exporting, transformed
 from .validation import DTYPES
 
 OP = "short_attention"
@@ -24,6 +23,7 @@ OP = "short_attention"
 MAX_TOKENS = 208
 FEATURES = 64
 _HALVES = (torch.bfloat16, torch.float16)
+_TINY = torch.finfo(torch.float32).tiny
 # Overloads, not packets, which choose one at every call.
 _forward_op = torch.ops.pixelfly.short_attention.default
 _backward_op = torch.ops.pixelfly.short_attention_backward.default
@@ -38,7 +38,8 @@ def short_attention(
     bits, for heads of 64 features, at most 208 tokens and a positive scale, one kernel does it and
     one gives the gradient of all of qkv, neither copying q, k or v. Both keep scores on chip and
     are deterministic; the gradient cannot be differentiated again. Elsewhere torch's
-    `scaled_dot_product_attention` does the same.
+    `scaled_dot_product_attention` does the same, for which alone `torch.nn.attention.sdpa_kernel`
+    chooses.
 
     Args:
         qkv: `[B, T, 3 * H * D]`, the heads of q, then of k, then of v: bfloat16, float16, float32
@@ -50,7 +51,7 @@ def short_attention(
         `[B, T, H * D]`, heads side by side, in qkv's dtype (autocast's inside an autocast region).
 
     Raises:
-        TypeError: qkv is no tensor or has another dtype.
+        TypeError: qkv is no tensor or has another dtype, or num_heads is no int.
         ValueError: qkv has other dims, or 3 * H does not divide its features.
 
     Example:
@@ -63,8 +64,8 @@ def short_attention(
     qkv, _ = autocast_input(qkv)
     width = qkv.shape[2] // (3 * num_heads)
     scale = width**-0.5 if scale is None else float(scale)
-    # The kernels look for the largest score before they scale it.
-    if scale > 0 and _plain(qkv) and serves(qkv.dtype, qkv.shape[1], width, qkv.device):
+    # The kernels look for the largest score before they scale it, in float32.
+    if scale >= _TINY and _plain(qkv) and serves(qkv.dtype, qkv.shape[1], width, qkv.device):
         qkv = qkv.contiguous()
         if needs_grad(qkv):
             return _ShortAttention.apply(qkv, num_heads, scale)
@@ -93,11 +94,7 @@ def serves(dtype: torch.dtype, tokens: int, head_features: int, device: torch.de
 
 def _plain(qkv: torch.Tensor) -> bool:
     """Whether neither qkv nor what surrounds the call wants more than values and gradients."""
-    if type(qkv) not in PLAIN:
-        return False
-    if torch.compiler.is_compiling():
-        return True
-    return not torch._C._are_functorch_transforms_active() and forward_ad._current_level < 0
+    return type(qkv) in PLAIN and not transformed()
 
 
 def _check(qkv: Any, num_heads: Any) -> None:
@@ -107,6 +104,8 @@ def _check(qkv: Any, num_heads: Any) -> None:
         raise TypeError(
             f"{OP}: qkv.dtype must be bfloat16, float16, float32 or float64, got {qkv.dtype}"
         )
+    if not isinstance(num_heads, int):
+        raise TypeError(f"{OP}: num_heads must be an int, got {type(num_heads).__name__}")
     if qkv.dim() != 3:
         raise ValueError(f"{OP}: qkv must be [B, T, 3 * H * D], got {list(qkv.shape)}")
     features = qkv.shape[2]

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 
 def traced_constant(fn: Callable[..., Any]) -> Callable[..., Any]:
@@ -22,3 +23,9 @@ def traced_constant(fn: Callable[..., Any]) -> Callable[..., Any]:
 def exporting() -> bool:
     """torch.compiler.is_exporting(), which dynamo of torch 2.11 takes for true in every trace."""
     return torch.compiler.is_exporting()
+
+
+@traced_constant
+def transformed() -> bool:
+    """Whether torch.func's transforms or forward-mode differentiation surround the call."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0

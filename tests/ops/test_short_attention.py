@@ -165,7 +165,7 @@ def test_lengths_and_heads_beyond_the_kernels(device, tokens, width):
     check(short_attention, qkv, 2, dy, eps=0.02)
 
 
-@pytest.mark.parametrize("scale", [0.0, -0.1])
+@pytest.mark.parametrize("scale", [0.0, -0.1, 1e-60])
 def test_scales_beyond_the_kernels(device, scale):
     qkv, dy = make((2, 50, 2), BF16, device)
     assert not served(short_attention(qkv.requires_grad_(), 2, scale=scale))
@@ -316,6 +316,32 @@ def test_torch_func(device, compiled):
     torch.testing.assert_close(gradient(qkv), want, rtol=2e-2, atol=2e-2)
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_transforms_that_the_kernels_lack(device, compiled):
+    """Right, by torch's operator, or refused: never a derivative that is silently zero."""
+    qkv, tangent = make((2, 9, 2), BF16, device)[0], make((2, 9, 2), BF16, device)[0]
+
+    def loss(t, attend=short_attention):
+        return attend(t, 2).float().square().sum()
+
+    calls = {
+        "jvp": lambda f: torch.func.jvp(f, (qkv,), (tangent,))[1],
+        "vmap": lambda f: torch.func.vmap(torch.func.grad(f))(qkv[:, None]),
+        "second": lambda f: torch.func.grad(lambda t: torch.func.grad(f)(t).float().sum())(qkv),
+    }
+    for name, call in calls.items():
+        function = call
+        if compiled:
+            torch._dynamo.reset()
+            function = torch.compile(call, backend="aot_eager")
+        try:
+            got = function(loss)
+        except (RuntimeError, NotImplementedError):
+            continue
+        want = call(lambda t: loss(t, specification))
+        assert (got.double() - want.double()).norm() <= 0.05 * want.double().norm(), name
+
+
 def test_gradients_of_gradients_are_refused(device):
     qkv, dy = make((2, 9, 2), BF16, device)
     leaf = qkv.requires_grad_()
@@ -379,6 +405,7 @@ def test_what_the_kernels_refuse(hopper):
         ({"qkv": torch.ones(2, 3, 12).int()}, TypeError, "qkv.dtype must be .* got torch.int32"),
         ({"qkv": torch.ones(3, 12)}, ValueError, r"\[B, T, 3 \* H \* D\], got \[3, 12\]"),
         ({"num_heads": 5}, ValueError, r"a third of qkv.shape\[2\]=12, got 5"),
+        ({"num_heads": 2.0}, TypeError, "num_heads must be an int, got float"),
         ({"num_heads": 0}, ValueError, r"a third of qkv.shape\[2\]=12, got 0"),
         ({"qkv": torch.ones(2, 3, 0)}, ValueError, r"qkv.shape\[2\]=0"),
     ],
