@@ -134,4 +134,32 @@ inline void check(const Status& status) {
   if (!status.ok()) throw std::runtime_error(status.message);
 }
 
+// Calls Run<T>{shape, case, device}.run() for every shape and 16-bit type, each with another seed
+// and eagerness of the emulator. Returns main's status.
+template <template <typename> class Run, typename Shape, size_t kShapes>
+int run_each(const char* what, const Shape (&shapes)[kShapes]) {
+  int ran = 0;
+  for (const Shape& s : shapes) {
+    for (const bool half : {false, true}) {
+      const auto eagerness = static_cast<emulator::Eagerness>(ran % 3);
+      const DeviceInfo device{0, 90, s.sms, static_cast<int32_t>(emulator::kSharedLimit)};
+      Case c{};
+      c.name = std::string(s.name) + (half ? " fp16" : " bf16");
+      emulator::configure(static_cast<uint64_t>(++ran), eagerness);
+      try {
+        if (half) {
+          Run<__half>{s, c, device}.run();
+        } else {
+          Run<__nv_bfloat16>{s, c, device}.run();
+        }
+      } catch (const std::exception& error) {
+        ++g_failures;
+        std::printf("FAILED %s: %s\n", c.name.c_str(), error.what());
+      }
+    }
+  }
+  std::printf("%s on the emulator: %d runs, %d failures\n", what, ran, g_failures);
+  return g_failures == 0 ? 0 : 1;
+}
+
 }  // namespace pixelfly

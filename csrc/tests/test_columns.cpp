@@ -160,7 +160,6 @@ struct Run {
 
 int main() {
   using namespace pixelfly;
-  using emulator::Eagerness;
   const Shape shapes[] = {
       {"mixer", 2, 196, 384, 144, Activation::kGelu},
       {"one column tile", 3, 64, 128, 64, Activation::kSilu},
@@ -169,26 +168,5 @@ int main() {
       {"b128", 1, 130, 140, 128, Activation::kGelu, 128},
       {"no activation", 2, 70, 90, 160, Activation::kNone},
   };
-  int ran = 0;
-  for (const Shape& s : shapes) {
-    for (const bool half : {false, true}) {
-      const auto eagerness = static_cast<Eagerness>(ran % 3);
-      const DeviceInfo device{0, 90, s.sms, static_cast<int32_t>(emulator::kSharedLimit)};
-      Case c{};
-      c.name = std::string(s.name) + (half ? " fp16" : " bf16");
-      emulator::configure(static_cast<uint64_t>(++ran), eagerness);
-      try {
-        if (half) {
-          Run<__half>{s, c, device}.run();
-        } else {
-          Run<__nv_bfloat16>{s, c, device}.run();
-        }
-      } catch (const std::exception& error) {
-        ++g_failures;
-        std::printf("FAILED %s: %s\n", c.name.c_str(), error.what());
-      }
-    }
-  }
-  std::printf("columns on the emulator: %d runs, %d failures\n", ran, g_failures);
-  return g_failures == 0 ? 0 : 1;
+  return run_each<Run>("columns", shapes);
 }

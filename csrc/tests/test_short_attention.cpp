@@ -140,7 +140,6 @@ void check_refusals(const DeviceInfo& device) {
 
 int main() {
   using namespace pixelfly;
-  using emulator::Eagerness;
   const Shape shapes[] = {
       {"a ViT's", 1, 197, 3},
       {"as long as it goes", 1, 208, 1, 0.125f, 1, 1},
@@ -153,27 +152,6 @@ int main() {
       {"NaN in the last sample", 3, 20, 2, 0.125f, 1, 2, true},
       {"dS beyond the tokens", 1, 17, 1, 0.125f, 1, 1, false, true},
   };
-  int ran = 0;
-  for (const Shape& s : shapes) {
-    for (const bool half : {false, true}) {
-      const DeviceInfo device{0, 90, s.sms, static_cast<int32_t>(emulator::kSharedLimit)};
-      Case c{};
-      c.name = std::string(s.name) + (half ? " fp16" : " bf16");
-      emulator::configure(static_cast<uint64_t>(ran + 1), static_cast<Eagerness>(ran % 3));
-      ++ran;
-      try {
-        check_refusals(device);
-        if (half) {
-          Run<__half>{s, c, device}.run();
-        } else {
-          Run<__nv_bfloat16>{s, c, device}.run();
-        }
-      } catch (const std::exception& error) {
-        ++g_failures;
-        std::printf("FAILED %s: %s\n", c.name.c_str(), error.what());
-      }
-    }
-  }
-  std::printf("short attention on the emulator: %d runs, %d failures\n", ran, g_failures);
-  return g_failures == 0 ? 0 : 1;
+  check_refusals({0, 90, 2, static_cast<int32_t>(emulator::kSharedLimit)});
+  return run_each<Run>("short attention", shapes);
 }
