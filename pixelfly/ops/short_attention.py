@@ -73,7 +73,7 @@ def short_attention(
     # Taken apart in memory's order: the gradients then meet in one copy.
     thirds = qkv.unflatten(2, (3, num_heads, width)).unbind(2)
     q, k, v = (third.transpose(1, 2) for third in thirds)
-    if scale <= 0:  # torch's fused kernels give NaN
+    if scale < _TINY:  # torch's fused kernels give NaN
         q, scale = scale * q, 1.0
     return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2).flatten(2)
 
