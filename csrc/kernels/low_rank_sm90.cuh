@@ -14,6 +14,7 @@
 #include <cuda_runtime.h>
 
 #include "device/convert.cuh"
+#include "device/dependent_launch.cuh"
 #include "device/ldmatrix.cuh"
 #include "device/mbarrier.cuh"
 #include "device/shared_memory.cuh"
@@ -56,7 +57,7 @@ __device__ __forceinline__ void multiply_by_factor(float (&sums)[kSums], uint64_
 
 template <typename T, bool kTransposed, bool kThirds>
 __global__ void __launch_bounds__(kLowRankThreads)
-    low_rank_sm90(const __grid_constant__ LowRankMaps maps, int num_tiles) {
+    low_rank_sm90(const __grid_constant__ LowRankMaps maps, int num_tiles, bool early_start) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   __shared__ uint64_t barriers[2 * kLowRankStages];
   const uint32_t base = (device::smem_address(device::dynamic_shared()) + 1023) & ~1023u;
@@ -70,9 +71,11 @@ __global__ void __launch_bounds__(kLowRankThreads)
     device::mbarrier_init_fence();
   }
   __syncthreads();
+  if (early_start) device::allow_dependent_launch();
 
   if (threadIdx.x >= 128) {
     if (threadIdx.x != 128) return;
+    device::wait_for_previous_kernel();
     for (int i = 0; i < num_tiles; ++i) {
       const int s = i % kLowRankStages;
       const uint32_t x = base + s * 2 * kLowRankTileBytes, bar = full + 8 * s;

@@ -320,6 +320,7 @@ struct Consumer {
       const int aux_stages = has_aux() ? unit.outputs() : 0;
       const StepUses first_uses(unit, 0);
       uint32_t bias0[4], bias1[4];
+      if (args.ready == nullptr) device::wait_for_previous_kernel();
       load_bias(bias0, unit.rows[0]);
       load_bias(bias1, unit.rows[1]);
       for (int begin = unit.first; begin < unit.end;
@@ -422,6 +423,7 @@ __global__ void __launch_bounds__(kGroupThreads, 1)
     device::fence_proxy_async();
   }
   __syncthreads();
+  if (args.early_start) device::allow_dependent_launch();
 
   const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);
   if (warpgroup == 2) {

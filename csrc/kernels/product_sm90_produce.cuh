@@ -46,6 +46,7 @@ template <bool kTransposed, bool kQuads, bool kCooperative, bool kColumns, bool 
 __device__ void produce(const GroupMaps& maps, const GroupArgs& args, const Layout& layout) {
   Ring ring{layout.stages};
   uint32_t units_done = 0;
+  bool may_read = args.ready != nullptr;  // what the kernel before this one wrote
   for (int index = blockIdx.x; index < args.num_units; index += gridDim.x) {
     const Unit unit(args, index);
     if (unit.first >= unit.end) continue;
@@ -80,6 +81,8 @@ __device__ void produce(const GroupMaps& maps, const GroupArgs& args, const Layo
       bool ready = args.ready == nullptr || device::flag_is_up(args.ready + tile);
       bool second_ready = !both || args.ready == nullptr || device::flag_is_up(args.ready + second);
       int4 ahead = unit.step(0);
+      if (!may_read) device::wait_for_previous_kernel();
+      may_read = true;
       for (int s = 0; s < unit.num_steps; ++s) {
         const int4 step = ahead;
         ahead = unit.step(s + 1);

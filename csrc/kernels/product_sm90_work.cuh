@@ -37,6 +37,7 @@ struct GroupArgs {
   bool has_residual;
   bool has_slope;      // transposed only
   bool has_slope_out;  // not transposed only
+  bool early_start;    // the next kernel may be placed meanwhile
   Activation activation;
   int32_t third_tiles;   // of x in each of its thirds, if it is in thirds; else 0
   const int32_t* ready;  // a flag for each tile of t that low_rank_ahead_sm90 forms, or null

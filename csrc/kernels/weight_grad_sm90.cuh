@@ -262,7 +262,7 @@ __global__ void __launch_bounds__(kGradThreads, 1)
   device::fence_proxy_async();
   __syncthreads();
 
-  device::allow_dependent_launch();
+  if (args.early_start || args.spans > 1) device::allow_dependent_launch();
   ring.stage_bytes = chunk.num_tiles * kGradTileBytes;
   ring.stages = min(kGradMaxStages, kGradRingBytes / static_cast<int>(ring.stage_bytes));
   const int first = span * args.span_steps;
@@ -270,6 +270,7 @@ __global__ void __launch_bounds__(kGradThreads, 1)
   const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);
   if (warpgroup == 2) {
     device::release_registers<24>();
+    device::wait_for_previous_kernel();
     if (threadIdx.x < 288) grad::produce(maps, chunk, ring, args.dz_tiles, first, steps);
     return;
   }
@@ -310,6 +311,7 @@ template <typename T>
 __global__ void __launch_bounds__(128)
     reduce_weight_grad_sm90(const __grid_constant__ GradKernelArgs args) {
   static_assert(kGradBias * 64 == 128, "a thread a sum");
+  if (args.early_start) device::allow_dependent_launch();
   const int thread = threadIdx.x;
   const int64_t slots = static_cast<int64_t>(args.num_chunks) * 2;
   const int64_t bias_slot = blockIdx.x - slots * kGradOutputs * 8;

@@ -20,6 +20,7 @@ struct GradKernelArgs {
   int32_t out_features, in_features, rank, rank_tiles;
   void *dblocks, *du, *dv, *dbias;
   bool float_out;       // gradients are fp32 instead of T
+  bool early_start;     // the next kernel may be placed meanwhile
   float* partial;       // [span][chunk][warpgroup][output][64 * 64]
   float* bias_partial;  // [span][chunk][warpgroup][kGradBias][64]
   int32_t dz_tiles;     // in each of dz's matrices

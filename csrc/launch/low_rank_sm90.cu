@@ -6,6 +6,7 @@
 #include "kernels/low_rank_ahead_sm90.cuh"
 #include "kernels/low_rank_sm90.cuh"
 #include "launch/alignment.h"
+#include "launch/early_start.h"
 #include "launch/launch_kernel.h"
 #include "launch/low_rank_sm90.h"
 #include "launch/tensor_map.h"
@@ -18,8 +19,9 @@ int tiles(int64_t n) { return static_cast<int>((n + kLowRankTile - 1) / kLowRank
 template <typename T, bool kTransposed, bool kThirds = false>
 Status launch(const LowRankMaps& maps, const LowRankParams& p, Stream stream) {
   const dim3 grid(tiles(p.tokens), tiles(p.rank));
-  return launch_kernel(low_rank_sm90<T, kTransposed, kThirds>, grid, kLowRankThreads,
-                       kLowRankSharedBytes, stream, maps, tiles(p.features));
+  return launch_dependent_kernel(low_rank_sm90<T, kTransposed, kThirds>, grid, kLowRankThreads,
+                                 kLowRankSharedBytes, stream, maps, tiles(p.features),
+                                 p.tokens <= kEarlyStartTokens);
 }
 
 template <typename T>

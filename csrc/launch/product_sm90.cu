@@ -5,6 +5,7 @@
 
 #include "kernels/product_sm90.cuh"
 #include "launch/alignment.h"
+#include "launch/early_start.h"
 #include "launch/launch_kernel.h"
 #include "launch/low_rank_sm90.h"
 #include "launch/product_sm90.h"
@@ -181,6 +182,7 @@ Status launch_product_sm90(const ProductParams& p, const DeviceInfo& device, Str
   args.third_tiles = p.x_others.given() ? args.num_x_tiles / 3 : 0;
   args.weight_shift = b == 128 ? 1 : 0;
   args.aux_bytes = kGroupTokens * kGroupTile * static_cast<int32_t>(size_of(aux_dtype));
+  args.early_start = args.token_tiles <= kEarlyStartTokens / kGroupTokens;
   args.has_residual = p.residual != nullptr;
   args.has_slope = p.slope != nullptr;
   args.has_slope_out = p.slope_out != nullptr;
@@ -190,7 +192,8 @@ Status launch_product_sm90(const ProductParams& p, const DeviceInfo& device, Str
       p.dtype == DType::kBFloat16 ? choose<__nv_bfloat16>(p, tile) : choose<__half>(p, tile);
   if (p.factor_in == nullptr) {
     const int grid = std::min(args.num_units, device.num_sms);
-    return launch_kernel(kernel, grid, kGroupThreads, kGroupSharedBytes, stream, maps, args);
+    return launch_dependent_kernel(kernel, grid, kGroupThreads, kGroupSharedBytes, stream, maps,
+                                   args);
   }
   // In proportion, on a device with fewer multiprocessors than the plan is made for.
   const int ahead = std::max(1, args.section.ahead_blocks * device.num_sms / kGroupThreadBlocks);

@@ -1,5 +1,6 @@
 #include "kernels/weight_grad_sm90.cuh"
 #include "launch/alignment.h"
+#include "launch/early_start.h"
 #include "launch/launch_kernel.h"
 #include "launch/tensor_map.h"
 #include "launch/weight_grad_sm90.h"
@@ -11,17 +12,13 @@ namespace {
 GradKernelArgs make_args(const WeightGradParams& p, const DeviceInfo& device) {
   const PlanHeader& h = *p.header;
   GradKernelArgs args{};
-  args.chunks = reinterpret_cast<const GradChunk*>(p.plan + h.grad.chunks_offset);
-  args.num_chunks = h.grad.num_chunks;
   args.total_steps = static_cast<int32_t>((p.tokens + kGradTokens - 1) / kGradTokens);
-  const GradSection& g = h.grad;
-  const int32_t tiles = g.row_tiles + g.col_tiles + 2 * ((h.rank + 63) / 64);
-  const GradLoad load{g.num_chunks, g.num_outputs,    tiles,
-                      g.num_loads,  g.step_ps * 1e-3, g.spread_ppm * 1e-6};
-  const int spans = choose_grad_spans(load, args.total_steps, device.num_sms);
+  const auto [list, spans] = choose_grad_cut(h, args.total_steps, device.num_sms);
+  args.chunks = reinterpret_cast<const GradChunk*>(p.plan + list->chunks_offset);
+  args.num_chunks = list->num_chunks;
   args.span_steps = (args.total_steps + spans - 1) / spans;
   args.spans = (args.total_steps + args.span_steps - 1) / args.span_steps;
-  args.dz_tiles = g.row_tiles / (p.dz_others.given() ? 3 : 1);
+  args.dz_tiles = grad_tiles(h.num_rows, h.block_size) / (p.dz_others.given() ? 3 : 1);
   args.block_parts = h.block_size / 64;
   if (h.block_size == 32) {
     args.quads = reinterpret_cast<const GroupQuad*>(p.plan + h.forward.quads_offset);
@@ -35,6 +32,7 @@ GradKernelArgs make_args(const WeightGradParams& p, const DeviceInfo& device) {
   args.dv = p.dv;
   args.dbias = p.dbias;
   args.float_out = p.grad_dtype == DType::kFloat32;
+  args.early_start = p.tokens <= kEarlyStartTokens;
   args.partial = static_cast<float*>(p.workspace);
   args.bias_partial =
       args.partial + int64_t{2} * args.num_chunks * args.spans * kGradOutputs * kGradPartial;
@@ -44,8 +42,8 @@ GradKernelArgs make_args(const WeightGradParams& p, const DeviceInfo& device) {
 template <typename T>
 Status launch(const GradMaps& maps, const GradKernelArgs& args, Stream stream) {
   const auto grid = static_cast<unsigned>(args.num_chunks * args.spans);
-  PIXELFLY_RETURN_IF_ERROR(
-      launch_kernel(weight_grad_sm90<T>, grid, kGradThreads, kGradSharedBytes, stream, maps, args));
+  PIXELFLY_RETURN_IF_ERROR(launch_dependent_kernel(weight_grad_sm90<T>, grid, kGradThreads,
+                                                   kGradSharedBytes, stream, maps, args));
   if (args.spans == 1) return Status::success();
   const auto slices = static_cast<unsigned>(args.num_chunks * 2 * (kGradOutputs * 8 + 1));
   return launch_dependent_kernel(reduce_weight_grad_sm90<T>, slices, 128, 0, stream, args);
@@ -55,7 +53,7 @@ Status launch(const GradMaps& maps, const GradKernelArgs& args, Stream stream) {
 
 bool weight_grad_sm90_supports(const WeightGradParams& p, const DeviceInfo& device) {
   const PlanHeader& h = *p.header;
-  if (device.arch != 90 || p.dtype == DType::kFloat32 || h.grad.num_chunks == 0) return false;
+  if (device.arch != 90 || p.dtype == DType::kFloat32 || h.grad.many.num_chunks == 0) return false;
   if (h.rank % 8 != 0) return false;
   return aligned_rows(p.dz, p.dz_stride, p.dtype) &&
          aligned_thirds(p.dz_others, p.out_features, p.dtype) &&

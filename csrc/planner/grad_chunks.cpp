@@ -22,10 +22,9 @@ constexpr int32_t kTile = 64;
 int32_t tiles(int32_t features) { return (features + kTile - 1) / kTile; }
 
 Graph make_graph(const LayoutView& layout) {
-  // The part of a block past the features has tiles of its own.
   const int32_t sub = layout.block_size / kTile;
-  Graph graph{tiles(layout.num_rows() * layout.block_size),
-              tiles(layout.num_cols() * layout.block_size),
+  Graph graph{grad_tiles(layout.num_rows(), layout.block_size),
+              grad_tiles(layout.num_cols(), layout.block_size),
               tiles(layout.rank),
               {}};
   std::vector<Edge>& edges = graph.edges;
@@ -223,20 +222,24 @@ void assign_bias(const Graph& graph, std::vector<GradChunk>* chunks) {
 GradSection append_grad_chunks(PlanBuilder& builder, const LayoutView& layout) {
   if (layout.block_size < 32) return {};
   const Graph graph = make_graph(layout);
-  std::vector<GradChunk> chunks;
-  const std::vector<Chunk> cut = grad::best_chunks(graph);
-  for (const Chunk& members : cut) chunks.push_back(make_chunk(graph, members));
-  assign_bias(graph, &chunks);
-  const GradLoad load = grad::load_of(graph, cut);
+  auto append = [&](const std::vector<Chunk>& cut) {
+    std::vector<GradChunk> chunks;
+    for (const Chunk& members : cut) chunks.push_back(make_chunk(graph, members));
+    assign_bias(graph, &chunks);
+    const GradLoad load = grad::load_of(graph, cut);
+    return GradList{static_cast<int32_t>(chunks.size()),
+                    builder.append(chunks),
+                    load.loads,
+                    static_cast<int32_t>(load.step_ns * 1000),
+                    static_cast<int32_t>(load.spread * 1e6),
+                    load.most_tiles,
+                    load.most_outputs};
+  };
+  const grad::Cuts cuts = grad::best_cuts(graph);
   GradSection section{};
-  section.num_outputs = load.outputs;
-  section.num_loads = load.loads;
-  section.spread_ppm = static_cast<int32_t>(load.spread * 1e6);
-  section.step_ps = static_cast<int32_t>(load.step_ns * 1000);
-  section.row_tiles = graph.dz_tiles;
-  section.col_tiles = graph.x_tiles;
-  section.num_chunks = static_cast<int32_t>(chunks.size());
-  section.chunks_offset = builder.append(chunks);
+  section.many = append(cuts.many);
+  if (cuts.few != cuts.many) section.few = append(cuts.few);
+  section.num_outputs = static_cast<int32_t>(graph.edges.size());
   return section;
 }
 

@@ -17,7 +17,8 @@
 namespace pixelfly::grad {
 namespace {
 
-constexpr int kPlannedSteps[] = {256, 512, 1024};  // 8192, 16384 and 32768 tokens
+constexpr int kManySteps[] = {256, 512, 1024};  // 8192, 16384 and 32768 tokens
+constexpr int kFewSteps[] = {16, 32, 64, 128};  // 512 to 4096 tokens
 constexpr int32_t kGrownTiles = 96;
 constexpr size_t kMaxOutputs = 2 * kGradOutputs;
 
@@ -192,6 +193,8 @@ GradLoad load_of(const Graph& graph, const std::vector<Chunk>& chunks) {
                 graph.vertices(),
                 0,
                 0,
+                0,
+                0,
                 0};
   double tiles_squared = 0, outputs_squared = 0;
   std::vector<int32_t> times(static_cast<size_t>(graph.vertices()), 0);  // a tile is loaded
@@ -201,6 +204,8 @@ GradLoad load_of(const Graph& graph, const std::vector<Chunk>& chunks) {
     const auto tiles = static_cast<int32_t>(distinct.size());
     const double outputs = static_cast<double>(chunk.size());
     load.loads += tiles;
+    load.most_tiles = std::max(load.most_tiles, tiles);
+    load.most_outputs = std::max(load.most_outputs, static_cast<int32_t>(chunk.size()));
     load.step_ns = std::max(load.step_ns, grad_step_ns(tiles, outputs));
     tiles_squared += static_cast<double>(tiles) * tiles;
     outputs_squared += outputs * outputs;
@@ -221,11 +226,12 @@ GradLoad load_of(const Graph& graph, const std::vector<Chunk>& chunks) {
 namespace {
 
 // Cuts `edges` into strips of `width` tiles of one side, each evenly: a strip's tiles of the other
-// side are dealt over as few chunks of at most `most_tiles` tiles as hold them, those with the same
-// partners in turn. `place` numbers the tiles of that one side.
+// side are dealt over as few chunks of at most `most_tiles` tiles and `most_outputs` edges as hold
+// them, those with the same partners in turn. `place` numbers the tiles of that one side. One tile
+// must fit: `width` is less than `most_tiles` and at most `most_outputs`.
 std::vector<Chunk> strips(const Graph& graph, const std::vector<int32_t>& edges,
                           const std::vector<int32_t>& place, int32_t width, bool of_rows,
-                          size_t most_tiles = kGradTiles) {
+                          size_t most_tiles = kGradTiles, size_t most_outputs = kMaxOutputs) {
   std::vector<std::map<int32_t, Chunk>> members;  // of a strip: edges by tile of the other side
   auto place_of = [&](const Edge& edge) {
     return place[static_cast<size_t>(of_rows ? edge.row : edge.col)];
@@ -251,7 +257,7 @@ std::vector<Chunk> strips(const Graph& graph, const std::vector<int32_t>& edges,
     }
     const size_t tiles = strip.size();
     for (size_t count =
-             std::max(up(edges, kMaxOutputs), up(tiles, most_tiles - static_cast<size_t>(width)));
+             std::max(up(edges, most_outputs), up(tiles, most_tiles - static_cast<size_t>(width)));
          edges > 0; ++count) {
       std::vector<Chunk> cut(count);
       std::vector<size_t> held(count, 0);
@@ -265,7 +271,7 @@ std::vector<Chunk> strips(const Graph& graph, const std::vector<int32_t>& edges,
       }
       bool fits = true;
       for (size_t c = 0; c < count; ++c) {
-        fits &= cut[c].size() <= kMaxOutputs && held[c] + static_cast<size_t>(width) <= most_tiles;
+        fits &= cut[c].size() <= most_outputs && held[c] + static_cast<size_t>(width) <= most_tiles;
       }
       if (!fits) continue;
       chunks.insert(chunks.end(), cut.begin(), cut.end());
@@ -313,22 +319,38 @@ Parts part(const Graph& graph, const Border& rows, const Border& cols) {
   return parts;
 }
 
-}  // namespace
-
-std::vector<Chunk> best_chunks(const Graph& graph) {
-  std::vector<Chunk> best;
-  double best_time = 0;
-  auto offer = [&](std::vector<Chunk> chunks) {
-    const GradLoad load = load_of(graph, chunks);
+// The best of the cuts it is offered, for some numbers of steps.
+class Best {
+ public:
+  Best(const int* begin, const int* end) : steps_(begin, end) {}
+  void offer(const std::vector<Chunk>& chunks, const GradLoad& load) {
     double time = 0;
-    for (const int steps : kPlannedSteps) {
+    for (const int steps : steps_) {
       const int spans = choose_grad_spans(load, steps, kGroupThreadBlocks);
       time += grad_time_ns(load, steps, spans, kGroupThreadBlocks) / steps;
     }
-    if (best.empty() || time < best_time) {
-      best = std::move(chunks);
-      best_time = time;
+    if (chunks_.empty() || time < time_) {
+      chunks_ = chunks;
+      time_ = time;
     }
+  }
+  std::vector<Chunk> take() { return std::move(chunks_); }
+
+ private:
+  std::vector<int> steps_;
+  std::vector<Chunk> chunks_;
+  double time_ = 0;
+};
+
+}  // namespace
+
+Cuts best_cuts(const Graph& graph) {
+  Best many(std::begin(kManySteps), std::end(kManySteps));
+  Best few(std::begin(kFewSteps), std::end(kFewSteps));
+  auto offer = [&](const std::vector<Chunk>& chunks, bool to_many) {
+    const GradLoad load = load_of(graph, chunks);
+    if (to_many) many.offer(chunks, load);
+    few.offer(chunks, load);
   };
   std::vector<int32_t> numbers(static_cast<size_t>(graph.vertices()));
   std::iota(numbers.begin(), numbers.end(), 0);
@@ -337,36 +359,50 @@ std::vector<Chunk> best_chunks(const Graph& graph) {
        {std::pair(false, false), {true, false}, {false, true}, {true, true}}) {
     if ((own_rows && rows.tiles == 0) || (own_cols && cols.tiles == 0)) continue;
     const Parts parts = part(graph, own_rows ? rows : none, own_cols ? cols : none);
-    std::vector<std::vector<Chunk>> cores;
-    for (int32_t width = 1; width <= 5; ++width) {
-      for (const bool of_rows : {true, false}) {
-        cores.push_back(strips(graph, parts.core, numbers, width, of_rows));
+    auto cores = [&](size_t most_outputs) {
+      std::vector<std::vector<Chunk>> cuts;
+      const auto widest = std::min<int32_t>(5, static_cast<int32_t>(most_outputs));
+      for (int32_t width = 1; width <= widest; ++width) {
+        for (const bool of_rows : {true, false}) {
+          cuts.push_back(
+              strips(graph, parts.core, numbers, width, of_rows, kGradTiles, most_outputs));
+        }
       }
-    }
-    // The border's chunks in all sizes: those larger than the others make every step longer.
-    for (size_t most = kGradTiles; most >= kGradTiles / 2; --most) {
+      return cuts;
+    };
+    auto offer_with_border = [&](const std::vector<std::vector<Chunk>>& cuts, size_t most_tiles,
+                                 size_t most_outputs) {
       constexpr int32_t kWidest = 2;
-      const auto row_chunks =
-          strips(graph, parts.rows, rows.place, std::min(rows.tiles, kWidest), true, most);
-      const auto col_chunks =
-          strips(graph, parts.cols, cols.place, std::min(cols.tiles, kWidest), false, most);
-      for (std::vector<Chunk> chunks : cores) {
+      const auto row_chunks = strips(graph, parts.rows, rows.place, std::min(rows.tiles, kWidest),
+                                     true, most_tiles, most_outputs);
+      const auto col_chunks = strips(graph, parts.cols, cols.place, std::min(cols.tiles, kWidest),
+                                     false, most_tiles, most_outputs);
+      for (std::vector<Chunk> chunks : cuts) {
         chunks.insert(chunks.end(), row_chunks.begin(), row_chunks.end());
         chunks.insert(chunks.end(), col_chunks.begin(), col_chunks.end());
-        offer(std::move(chunks));
+        offer(chunks, most_outputs == kMaxOutputs);
       }
-      if (row_chunks.empty() && col_chunks.empty()) break;
+      return !row_chunks.empty() || !col_chunks.empty();
+    };
+    // The border's chunks in all sizes: those larger than the others make every step longer.
+    const auto whole = cores(kMaxOutputs);
+    for (size_t most = kGradTiles; most >= kGradTiles / 2; --most) {
+      if (!offer_with_border(whole, most, kMaxOutputs)) break;
+    }
+    for (const size_t most : {8, 6, 5, 4, 3, 2}) {
+      offer_with_border(cores(most), most + 2, most);
     }
   }
   // Grown chunks share tiles on both sides, and on large layouts drift too far apart: they took up
   // to 1.9 times as long as strips there.
-  if (graph.vertices() > kGrownTiles) return best;
-  for (int32_t max_edges = kMaxOutputs; max_edges >= 2; --max_edges) {
-    for (int32_t max_tiles = std::min(kGradTiles, max_edges + 3); max_tiles >= 3; --max_tiles) {
-      offer(Grower(graph, max_edges, max_tiles).grow());
+  if (graph.vertices() <= kGrownTiles) {
+    for (int32_t max_edges = kMaxOutputs; max_edges >= 2; --max_edges) {
+      for (int32_t max_tiles = std::min(kGradTiles, max_edges + 3); max_tiles >= 3; --max_tiles) {
+        offer(Grower(graph, max_edges, max_tiles).grow(), true);
+      }
     }
   }
-  return best;
+  return {many.take(), few.take()};
 }
 
 }  // namespace pixelfly::grad

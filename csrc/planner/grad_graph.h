@@ -26,7 +26,10 @@ using Chunk = std::vector<int32_t>;  // indices of edges
 // What the model of the kernel's time takes of a cut.
 GradLoad load_of(const Graph& graph, const std::vector<Chunk>& chunks);
 
-// Cuts the edges into the chunks that the model (pixelfly/grad_spans.h) expects to be fastest.
-std::vector<Chunk> best_chunks(const Graph& graph);
+// Cuts of the edges into the chunks that the model (pixelfly/grad_spans.h) expects to be fastest.
+struct Cuts {
+  std::vector<Chunk> many, few;  // for many tokens and for few
+};
+Cuts best_cuts(const Graph& graph);
 
 }  // namespace pixelfly::grad

@@ -3,13 +3,14 @@
 //   nvcc -O3 -std=c++17 -gencode arch=compute_90a,code=sm_90a -Icsrc -Icsrc/include
 //        csrc/tests/check_weight_grad_sm90.cu csrc/launch/weight_grad_sm90.cu
 //        csrc/launch/tensor_map.cpp csrc/planner/*.cpp -o check_weight_grad_sm90
-//   ./check_weight_grad_sm90 check | time | time <case substring>
+//   ./check_weight_grad_sm90 check | time [case substring [tokens]]
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <string>
 #include <vector>
@@ -179,7 +180,7 @@ int check() {
   return bad;
 }
 
-int time_all(const std::string& filter) {
+int time_all(const std::string& filter, int64_t tokens) {
   struct Shape {
     int64_t T;
     int K, N;
@@ -195,8 +196,8 @@ int time_all(const std::string& filter) {
     if (key.find(filter) != std::string::npos) bad += run<__nv_bfloat16>(c, true);
   };
   for (const Shape& s : shapes) {
-    Case c{s.T, s.K, s.N};
-    c.dense_ms = s.dense;
+    Case c{tokens > 0 ? tokens : s.T, s.K, s.N};
+    if (tokens == 0) c.dense_ms = s.dense;
     go(c, "plain");
     c.rank = 64;
     go(c, "rank");
@@ -210,7 +211,7 @@ int time_all(const std::string& filter) {
     go(c, "b32");
   }
   for (const auto& [K, N] : {std::pair{1024, 4096}, {4096, 4096}, {4096, 16384}}) {
-    go({8192, K, N, 64, 0, Kind::kQuarter}, "quarter");
+    go({tokens > 0 ? tokens : 8192, K, N, 64, 0, Kind::kQuarter}, "quarter");
   }
   return bad;
 }
@@ -218,5 +219,6 @@ int time_all(const std::string& filter) {
 int main(int argc, char** argv) {
   std::setvbuf(stdout, nullptr, _IOLBF, 0);
   const std::string mode = argc > 1 ? argv[1] : "check";
-  return mode == "time" ? time_all(argc > 2 ? argv[2] : "") : check();
+  if (mode != "time") return check();
+  return time_all(argc > 2 ? argv[2] : "", argc > 3 ? std::atoll(argv[3]) : 0);
 }

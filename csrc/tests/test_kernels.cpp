@@ -242,7 +242,14 @@ struct Run {
     }
     g.dblocks = dblocks.pointer();
     g.dbias = dbias.pointer();
-    g.header = &header;
+    // Either list of chunks, whichever the launcher would choose.
+    PlanHeader either = header;
+    if (std::is_same_v<U, float>) {
+      either.grad.few = {};
+    } else if (either.grad.few.num_chunks > 0) {
+      either.grad.many = either.grad.few;
+    }
+    g.header = &either;
     g.plan = plan.data();
     std::vector<float> workspace(weight_grad_workspace(g, device) / sizeof(float) + 1, NAN);
     g.workspace = workspace.data();

@@ -7,7 +7,6 @@
 #include <array>
 #include <cstdio>
 #include <cstdlib>
-#include <cstring>
 #include <functional>
 #include <map>
 #include <random>
@@ -16,33 +15,11 @@
 #include <string>
 #include <vector>
 
-#include "planner/plan.h"
+#include "tests/grad_checks.h"
+#include "tests/plan_case.h"
 
 namespace pixelfly {
 namespace {
-
-std::string g_case;
-int g_failures = 0;
-
-void expect(bool ok, const char* what) {
-  if (ok) return;
-  ++g_failures;
-  std::printf("FAILED: %s: %s\n", g_case.c_str(), what);
-}
-
-struct Plan {
-  explicit Plan(const LayoutView& layout) : words(build_plan(layout)) {
-    std::memcpy(&header, words.data(), sizeof(header));
-  }
-  template <typename T>
-  const T* at(int32_t offset) const {
-    return reinterpret_cast<const T*>(words.data() + offset);
-  }
-  std::vector<int32_t> words;
-  PlanHeader header;
-};
-
-int32_t tiles(int32_t features) { return (features + 63) / 64; }
 
 constexpr int kPiece = 32;  // the smallest block the schedules know
 
@@ -225,82 +202,6 @@ void check_product(const LayoutView& layout, const Plan& plan, bool transposed) 
   expect(resident == s.resident_weights, "the largest group that stays");
 }
 
-void check_grad(const LayoutView& layout, const Plan& plan) {
-  const GradSection& s = plan.header.grad;
-  const int32_t b = layout.block_size;
-  if (b < 32) {
-    expect(s.num_chunks == 0, "no weight-gradient chunks where the kernel does not serve");
-    return;
-  }
-  const int32_t sub = b / 64, ranks = tiles(layout.rank);
-  const int32_t row_tiles = tiles(layout.num_rows() * b), col_tiles = tiles(layout.num_cols() * b);
-  expect(s.row_tiles == row_tiles && s.col_tiles == col_tiles, "tiles of dz and x");
-  const auto* quads = plan.at<GroupQuad>(plan.header.forward.quads_offset);
-  std::set<int32_t> quad_blocks;
-  const auto* chunks = plan.at<GradChunk>(s.chunks_offset);
-  std::set<int32_t> outputs;
-  std::vector<int32_t> bias(static_cast<size_t>(row_tiles), 0);
-  for (int32_t c = 0; c < s.num_chunks; ++c) {
-    const GradChunk& chunk = chunks[c];
-    expect(chunk.num_tiles <= kGradTiles, "tiles fit");
-    for (int w = 0; w < 2; ++w) {
-      expect(chunk.num_bias[w] <= kGradBias, "sums fit");
-      for (int32_t i = 0; i < chunk.num_bias[w]; ++i) {
-        const int32_t tile = chunk.tile[chunk.bias[w][i]];
-        expect((tile & 3) == kGradDz, "dbias is a sum of dz");
-        ++bias[static_cast<size_t>(tile >> 2)];
-      }
-    }
-    for (int w = 0; w < 2; ++w) {
-      expect(chunk.num_outputs[w] <= kGradOutputs, "outputs fit");
-      expect(std::find(std::begin(kGradSizes), std::end(kGradSizes), chunk.sizes[w]) !=
-                 std::end(kGradSizes),
-             "sizes that the kernel has");
-      const GradRun* run = chunk.run[w];
-      for (int32_t o = 0, place = 0, sizes = 0; o < chunk.num_outputs[w]; ++o, ++place) {
-        if (place == run->size) ++run, place = 0;
-        if (place == 0) sizes = sizes * 10 + run->size;
-        const int32_t slot = run->first + place * run->step;
-        expect(slot < chunk.num_tiles && run->row < chunk.num_tiles, "output uses loaded tiles");
-        const int32_t row_tile = chunk.tile[run->row], col_tile = chunk.tile[slot];
-        const int32_t row = (row_tile >> 2) + ((row_tile & 3) == kGradS ? row_tiles : 0);
-        const int32_t col = (col_tile >> 2) + ((col_tile & 3) == kGradT ? col_tiles : 0);
-        expect((row_tile & 3) <= kGradS && (col_tile & 3) >= kGradX, "a row times a column");
-        if (o + 1 == chunk.num_outputs[w]) expect(sizes == chunk.sizes[w], "runs have the sizes");
-        const int32_t output = chunk.output[w][o], index = output & kGradIndexMask;
-        expect(outputs.insert(output).second, "a gradient tile twice");
-        if (output >= kGradDv) {
-          expect(row == row_tiles + index % ranks && col == index / ranks, "dv = s' x");
-        } else if (output >= kGradDu) {
-          expect(col == col_tiles + index % ranks && row == index / ranks, "du = dz' t");
-        } else if (b == 32) {
-          for (int q = 0; q < 4; ++q) {
-            const int32_t k = quads[index].block[q];
-            if (k < 0) continue;
-            quad_blocks.insert(k);
-            expect(layout.row_idx[k] == row * 2 + q % 2 && layout.col_idx[k] == col * 2 + q / 2,
-                   "a block of a quad comes from its row and column");
-          }
-        } else {
-          const int32_t k = index / (sub * sub), r = index / sub % sub, q = index % sub;
-          expect(k < layout.nnz() && row == layout.row_idx[k] * sub + r &&
-                     col == layout.col_idx[k] * sub + q,
-                 "a part of dB comes from its row and column");
-        }
-      }
-    }
-  }
-  const int32_t border = ranks * (row_tiles + col_tiles);
-  if (b == 32) {
-    expect(static_cast<int32_t>(quad_blocks.size()) == layout.nnz(), "every block's gradient");
-  } else {
-    expect(static_cast<int32_t>(outputs.size()) == layout.nnz() * sub * sub + border,
-           "every gradient tile");
-  }
-  expect(std::all_of(bias.begin(), bias.end(), [](int32_t n) { return n == 1; }),
-         "every row tile is summed for dbias once");
-}
-
 void check(const std::string& name, const LayoutView& layout) {
   g_case = name;
   const Plan plan(layout);
@@ -308,24 +209,6 @@ void check(const std::string& name, const LayoutView& layout) {
   check_product(layout, plan, false);
   check_product(layout, plan, true);
   check_grad(layout, plan);
-}
-
-LayoutView make(int32_t rows, int32_t cols, int32_t b, int32_t rank, int32_t tail,
-                const std::function<bool(int32_t, int32_t)>& keep) {
-  LayoutView layout{rows * b - tail, cols * b - tail, b, rank, {}, {}};
-  for (int32_t i = 0; i < rows; ++i) {
-    for (int32_t j = 0; j < cols; ++j) {
-      if (!keep(i, j)) continue;
-      layout.row_idx.push_back(i);
-      layout.col_idx.push_back(j);
-    }
-  }
-  return layout;
-}
-
-bool butterfly(int32_t i, int32_t j) {
-  const int32_t d = i ^ j;
-  return (d & (d - 1)) == 0;
 }
 
 // A block row and a block column of global blocks: the dense row has more to load than the others.
@@ -437,6 +320,7 @@ int main() {
   check("64 x 40 dense", make(64, 40, 64, 0, 0, [](int32_t, int32_t) { return true; }));
   check_dense_row();
   check_whole_tiles();
+  check_grad_choice();
   check_bad_layouts();
   if (g_failures) {
     std::printf("%d checks failed\n", g_failures);

@@ -1,13 +1,16 @@
-// How many spans of tokens the Hopper weight-gradient kernel cuts its work into, by a model of its
-// time. The planner asks the model too, to compare work lists.
+// How many spans of tokens the Hopper weight-gradient kernel cuts its work into, by models of its
+// time. The planner asks them too, to compare work lists.
 //
-// The constants are fitted to 1,603 timings of 30 layouts on one H100, 19 of them cut in many ways
-// (benchmarks/results/weight_grad_sm90_cuts_h100.json): on those the cut that the model prefers was
-// on average 3 % slower than the fastest measured, at most 12 %.
+// For many tokens the constants are fitted to 1,603 timings of 30 layouts on one H100, 19 of them
+// cut in many ways (benchmarks/results/weight_grad_sm90_cuts_h100.json): on those the cut that the
+// model prefers was on average 3 % slower than the fastest measured, at most 12 %. For few tokens,
+// to 348 timings of 45 layouts on one H200 (weight_grad_sm90_few_h200.json): 4 % off on average.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
+
+#include "pixelfly/schedule.h"
 
 namespace pixelfly {
 
@@ -17,11 +20,12 @@ constexpr int kGradTileBytes = kGradTokens * 64 * 2;  // a tile of a stage
 // What the model knows of a work list.
 struct GradLoad {
   int32_t chunks;
-  int32_t outputs;  // of all chunks
-  int32_t tiles;    // of dz, s, x and t, each once
-  int32_t loads;    // tiles, each as often as chunks load it
-  double step_ns;   // a stage of the slowest chunk
-  double spread;    // how much chunks differ, grad_spread()
+  int32_t outputs;                   // of all chunks
+  int32_t tiles;                     // of dz, s, x and t, each once
+  int32_t loads;                     // tiles, each as often as chunks load it
+  double step_ns;                    // a stage of the slowest chunk
+  double spread;                     // how much chunks differ, grad_spread()
+  int32_t most_tiles, most_outputs;  // of a chunk
 };
 
 // A stage of a chunk that loads `tiles` tiles and holds `outputs` products: loads, or shared memory
@@ -38,7 +42,7 @@ inline double grad_spread(double tiles, double outputs, double own_tiles) {
   return 0.055 * tiles + 0.046 * outputs + 0.009 * std::max(0., 1 - own_tiles);
 }
 
-inline double grad_time_ns(const GradLoad& load, int steps, int spans, int num_sms) {
+inline double grad_many_time_ns(const GradLoad& load, int steps, int spans, int num_sms) {
   constexpr double kMemoryBytesPerNs = 3490, kL2Bytes = 25e6;
   constexpr double kWaveNs = 3150, kReduceNs = 1740, kPartialNs = 10.3;
   const int waves = (load.chunks * spans + num_sms - 1) / num_sms;
@@ -55,6 +59,28 @@ inline double grad_time_ns(const GradLoad& load, int steps, int spans, int num_s
   return std::max(loop, memory) + 0.44 * std::min(loop, memory) + waves * kWaveNs + partial;
 }
 
+// Where L2 holds all tokens: a stage takes what its handshakes, its chunk's loads or products, or
+// L2 for all thread blocks take, and sums leave the faster the fewer a thread block has.
+inline double grad_few_time_ns(const GradLoad& load, int steps, int spans, int num_sms) {
+  constexpr double kStageNs = 160, kTileNs = 50, kOutputNs = 40, kL2BytesPerNs = 8900;
+  constexpr double kWaveNs = 3100, kStoreNs = 400, kReduceNs = 1800, kPartialNs = 6.4;
+  const int waves = (load.chunks * spans + num_sms - 1) / num_sms;
+  const double l2 =
+      static_cast<double>(load.loads) * spans / waves * kGradTileBytes / kL2BytesPerNs;
+  const double stage = std::max(
+      {kStageNs, kTileNs * load.most_tiles, kOutputNs * load.most_outputs + load.most_tiles, l2});
+  const double store = kStoreNs * load.most_outputs * (spans > 1 ? .5 : 1);
+  const double partial = spans > 1 ? kReduceNs + kPartialNs * spans * load.outputs : 0;
+  return kWaveNs + waves * ((steps + spans - 1) / spans * stage + store) + partial;
+}
+
+constexpr int kGradFewSteps = 256;  // up to 8192 tokens
+
+inline double grad_time_ns(const GradLoad& load, int steps, int spans, int num_sms) {
+  return steps < kGradFewSteps ? grad_few_time_ns(load, steps, spans, num_sms)
+                               : grad_many_time_ns(load, steps, spans, num_sms);
+}
+
 inline int choose_grad_spans(const GradLoad& load, int steps, int num_sms) {
   constexpr int kMinSteps = 8, kMaxSpans = 64;
   int best = 1;
@@ -63,6 +89,33 @@ inline int choose_grad_spans(const GradLoad& load, int steps, int num_sms) {
     const double time = grad_time_ns(load, steps, spans, num_sms);
     if (time < best_time) {
       best = spans;
+      best_time = time;
+    }
+  }
+  return best;
+}
+
+struct GradCut {
+  const GradList* list;
+  int spans;
+};
+
+// The list of chunks, and the number of spans, that the models expect to be fastest.
+inline GradCut choose_grad_cut(const PlanHeader& h, int steps, int num_sms) {
+  const GradSection& g = h.grad;
+  const int32_t tiles = grad_tiles(h.num_rows, h.block_size) +
+                        grad_tiles(h.num_cols, h.block_size) + 2 * grad_tiles(1, h.rank);
+  GradCut best{};
+  double best_time = 0;
+  for (const GradList* list : {&g.many, &g.few}) {
+    if (list->num_chunks == 0 || (list == &g.few && steps >= kGradFewSteps)) continue;
+    const GradLoad load{list->num_chunks, g.num_outputs,        tiles,
+                        list->num_loads,  list->step_ps * 1e-3, list->spread_ppm * 1e-6,
+                        list->most_tiles, list->most_outputs};
+    const int spans = choose_grad_spans(load, steps, num_sms);
+    const double time = grad_time_ns(load, steps, spans, num_sms);
+    if (best.list == nullptr || time < best_time) {
+      best = {list, spans};
       best_time = time;
     }
   }

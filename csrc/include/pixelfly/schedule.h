@@ -20,7 +20,7 @@ namespace pixelfly {
 constexpr int32_t kPlanMagic = 0x70666c79;  // "pfly"
 // Goes up with every change of the plan or of the operators' schemas: torch keeps compiled programs
 // on disk, and the header, which has this number, is all that tells those of another build.
-constexpr int32_t kPlanVersion = 11;
+constexpr int32_t kPlanVersion = 12;
 constexpr int kPlanHeaderSize = 64;
 
 // Schedule of the row-group product (kernels/product_sm90.cuh). Everything is in units of 64x64
@@ -167,16 +167,27 @@ enum GradOutput : int32_t {
   kGradIndexMask = (1 << 28) - 1,
 };
 
-struct GradSection {
-  int32_t num_chunks;     // 0: no work list (block size not served)
+// One cut of the outputs into chunks.
+struct GradList {
+  int32_t num_chunks;     // 0: no such list
   int32_t chunks_offset;  // GradChunk[num_chunks]
-  int32_t row_tiles;      // tiles of dz
-  int32_t col_tiles;      // tiles of x
-  int32_t num_outputs;    // of all chunks
   int32_t num_loads;      // of all chunks
   int32_t step_ps;        // the slowest chunk's stage, grad_step_ns() in picoseconds
   int32_t spread_ppm;     // grad_spread() in millionths
+  int32_t most_tiles;     // of a chunk
+  int32_t most_outputs;   // of a chunk
 };
+
+struct GradSection {
+  GradList many;        // no list: block size not served
+  GradList few;         // for few tokens, smaller chunks instead of several spans; or none
+  int32_t num_outputs;  // of all chunks
+};
+
+// Tiles of dz or of x, the part of a block past the features among them.
+inline int32_t grad_tiles(int32_t blocks, int32_t block_size) {
+  return (blocks * block_size + kGroupTile - 1) / kGroupTile;
+}
 
 struct PlanHeader {
   int32_t magic;
@@ -205,8 +216,6 @@ struct PlanHeader {
   GroupSection forward;     // output rows = block rows, contraction over block columns
   GroupSection transposed;  // output rows = block columns, contraction over block rows (dx)
   GradSection grad;
-
-  int32_t reserved[kPlanHeaderSize - 19 - 2 * 15 - 8];
 };
 static_assert(sizeof(PlanHeader) == kPlanHeaderSize * sizeof(int32_t), "header layout");
 
