@@ -82,10 +82,10 @@ bool product_few_sm80_supports(const ProductParams& p) {
          aligned_rows(p.t, p.t_stride, p.dtype) && aligned_rows(p.factor, p.factor_stride, p.dtype);
 }
 
-// With two thread blocks of 64 tokens for each multiprocessor product_sm90 takes 1.1 to 2.1 times
-// as long, with four mostly less (one H200; benchmarks/results/product_few_sm80_h200.json).
+// With two thread blocks of 64 tokens for each multiprocessor product_sm90 takes up to 2.6 times as
+// long, with four less (one H200; benchmarks/results/few_tokens_h200.json).
 bool few_tokens_are_quick(int64_t tokens, int32_t outputs, const DeviceInfo& device) {
-  if (tokens <= kBlockTokens) return true;
+  if (tokens <= (device.arch == 90 ? kBlockTokens / 2 : kBlockTokens)) return true;
   const int64_t blocks = groups_of(outputs) * ((tokens + kBlockTokens - 1) / kBlockTokens);
   return blocks <= 2 * device.num_sms;
 }

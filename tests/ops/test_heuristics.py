@@ -65,9 +65,10 @@ def test_decoding_has_a_kernel_of_its_own():
 
 def test_few_tokens_more_than_64_for_narrow_outputs():
     """Two thread blocks of 64 tokens x 16 outputs for each multiprocessor, and 256 tokens."""
-    for outputs, most in ((4096, 64), (2048, 128), (1024, 256), (256, 256)):
+    for outputs, most in ((8192, 32), (4096, 64), (2048, 128), (1024, 256), (256, 256)):
         assert choose(outputs=outputs, tokens=most)["y"] == "product_few_sm80"
         assert choose(outputs=outputs, tokens=most + 1)["y"] == "product_sm90"
+        assert choose(A100, outputs=outputs, tokens=64)["y"] == "product_few_sm80"
         assert choose(A100, outputs=outputs, tokens=257)["y"] == "product_sm80"
     few = choose(outputs=4096, rank=64, tokens=256)  # t has few outputs, y many
     assert few["t"] == "product_few_sm80 without blocks" and few["y"] == "product_sm90"
