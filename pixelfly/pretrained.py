@@ -14,6 +14,7 @@ The folder is an ordinary one, whose config.json has an entry `pixelfly`. transf
 from __future__ import annotations
 
 import base64
+import inspect
 import json
 import os
 import pathlib
@@ -157,7 +158,8 @@ def save_pretrained(model: nn.Module, folder: str | os.PathLike[str], **options:
     Args:
         model: a `PreTrainedModel` with Pixelfly layers.
         folder: where to; made if it does not exist.
-        options: passed to the model's own `save_pretrained`.
+        options: passed to the model's own `save_pretrained`. Names in the files are the model's,
+            not those of its class's earlier versions (`save_original_format`).
 
     Raises:
         TypeError: `model` is none of transformers' models.
@@ -168,6 +170,9 @@ def save_pretrained(model: nn.Module, folder: str | os.PathLike[str], **options:
             f"save_pretrained: model must be a transformers model, got {type(model).__name__}; for "
             "others keep `structure(model)` beside the state dict"
         )
+    # What transformers renames or joins on the way to a file it would have to undo on the way back.
+    if "save_original_format" in inspect.signature(model.save_pretrained).parameters:
+        options.setdefault("save_original_format", False)
     # In the file alone: a config that outlived densify_ would describe another model.
     setattr(model.config, _ENTRY, structure(model))
     try:

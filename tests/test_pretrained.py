@@ -122,3 +122,33 @@ def test_a_structure_of_another_model_changes_nothing():
         assert not any(isinstance(m, PixelflyLinear) for m in other.modules())
     with pytest.raises(ValueError, match="version 1, got 7"):
         restore_structure_(nn.Sequential(), entry | {"version": 7})
+
+
+SMALL = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+SMALL |= {"intermediate_size": 128}
+# transformers renames their weights, or joins several, between model and file.
+RENAMED = {
+    "ViTForImageClassification": ("ViTConfig", {"image_size": 16, "patch_size": 8}),
+    "GPTNeoXForCausalLM": ("GPTNeoXConfig", {"vocab_size": 96}),
+    "MixtralForCausalLM": (
+        "MixtralConfig", {"vocab_size": 96, "num_local_experts": 2, "num_key_value_heads": 2},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", list(RENAMED))
+def test_names_in_the_files_are_the_models(name, tmp_path):
+    config, options = RENAMED[name]
+    kind = getattr(transformers, name)
+    model = kind(getattr(transformers, config)(**SMALL, **options)).eval()
+    report = sparsify_(
+        model,
+        PixelflyConfig(density=0.75, block_size=16, rank=0),
+        lambda module, name: not name.endswith(("classifier", "lm_head", "embed_out")),
+    )
+    assert report.layers
+    save_pretrained(model, tmp_path)
+    loaded = from_pretrained(kind, tmp_path)
+    images = {"pixel_values": torch.randn(2, 3, 16, 16)}
+    call = images if "image_size" in options else {"input_ids": IDS}
+    assert torch.equal(loaded(**call).logits, model(**call).logits)
