@@ -6,7 +6,8 @@
 // stmatrix.trans and one TMA store, staged in the first ring stage.
 //
 //   shared memory: ring [kLowRankStages] of x tile [64 tokens][64] + factor tile (16 KB)
-//   roles: warps 0-3 multiply, one thread of warp 4 loads
+//   roles: warps 0-3 multiply, one thread of warp 4 loads, after the kernel before this one has
+//   ended: a dependent launch
 //   full[s]: producer -> consumers; empty[s]: the four consumer warps -> producer
 #pragma once
 

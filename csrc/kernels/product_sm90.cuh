@@ -23,6 +23,7 @@
 //              wait on the ring. Nobody waits on a stage outside its turn: parities would alias.
 //   weights_free: consumers -> producer, the unit is done and its weights may be replaced
 //
+// A dependent launch: before it waits for the kernel before it, it reads nothing but the plan.
 // The sums start as the bias: one product of its values, in registers, with a tile of ones.
 // (Setting 128 registers a thread takes longer: straight-line code was seen to run at about six
 // cycles an instruction here.) For the same reason the calls that only round and store (kPlain)
@@ -47,6 +48,7 @@
 #pragma once
 
 #include "device/activation_codes.cuh"
+#include "device/dependent_launch.cuh"
 #include "device/convert.cuh"
 #include "device/ldmatrix.cuh"
 #include "device/mbarrier.cuh"

@@ -12,7 +12,8 @@
 //   ones:  a constant K-major tile; dz times it is the sum over tokens, dbias
 //   full[s]: producer -> consumers     empty[s]: the 8 consumer warps -> producer
 //
-// Producer: one TMA box a lane, its coordinates in registers. dz may be three matrices.
+// Producer: one TMA box a lane, its coordinates in registers. dz may be three matrices. A dependent
+// launch: before the producer waits for the kernel before this one, only the plan is read.
 //
 // Partial sums go to the workspace in fragment order, fully coalesced; a second kernel adds the
 // spans in order, so results are deterministic, and rounds once. With one span the results are

@@ -5,9 +5,9 @@
 
 namespace pixelfly {
 
-// Up to so many tokens, where it saves a microsecond of five to forty. Beyond, thread blocks that
-// come to whichever multiprocessor is free no longer lie as those do that a whole GPU is dealt to:
-// up to 6 % more time where they share tiles (csrc/README.md).
+// Up to so many tokens, where it saves a microsecond of five to forty. Beyond, thread blocks placed
+// as multiprocessors become free no longer lie beside the neighbours that share their tiles: up to
+// 8 % more time (csrc/README.md).
 constexpr int64_t kEarlyStartTokens = 4096;
 
 }  // namespace pixelfly

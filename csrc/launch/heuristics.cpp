@@ -53,7 +53,10 @@ Choice choose_product(const ProductParams& p, const DeviceInfo& device, Forced f
       return {Path::kSm80, Status::invalid("PIXELFLY_KERNEL must be auto, sm80, few or sm90")};
     default: break;
   }
-  if (product_few_sm80_supports(p) && few_tokens_are_quick(p.tokens, p.out_features, device)) {
+  // Weight tiles of blocks of 32 come in four boxes each: product_sm90 then takes longer.
+  const int64_t always = hopper && p.header->block_size >= kGroupTile ? kFewTokens / 2 : kFewTokens;
+  if (product_few_sm80_supports(p) &&
+      few_tokens_are_quick(p.tokens, p.out_features, device, always)) {
     return {Path::kFew, Status::success()};
   }
   return {hopper ? Path::kHopper : Path::kSm80, Status::success()};

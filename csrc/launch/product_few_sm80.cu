@@ -84,8 +84,9 @@ bool product_few_sm80_supports(const ProductParams& p) {
 
 // With two thread blocks of 64 tokens for each multiprocessor product_sm90 takes up to 2.6 times as
 // long, with four less (one H200; benchmarks/results/few_tokens_h200.json).
-bool few_tokens_are_quick(int64_t tokens, int32_t outputs, const DeviceInfo& device) {
-  if (tokens <= (device.arch == 90 ? kBlockTokens / 2 : kBlockTokens)) return true;
+bool few_tokens_are_quick(int64_t tokens, int32_t outputs, const DeviceInfo& device,
+                          int64_t always) {
+  if (tokens <= always) return true;
   const int64_t blocks = groups_of(outputs) * ((tokens + kBlockTokens - 1) / kBlockTokens);
   return blocks <= 2 * device.num_sms;
 }

@@ -27,6 +27,7 @@ Status zero_gradients(const WeightGradParams& p, Stream stream) {
 size_t weight_grad_workspace(const WeightGradParams& p, const DeviceInfo& device) {
   if (p.tokens == 0) return 0;
   const Choice choice = choose_weight_grad(p, device, forced_path());
+  if (!choice.status.ok()) return 0;  // the launch will say why
   return choice.path == Path::kHopper ? weight_grad_workspace_sm90(p, device)
                                       : weight_grad_workspace_sm80(p, device);
 }

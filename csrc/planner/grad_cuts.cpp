@@ -389,7 +389,7 @@ Cuts best_cuts(const Graph& graph) {
     for (size_t most = kGradTiles; most >= kGradTiles / 2; --most) {
       if (!offer_with_border(whole, most, kMaxOutputs)) break;
     }
-    // Smaller ones while thread blocks take two each at most.
+    // Smaller ones, as long as no multiprocessor has more than two to do.
     for (const size_t most : {8, 6, 5, 4, 3, 2}) {
       if (graph.edges.size() > 2 * kGroupThreadBlocks * most) break;
       offer_with_border(cores(most), most + 2, most);

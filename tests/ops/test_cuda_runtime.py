@@ -80,6 +80,52 @@ def test_few_tokens_wait_for_what_comes_before(tokens):
         torch.testing.assert_close(y, expected, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("tokens", [300, 4096])
+@pytest.mark.parametrize("rank", [0, 64, 136])
+def test_hopper_kernels_wait_for_what_comes_before(monkeypatch, tokens, rank):
+    """Products, thin products and gradients of weights start early, too, one behind the other."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("the kernels are for Hopper GPUs")
+    monkeypatch.setenv("PIXELFLY_KERNEL", "sm90")
+    call = _call(tokens=tokens, rank=rank, activation=None)
+    inputs = {name: t.detach().clone().requires_grad_() for name, t in call.inputs.items()}
+
+    def chain(between):
+        results = []
+        for i in range(6):
+            with torch.no_grad():  # written just before a product reads it
+                inputs["bias"].copy_(call.inputs["bias"] * (i + 1))
+                inputs["blocks"].copy_(call.inputs["blocks"] * (1 - 2 * (i % 2)))
+            between()
+            y = butterfly_lowrank_mm(**inputs, layout=call.layout)
+            between()
+            z = butterfly_lowrank_mm(**inputs | {"x": y}, layout=call.layout)
+            between()
+            results += [y, z, *torch.autograd.grad(z, list(inputs.values()), call.dy)]
+        return [t.detach() for t in results]
+
+    expected = chain(torch.cuda.synchronize)
+    torch.testing.assert_close(chain(lambda: None), expected, rtol=0, atol=0)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = chain(lambda: None)
+    for _ in range(3):
+        for t in got:
+            t.fill_(float("nan"))
+        graph.replay()
+        torch.testing.assert_close(got, expected, rtol=0, atol=0)
+
+
+def test_gradients_that_the_forced_kernel_lacks(monkeypatch):
+    """Blocks of 16, those of weights alone: no product refuses first."""
+    call = _call(layout=make_layout(xor_grid(8, 8), 16), rank=0, activation=None)
+    weights = {name: t.detach().requires_grad_(name != "x") for name, t in call.inputs.items()}
+    y = butterfly_lowrank_mm(**weights, layout=call.layout)
+    monkeypatch.setenv("PIXELFLY_KERNEL", "sm90")
+    with pytest.raises(RuntimeError, match="cannot serve this weight gradient"):
+        torch.autograd.grad(y, weights["blocks"], call.dy)
+
+
 def _scaled(call, scale):
     inputs = dict(call.inputs)
     inputs["x"] = inputs["x"] * scale

@@ -70,6 +70,7 @@ def test_few_tokens_more_than_64_for_narrow_outputs():
         assert choose(outputs=outputs, tokens=most + 1)["y"] == "product_sm90"
         assert choose(A100, outputs=outputs, tokens=64)["y"] == "product_few_sm80"
         assert choose(A100, outputs=outputs, tokens=257)["y"] == "product_sm80"
+    assert choose(outputs=8192, b=32, tokens=64)["y"] == "product_few_sm80"
     few = choose(outputs=4096, rank=64, tokens=256)  # t has few outputs, y many
     assert few["t"] == "product_few_sm80 without blocks" and few["y"] == "product_sm90"
 

@@ -4,7 +4,7 @@
 // For many tokens the constants are fitted to 1,603 timings of 30 layouts on one H100, 19 of them
 // cut in many ways (benchmarks/results/weight_grad_sm90_cuts_h100.json): on those the cut that the
 // model prefers was on average 3 % slower than the fastest measured, at most 12 %. For few tokens,
-// to 348 timings of 45 layouts on one H200 (weight_grad_sm90_few_h200.json): 4 % off on average.
+// to 348 timings of 45 layouts on one H200 (few_tokens_h200.json): 4 % off on average.
 #pragma once
 
 #include <algorithm>
@@ -64,7 +64,7 @@ inline double grad_many_time_ns(const GradLoad& load, int steps, int spans, int 
 inline double grad_few_time_ns(const GradLoad& load, int steps, int spans, int num_sms) {
   constexpr double kStageNs = 160, kTileNs = 50, kOutputNs = 40, kL2BytesPerNs = 8900;
   constexpr double kWaveNs = 3100, kStoreNs = 400, kReduceNs = 1800, kPartialNs = 6.4;
-  const int waves = (load.chunks * spans + num_sms - 1) / num_sms;
+  const int waves = std::max(1, (load.chunks * spans + num_sms - 1) / num_sms);
   const double l2 =
       static_cast<double>(load.loads) * spans / waves * kGradTileBytes / kL2BytesPerNs;
   const double stage = std::max(
@@ -74,7 +74,7 @@ inline double grad_few_time_ns(const GradLoad& load, int steps, int spans, int n
   return kWaveNs + waves * ((steps + spans - 1) / spans * stage + store) + partial;
 }
 
-constexpr int kGradFewSteps = 256;  // up to 8192 tokens
+constexpr int kGradFewSteps = 256;  // fewer than 8192 tokens
 
 inline double grad_time_ns(const GradLoad& load, int steps, int spans, int num_sms) {
   return steps < kGradFewSteps ? grad_few_time_ns(load, steps, spans, num_sms)
@@ -104,7 +104,8 @@ struct GradCut {
 inline GradCut choose_grad_cut(const PlanHeader& h, int steps, int num_sms) {
   const GradSection& g = h.grad;
   const int32_t tiles = grad_tiles(h.num_rows, h.block_size) +
-                        grad_tiles(h.num_cols, h.block_size) + 2 * grad_tiles(1, h.rank);
+                        grad_tiles(h.num_cols, h.block_size) +
+                        2 * ((h.rank + kGroupTile - 1) / kGroupTile);
   GradCut best{};
   double best_time = 0;
   for (const GradList* list : {&g.many, &g.few}) {

@@ -21,7 +21,7 @@ constexpr int32_t kPlanMagic = 0x70666c79;  // "pfly"
 // Goes up with every change of the plan or of the operators' schemas: torch keeps compiled programs
 // on disk, and the header, which has this number, is all that tells those of another build.
 constexpr int32_t kPlanVersion = 12;
-constexpr int kPlanHeaderSize = 64;
+constexpr int kPlanHeaderSize = 64;  // all in use
 
 // Schedule of the row-group product (kernels/product_sm90.cuh). Everything is in units of 64x64
 // tiles, whatever the block size (32, 64 or 128): output tiles, x tiles (tile >= num_x_tiles: tile
@@ -180,7 +180,7 @@ struct GradList {
 
 struct GradSection {
   GradList many;        // no list: block size not served
-  GradList few;         // for few tokens, smaller chunks instead of several spans; or none
+  GradList few;         // for fewer than 8192 tokens, mostly smaller chunks; or none
   int32_t num_outputs;  // of all chunks
 };
 
