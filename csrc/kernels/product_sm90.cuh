@@ -48,8 +48,8 @@
 #pragma once
 
 #include "device/activation_codes.cuh"
-#include "device/dependent_launch.cuh"
 #include "device/convert.cuh"
+#include "device/dependent_launch.cuh"
 #include "device/ldmatrix.cuh"
 #include "device/mbarrier.cuh"
 #include "device/register_budget.cuh"

@@ -76,7 +76,7 @@ class Thirds {
     expect(takes_thirds(kType, c_.tokens, header_, device_), "takes_thirds");
     expect(!takes_thirds(other, c_.tokens, header_, device_), "takes_thirds of float32");
     expect(!takes_thirds(kType, c_.tokens, header_, older), "takes_thirds on sm_80");
-    expect(!takes_thirds(kType, 64, header_, device_), "takes_thirds of few tokens");
+    expect(!takes_thirds(kType, 32, header_, device_), "takes_thirds of few tokens");
     device_ = older;
     Results none(*this);
     expect_refusal(product(none, true), "thirds");
