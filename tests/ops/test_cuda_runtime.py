@@ -51,6 +51,20 @@ def test_graph_capture_and_replay():
             torch.testing.assert_close(got[name].detach(), value, msg=f"{name} x{scale}")
 
 
+def check_without_waits(chain):
+    """Calls give the same whether the host waits between them or not, eager and captured."""
+    expected = chain(torch.cuda.synchronize)
+    torch.testing.assert_close(chain(lambda: None), expected, rtol=0, atol=0)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = chain(lambda: None)
+    for _ in range(3):
+        for t in got:
+            t.fill_(float("nan"))
+        graph.replay()
+        torch.testing.assert_close(got, expected, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("tokens", [1, 16, 64, 200])
 def test_few_tokens_wait_for_what_comes_before(tokens):
     """A dependent launch starts early: it must see all that the kernels before it wrote."""
@@ -67,17 +81,9 @@ def test_few_tokens_wait_for_what_comes_before(tokens):
             between()
             x = butterfly_lowrank_mm(x, **weights, layout=call.layout, activation="gelu")
             between()
-        return x
+        return [x]
 
-    expected = chain(torch.cuda.synchronize)
-    torch.testing.assert_close(chain(lambda: None), expected, rtol=0, atol=0)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        y = chain(lambda: None)
-    for _ in range(3):
-        y.fill_(float("nan"))
-        graph.replay()
-        torch.testing.assert_close(y, expected, rtol=0, atol=0)
+    check_without_waits(chain)
 
 
 @pytest.mark.parametrize("tokens", [300, 4096])
@@ -104,16 +110,7 @@ def test_hopper_kernels_wait_for_what_comes_before(monkeypatch, tokens, rank):
             results += [y, z, *torch.autograd.grad(z, list(inputs.values()), call.dy)]
         return [t.detach() for t in results]
 
-    expected = chain(torch.cuda.synchronize)
-    torch.testing.assert_close(chain(lambda: None), expected, rtol=0, atol=0)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        got = chain(lambda: None)
-    for _ in range(3):
-        for t in got:
-            t.fill_(float("nan"))
-        graph.replay()
-        torch.testing.assert_close(got, expected, rtol=0, atol=0)
+    check_without_waits(chain)
 
 
 def test_gradients_that_the_forced_kernel_lacks(monkeypatch):
