@@ -377,7 +377,7 @@ def test_what_the_kernels_refuse(hopper):
     y, log_sum = FORWARD(qkv, 2, 0.125)
     for wrong, message in [
         ((qkv[0], 2, 0.125), r"qkv must be \[B, T, 3 \* heads \* 64\], got \[17, 384\]"),
-        ((qkv, 0, 0.125), "heads must be at least 1, got 0"),
+        ((qkv, 0, 0.125), "heads must be between 1 and 2147483647, got 0"),
         ((qkv, 3, 0.125), r"qkv must have shape \[2, 17, 576\], got \[2, 17, 384\]"),
         ((qkv.mT.contiguous().mT, 2, 0.125), "qkv must be contiguous"),
         ((qkv.float(), 2, 0.125), "at most 208 tokens; got .* float32 and 17 tokens"),
