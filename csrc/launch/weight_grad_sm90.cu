@@ -18,7 +18,7 @@ GradKernelArgs make_args(const WeightGradParams& p, const DeviceInfo& device) {
   args.num_chunks = list->num_chunks;
   args.span_steps = (args.total_steps + spans - 1) / spans;
   args.spans = (args.total_steps + args.span_steps - 1) / args.span_steps;
-  args.dz_tiles = grad_tiles(h.num_rows, h.block_size) / (p.dz_others.given() ? 3 : 1);
+  args.dz_tiles = group_tiles(h.num_rows * h.block_size) / (p.dz_others.given() ? 3 : 1);
   args.block_parts = h.block_size / 64;
   if (h.block_size == 32) {
     args.quads = reinterpret_cast<const GroupQuad*>(p.plan + h.forward.quads_offset);

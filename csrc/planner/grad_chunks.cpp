@@ -17,15 +17,12 @@ using grad::Chunk;
 using grad::Edge;
 using grad::Graph;
 
-constexpr int32_t kTile = 64;
-
-int32_t tiles(int32_t features) { return (features + kTile - 1) / kTile; }
-
 Graph make_graph(const LayoutView& layout) {
-  const int32_t sub = layout.block_size / kTile;
-  Graph graph{grad_tiles(layout.num_rows(), layout.block_size),
-              grad_tiles(layout.num_cols(), layout.block_size),
-              tiles(layout.rank),
+  // The part of a block past the features has tiles of its own.
+  const int32_t sub = layout.block_size / kGroupTile;
+  Graph graph{group_tiles(layout.num_rows() * layout.block_size),
+              group_tiles(layout.num_cols() * layout.block_size),
+              group_tiles(layout.rank),
               {}};
   std::vector<Edge>& edges = graph.edges;
   std::set<std::pair<int32_t, int32_t>> quads;  // numbered as in row_groups.cpp

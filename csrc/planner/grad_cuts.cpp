@@ -188,14 +188,10 @@ std::set<int32_t> tiles_of(const Graph& graph, const Chunk& chunk) {
 }  // namespace
 
 GradLoad load_of(const Graph& graph, const std::vector<Chunk>& chunks) {
-  GradLoad load{static_cast<int32_t>(chunks.size()),
-                static_cast<int32_t>(graph.edges.size()),
-                graph.vertices(),
-                0,
-                0,
-                0,
-                0,
-                0};
+  GradLoad load{};
+  load.chunks = static_cast<int32_t>(chunks.size());
+  load.outputs = static_cast<int32_t>(graph.edges.size());
+  load.tiles = graph.vertices();
   double tiles_squared = 0, outputs_squared = 0;
   std::vector<int32_t> times(static_cast<size_t>(graph.vertices()), 0);  // a tile is loaded
   for (const Chunk& chunk : chunks) {

@@ -18,8 +18,6 @@ struct Entry {
 };
 using Row = std::vector<Entry>;  // in ascending order of x_tile
 
-int32_t tiles(int32_t features) { return (features + kGroupTile - 1) / kGroupTile; }
-
 void sort_by_x(std::vector<Row>& rows) {
   for (auto& row : rows) {
     std::sort(row.begin(), row.end(),
@@ -30,7 +28,7 @@ void sort_by_x(std::vector<Row>& rows) {
 // Blocks of 32: tiles of two by two blocks.
 std::vector<Row> quad_rows(const LayoutView& layout, bool transposed,
                            std::vector<GroupQuad>& quads) {
-  const int32_t out_tiles = tiles(transposed ? layout.in_features : layout.out_features);
+  const int32_t out_tiles = group_tiles(transposed ? layout.in_features : layout.out_features);
   std::vector<Row> rows(static_cast<size_t>(out_tiles));
   std::map<std::pair<int32_t, int32_t>, size_t> known;
   for (int32_t k = 0; k < layout.nnz(); ++k) {
@@ -50,8 +48,8 @@ std::vector<Row> quad_rows(const LayoutView& layout, bool transposed,
 // Blocks of 64 or 128: each is one or four tiles.
 std::vector<Row> tile_rows(const LayoutView& layout, bool transposed) {
   const int32_t sub = layout.block_size / kGroupTile;
-  const int32_t out_tiles = tiles(transposed ? layout.in_features : layout.out_features);
-  const int32_t x_tiles = tiles(transposed ? layout.out_features : layout.in_features);
+  const int32_t out_tiles = group_tiles(transposed ? layout.in_features : layout.out_features);
+  const int32_t x_tiles = group_tiles(transposed ? layout.out_features : layout.in_features);
   std::vector<Row> rows(static_cast<size_t>(out_tiles));
   for (int32_t k = 0; k < layout.nnz(); ++k) {
     const int32_t out = transposed ? layout.col_idx[k] : layout.row_idx[k];
@@ -224,7 +222,7 @@ GroupSection append_row_groups(PlanBuilder& builder, const LayoutView& layout, b
   GroupSection section{};
   const int32_t b = layout.block_size;
   if (b != 32 && b != 64 && b != 128) return section;
-  const int32_t x_tiles = tiles(transposed ? layout.out_features : layout.in_features);
+  const int32_t x_tiles = group_tiles(transposed ? layout.out_features : layout.in_features);
   std::vector<GroupQuad> quads;
   const auto rows = b == 32 ? quad_rows(layout, transposed, quads) : tile_rows(layout, transposed);
   const auto pairs = pair_rows(rows, x_tiles);
@@ -234,7 +232,7 @@ GroupSection append_row_groups(PlanBuilder& builder, const LayoutView& layout, b
   for (const auto& [a, b] : pairs) {
     lists.push_back(
         merge(&rows[static_cast<size_t>(a)], b < 0 ? nullptr : &rows[static_cast<size_t>(b)]));
-    work.push_back(work_of(lists.back(), b < 0 ? 1 : 2, tiles(layout.rank)));
+    work.push_back(work_of(lists.back(), b < 0 ? 1 : 2, group_tiles(layout.rank)));
   }
   compare_groups(work);
   const size_t together = side_by_side(work, x_tiles);
@@ -250,7 +248,7 @@ GroupSection append_row_groups(PlanBuilder& builder, const LayoutView& layout, b
   std::vector<GroupStep> steps;
   for (size_t g = 0; g < lists.size(); ++g) {
     const auto [a, b] = pairs[g];
-    for (int32_t r = 0; r < tiles(layout.rank); ++r) {
+    for (int32_t r = 0; r < group_tiles(layout.rank); ++r) {
       lists[g].push_back({x_tiles + r, {0, b < 0 ? -1 : 0}, 0});
     }
     const auto begin = static_cast<int32_t>(steps.size());

@@ -103,9 +103,8 @@ struct GradCut {
 // The list of chunks, and the number of spans, that the models expect to be fastest.
 inline GradCut choose_grad_cut(const PlanHeader& h, int steps, int num_sms) {
   const GradSection& g = h.grad;
-  const int32_t tiles = grad_tiles(h.num_rows, h.block_size) +
-                        grad_tiles(h.num_cols, h.block_size) +
-                        2 * ((h.rank + kGroupTile - 1) / kGroupTile);
+  const int32_t tiles = group_tiles(h.num_rows * h.block_size) +
+                        group_tiles(h.num_cols * h.block_size) + 2 * group_tiles(h.rank);
   GradCut best{};
   double best_time = 0;
   for (const GradList* list : {&g.many, &g.few}) {

@@ -27,6 +27,7 @@ constexpr int kPlanHeaderSize = 64;  // all in use
 // tiles, whatever the block size (32, 64 or 128): output tiles, x tiles (tile >= num_x_tiles: tile
 // of t) and weight tiles. With 32x32 blocks a weight tile is four blocks, absent ones being zero.
 constexpr int kGroupTile = 64;
+inline int32_t group_tiles(int32_t features) { return (features + kGroupTile - 1) / kGroupTile; }
 
 // One step of a row group: a tile of x columns and the weight tiles that multiply it.
 struct GroupStep {
@@ -183,11 +184,6 @@ struct GradSection {
   GradList few;         // for fewer than 8192 tokens, mostly smaller chunks; or none
   int32_t num_outputs;  // of all chunks
 };
-
-// Tiles of dz or of x, the part of a block past the features among them.
-inline int32_t grad_tiles(int32_t blocks, int32_t block_size) {
-  return (blocks * block_size + kGroupTile - 1) / kGroupTile;
-}
 
 struct PlanHeader {
   int32_t magic;
