@@ -48,7 +48,7 @@ def operators(device: str, width: int, tokens: int) -> dict[str, Callable[[], ob
     x = torch.randn(tokens, width, device=device, dtype=dtype)
     blocks = torch.randn(layout.nnz, 64, 64, device=device, dtype=dtype)
     bias = torch.randn(width, device=device, dtype=dtype)
-    plan, header = device_plan(layout, 0, x.device), plan_header(layout, 0)
+    plan, header = device_plan(layout, 0, x.device), plan_header(layout, 0, x.device)
     return {
         "operator forward": lambda: torch.ops.pixelfly.forward(
             x, blocks, None, None, bias, None, plan, header, 0, False, False

@@ -22,13 +22,15 @@ namespace {
 using IndexArray = py::array_t<int32_t, py::array::c_style | py::array::forcecast>;
 
 py::array_t<int32_t> build_plan(int32_t out_features, int32_t in_features, int32_t block_size,
-                                int32_t rank, const IndexArray& rows, const IndexArray& cols) {
+                                int32_t rank, const IndexArray& rows, const IndexArray& cols,
+                                int32_t thread_blocks) {
   pixelfly::LayoutView layout{out_features,
                               in_features,
                               block_size,
                               rank,
                               {rows.data(), rows.data() + rows.size()},
-                              {cols.data(), cols.data() + cols.size()}};
+                              {cols.data(), cols.data() + cols.size()},
+                              thread_blocks};
   const std::vector<int32_t> plan = pixelfly::build_plan(layout);
   py::array_t<int32_t> out(static_cast<py::ssize_t>(plan.size()));
   std::copy(plan.begin(), plan.end(), out.mutable_data());
@@ -73,6 +75,7 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Host planner, build information and CUDA operators of pixelfly.";
   m.def("build_plan", &build_plan, py::arg("out_features"), py::arg("in_features"),
         py::arg("block_size"), py::arg("rank"), py::arg("row_indices"), py::arg("col_indices"),
+        py::arg("thread_blocks") = pixelfly::kUsualThreadBlocks,
         "Plan of a block layout: int32 array, see csrc/include/pixelfly/schedule.h.");
 #ifdef PIXELFLY_WITH_CUDA
   m.def("explain", &explain, py::arg("plan"), py::arg("dtype"), py::arg("tokens"),

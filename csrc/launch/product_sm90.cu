@@ -190,14 +190,15 @@ Status launch_product_sm90(const ProductParams& p, const DeviceInfo& device, Str
 
   const Kernel kernel =
       p.dtype == DType::kBFloat16 ? choose<__nv_bfloat16>(p, tile) : choose<__half>(p, tile);
+  const int thread_blocks = std::min(device.num_sms, h.thread_blocks);
   if (p.factor_in == nullptr) {
-    const int grid = std::min(args.num_units, device.num_sms);
+    const int grid = std::min(args.num_units, thread_blocks);
     return launch_dependent_kernel(kernel, grid, kGroupThreads, kGroupSharedBytes, stream, maps,
                                    args);
   }
   // In proportion, on a device with fewer multiprocessors than the plan is made for.
-  const int ahead = std::max(1, args.section.ahead_blocks * device.num_sms / kGroupThreadBlocks);
-  const int grid = std::max(1, std::min(args.num_units, device.num_sms - ahead));
+  const int ahead = std::max(1, args.section.ahead_blocks * thread_blocks / h.thread_blocks);
+  const int grid = std::max(1, std::min(args.num_units, thread_blocks - ahead));
   if (p.workspace == nullptr) return Status::invalid("this product needs a workspace");
   auto* ready = static_cast<int32_t*>(p.workspace);
   args.ready = ready;

@@ -232,7 +232,7 @@ GradSection append_grad_chunks(PlanBuilder& builder, const LayoutView& layout) {
                     load.most_tiles,
                     load.most_outputs};
   };
-  const grad::Cuts cuts = grad::best_cuts(graph);
+  const grad::Cuts cuts = grad::best_cuts(graph, layout.thread_blocks);
   GradSection section{};
   section.many = append(cuts.many);
   if (cuts.few != cuts.many) section.few = append(cuts.few);

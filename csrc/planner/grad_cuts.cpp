@@ -318,12 +318,13 @@ Parts part(const Graph& graph, const Border& rows, const Border& cols) {
 // The best of the cuts it is offered, for some numbers of steps.
 class Best {
  public:
-  Best(const int* begin, const int* end) : steps_(begin, end) {}
+  Best(const int* begin, const int* end, int thread_blocks)
+      : steps_(begin, end), thread_blocks_(thread_blocks) {}
   void offer(const std::vector<Chunk>& chunks, const GradLoad& load) {
     double time = 0;
     for (const int steps : steps_) {
-      const int spans = choose_grad_spans(load, steps, kGroupThreadBlocks);
-      time += grad_time_ns(load, steps, spans, kGroupThreadBlocks) / steps;
+      const int spans = choose_grad_spans(load, steps, thread_blocks_);
+      time += grad_time_ns(load, steps, spans, thread_blocks_) / steps;
     }
     if (chunks_.empty() || time < time_) {
       chunks_ = chunks;
@@ -334,15 +335,16 @@ class Best {
 
  private:
   std::vector<int> steps_;
+  int thread_blocks_;
   std::vector<Chunk> chunks_;
   double time_ = 0;
 };
 
 }  // namespace
 
-Cuts best_cuts(const Graph& graph) {
-  Best many(std::begin(kManySteps), std::end(kManySteps));
-  Best few(std::begin(kFewSteps), std::end(kFewSteps));
+Cuts best_cuts(const Graph& graph, int thread_blocks) {
+  Best many(std::begin(kManySteps), std::end(kManySteps), thread_blocks);
+  Best few(std::begin(kFewSteps), std::end(kFewSteps), thread_blocks);
   auto offer = [&](const std::vector<Chunk>& chunks, bool to_many) {
     const GradLoad load = load_of(graph, chunks);
     if (to_many) many.offer(chunks, load);
@@ -387,7 +389,7 @@ Cuts best_cuts(const Graph& graph) {
     }
     // Smaller ones, as long as no multiprocessor has more than two to do.
     for (const size_t most : {8, 6, 5, 4, 3, 2}) {
-      if (graph.edges.size() > 2 * kGroupThreadBlocks * most) break;
+      if (graph.edges.size() > 2 * static_cast<size_t>(thread_blocks) * most) break;
       offer_with_border(cores(most), most + 2, most);
     }
   }

@@ -26,10 +26,11 @@ using Chunk = std::vector<int32_t>;  // indices of edges
 // What the model of the kernel's time takes of a cut.
 GradLoad load_of(const Graph& graph, const std::vector<Chunk>& chunks);
 
-// Cuts of the edges into the chunks that the model (pixelfly/grad_spans.h) expects to be fastest.
+// Cuts of the edges into the chunks that the model (pixelfly/grad_spans.h) expects to be fastest on
+// so many thread blocks.
 struct Cuts {
   std::vector<Chunk> many, few;  // for many tokens and for few
 };
-Cuts best_cuts(const Graph& graph);
+Cuts best_cuts(const Graph& graph, int thread_blocks);
 
 }  // namespace pixelfly::grad

@@ -297,26 +297,26 @@ Spread spread_groups(const std::vector<GroupWork>& groups, size_t together, int 
 }
 
 int32_t choose_ahead_blocks(const std::vector<GroupWork>& groups, size_t together,
-                            int32_t x_tiles) {
+                            int thread_blocks, int32_t x_tiles) {
   // In products, as tile_times(): reading a tile column of x from memory at 2.8 TB/s, starting a
   // kernel, what a thread block that forms t takes for an x tile (66 GB/s), and until the product
   // sees the first of t.
   constexpr double kRead = 3.75, kLaunch = 10, kTile = 1.24, kStart = 8;
   constexpr int32_t kFactorAndX = 3;  // 8 KB each, loaded for an x tile
-  constexpr int32_t kMost = kGroupThreadBlocks / 3;
+  const int32_t most = thread_blocks / 3;
   constexpr double kWorthIt = .97;
   double bytes = 0;
   for (const GroupWork& g : groups) bytes += g.loads();
   // Where L2 is the limit, what t loads delays the product.
   const double slower = bound_by_loads(groups) ? 1 + kFactorAndX * x_tiles / bytes : 1;
   const double tile = kTile * x_tiles;
-  const double before = spread_groups(groups, together, kGroupThreadBlocks, kAnyTokens).longest +
+  const double before = spread_groups(groups, together, thread_blocks, kAnyTokens).longest +
                         kRead * x_tiles + kLaunch;
   int32_t best = 0;
   double least = kWorthIt * before;
-  for (int32_t ahead = 1; ahead <= kMost; ++ahead) {
+  for (int32_t ahead = 1; ahead <= most; ++ahead) {
     const double product =
-        slower * spread_groups(groups, together, kGroupThreadBlocks - ahead, kAnyTokens).longest;
+        slower * spread_groups(groups, together, thread_blocks - ahead, kAnyTokens).longest;
     const double time = std::max(product, kAnyTokens.tiles * tile / ahead) + tile + kStart;
     if (time < least) {
       least = time;

@@ -13,6 +13,7 @@ void check(const LayoutView& layout) {
   if (layout.out_features <= 0 || layout.in_features <= 0) fail("features must be positive");
   if (layout.block_size <= 0) fail("block_size must be positive");
   if (layout.rank < 0) fail("rank must not be negative");
+  if (layout.thread_blocks <= 0) fail("thread_blocks must be positive");
   if (layout.row_idx.size() != layout.col_idx.size()) {
     fail("row_indices and col_indices must have one length");
   }
@@ -68,6 +69,7 @@ std::vector<int32_t> build_plan(const LayoutView& layout) {
   header.nnz = layout.nnz();
   header.rank = layout.rank;
   header.rank_tiles = layout.rank_tiles();
+  header.thread_blocks = layout.thread_blocks;
 
   const auto row_ptr = pointers(layout.row_idx, layout.num_rows());
   const auto col_ptr = pointers(layout.col_idx, layout.num_cols());

@@ -17,6 +17,7 @@ struct LayoutView {
   int32_t rank;
   std::vector<int32_t> row_idx;
   std::vector<int32_t> col_idx;
+  int32_t thread_blocks = kUsualThreadBlocks;  // see PlanHeader
 
   int32_t num_rows() const { return (out_features + block_size - 1) / block_size; }
   int32_t num_cols() const { return (in_features + block_size - 1) / block_size; }
@@ -48,7 +49,7 @@ class PlanBuilder {
 };
 
 // Returns the plan; throws std::invalid_argument if the layout is malformed (indices out of range,
-// not strictly row-major, more than 2^31 words).
+// not strictly row-major, more than 2^31 words) or thread_blocks is not positive.
 std::vector<int32_t> build_plan(const LayoutView& layout);
 
 // Groups of output rows for the product kernels. `transposed` plans dx: output rows are the
@@ -82,9 +83,10 @@ struct Spread {
 Spread spread_groups(const std::vector<GroupWork>& groups, size_t together, int thread_blocks,
                      ListTokens tokens, bool saves_slopes = false);
 
-// How many thread blocks had better form t = x · vᵀ, of x_tiles tiles, beside the product than have
-// it formed before; 0: none.
-int32_t choose_ahead_blocks(const std::vector<GroupWork>& groups, size_t together, int32_t x_tiles);
+// How many of the thread blocks had better form t = x · vᵀ, of x_tiles tiles, beside the product
+// than have it formed before; 0: none.
+int32_t choose_ahead_blocks(const std::vector<GroupWork>& groups, size_t together,
+                            int thread_blocks, int32_t x_tiles);
 
 // Work list of the weight-gradient kernel.
 GradSection append_grad_chunks(PlanBuilder& builder, const LayoutView& layout);

@@ -203,17 +203,16 @@ void order_in_phase(std::vector<std::vector<GroupStep>*> groups, int32_t x_tiles
 // How many consecutive groups run side by side: as many as there are thread blocks. Where groups
 // stream more weights than L2 keeps, these come from memory for every two token tiles; fewer groups
 // at a time then read less, unless reading x once for each part costs more.
-size_t side_by_side(const std::vector<GroupWork>& groups, int32_t x_tiles) {
+size_t side_by_side(const std::vector<GroupWork>& groups, size_t thread_blocks, int32_t x_tiles) {
   size_t streamed = 0;
   for (const GroupWork& g : groups) {
     if (!g.resident) streamed += static_cast<size_t>(g.weights);
   }
   const size_t parts = streamed / kGroupStreamedTiles + 1;
-  const size_t lanes = std::max<size_t>(1, kGroupThreadBlocks / std::max<size_t>(1, groups.size()));
+  const size_t lanes = std::max<size_t>(1, thread_blocks / std::max<size_t>(1, groups.size()));
   const size_t x = lanes * 4 * static_cast<size_t>(x_tiles);  // two token tiles, in weight tiles
   const bool worth_it = streamed > (parts - 1) * x;
-  return std::min<size_t>(kGroupThreadBlocks,
-                          worth_it ? (groups.size() + parts - 1) / parts : groups.size());
+  return std::min(thread_blocks, worth_it ? (groups.size() + parts - 1) / parts : groups.size());
 }
 
 }  // namespace
@@ -235,7 +234,7 @@ GroupSection append_row_groups(PlanBuilder& builder, const LayoutView& layout, b
     work.push_back(work_of(lists.back(), b < 0 ? 1 : 2, group_tiles(layout.rank)));
   }
   compare_groups(work);
-  const size_t together = side_by_side(work, x_tiles);
+  const size_t together = side_by_side(work, static_cast<size_t>(layout.thread_blocks), x_tiles);
   for (size_t begin = 0; begin < lists.size(); begin += together) {
     std::vector<std::vector<GroupStep>*> part;
     for (size_t g = begin; g < std::min(lists.size(), begin + together); ++g) {
@@ -268,9 +267,9 @@ GroupSection append_row_groups(PlanBuilder& builder, const LayoutView& layout, b
     }
   }
   if (layout.rank > 0 && layout.rank <= kGroupTile) {
-    section.ahead_blocks = choose_ahead_blocks(work, together, x_tiles);
+    section.ahead_blocks = choose_ahead_blocks(work, together, layout.thread_blocks, x_tiles);
   }
-  const int thread_blocks = kGroupThreadBlocks - section.ahead_blocks;
+  const int thread_blocks = layout.thread_blocks - section.ahead_blocks;
   std::vector<GroupUnit> units;
   for (int list = 0; list < (transposed ? 1 : 2) * kGroupLists; ++list) {
     const ListTokens tokens = kGroupTokenLists[list % kGroupLists];

@@ -48,6 +48,7 @@ void check_index(const LayoutView& layout, const Plan& plan) {
   expect(h.magic == kPlanMagic && h.version == kPlanVersion, "magic and version");
   expect(h.size == static_cast<int32_t>(plan.words.size()), "size");
   expect(h.nnz == layout.nnz() && h.rank == layout.rank, "nnz and rank");
+  expect(h.thread_blocks == layout.thread_blocks, "thread blocks");
   const auto* row_ptr = plan.at<int32_t>(h.row_ptr_offset);
   const auto* col_ptr = plan.at<int32_t>(h.col_ptr_offset);
   const auto* cols = plan.at<int32_t>(h.col_idx_offset);
@@ -169,13 +170,13 @@ void check_product(const LayoutView& layout, const Plan& plan, bool transposed) 
   }
   expect(facts.empty(), "nothing but kept blocks is in the schedule");
 
-  expect(s.ahead_blocks >= 0 && s.ahead_blocks <= kGroupThreadBlocks / 3, "blocks that form t");
+  expect(s.ahead_blocks >= 0 && s.ahead_blocks <= layout.thread_blocks / 3, "blocks that form t");
   expect(s.ahead_blocks == 0 || (layout.rank > 0 && layout.rank <= kGroupTile), "one tile of t");
   // Every token tile of every group in exactly one unit, however many there are.
   std::vector<char> stay(static_cast<size_t>(s.num_groups), 0);
   for (const auto& [offset, count] : unit_lists(s, transposed)) {
     const auto* units = plan.at<GroupUnit>(offset);
-    expect(count > 0 && count % (kGroupThreadBlocks - s.ahead_blocks) == 0,
+    expect(count > 0 && count % (layout.thread_blocks - s.ahead_blocks) == 0,
            "whole turns of the others");
     for (const int32_t token_tiles : {1, 2, 7, 32, 64, 128, 197}) {
       std::vector<int32_t> covered(static_cast<size_t>(s.num_groups * token_tiles), 0);
@@ -276,6 +277,7 @@ void check_bad_layouts() {
   rejected("one index longer", {64, 64, 64, 0, {0}, {}});
   rejected("outside the grid", {64, 64, 64, 0, {0}, {1}});
   rejected("a block twice", {64, 64, 64, 0, {0, 0}, {0, 0}});
+  rejected("no thread blocks", {64, 64, 64, 0, {0}, {0}, 0});
   rejected("not row-major", {128, 128, 64, 0, {1, 0}, {0, 0}});
 }
 
@@ -318,6 +320,12 @@ int main() {
   check("128 x 128 butterfly", make(128, 128, 64, 64, 0, butterfly));
   check("256 x 256 butterfly", make(256, 256, 32, 64, 0, butterfly));
   check("64 x 40 dense", make(64, 40, 64, 0, 0, [](int32_t, int32_t) { return true; }));
+  for (const int32_t thread_blocks : {1, 7, 78, 114, 124, 148}) {
+    LayoutView layout = make(24, 24, 64, 64, 0, butterfly);
+    layout.thread_blocks = thread_blocks;
+    check("for " + std::to_string(thread_blocks) + " thread blocks", layout);
+    ++cases;
+  }
   check_dense_row();
   check_whole_tiles();
   check_grad_choice();

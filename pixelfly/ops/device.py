@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 
 import torch
@@ -89,6 +90,20 @@ def has_kernels(device: torch.device) -> bool:
         else:
             _known[device] = True
     return _known[device]
+
+
+USUAL_THREAD_BLOCKS = 132  # kUsualThreadBlocks in csrc/include/pixelfly/schedule.h
+
+
+@functools.cache
+def thread_blocks(device: torch.device) -> int:
+    """How many thread blocks plans for `device` are balanced for: a Hopper GPU's multiprocessors.
+
+    Only Hopper's kernels ask, so it is the usual number elsewhere.
+    """
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
+        return USUAL_THREAD_BLOCKS
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 _hopper: dict[torch.device, bool] = {}

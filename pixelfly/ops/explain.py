@@ -10,7 +10,7 @@ from .. import _C
 from ..masks import BlockLayout
 from .activations import ACTIVATIONS, check_activation
 from .cpu_schedule import Schedule, forward_schedule, transposed_schedule
-from .device import check_device
+from .device import check_device, thread_blocks
 from .functional import matmul_allows_tf32
 from .plan import Header, device_plan, host_plan, plan_header
 from .validation import OP
@@ -52,8 +52,9 @@ def _describe(schedule: Schedule, block_size: int) -> str:
 
 
 def _cpu_kernels(layout: BlockLayout, rank: int) -> list[tuple[str, str]]:
-    plan = device_plan(layout, rank, torch.device("cpu"))
-    header = Header.parse(plan_header(layout, rank))
+    device = torch.device("cpu")
+    plan = device_plan(layout, rank, device)
+    header = Header.parse(plan_header(layout, rank, device))
     forward = forward_schedule(plan, header)
     transposed = transposed_schedule(plan, header)
     grad = transposed if transposed.gathered < forward.gathered else forward
@@ -108,7 +109,7 @@ def explain(
         rank += -rank % 8  # as the operator pads it
         properties = torch.cuda.get_device_properties(x.device)
         kernels = _C.explain(
-            host_plan(layout, rank),
+            host_plan(layout, rank, thread_blocks(x.device)),
             _DTYPE_NUMBERS[x.dtype],
             tokens,
             ACTIVATIONS[activation],

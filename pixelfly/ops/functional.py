@@ -196,7 +196,7 @@ def check_call(
         u, v = F.pad(u, (0, pad)), F.pad(v, (0, 0, 0, pad))
         rank += pad
     call = validation.Call(
-        device_plan(layout, rank, x.device), plan_header(layout, rank), rank, *sizes
+        device_plan(layout, rank, x.device), plan_header(layout, rank, x.device), rank, *sizes
     )
     if not torch.compiler.is_compiling():
         layout.calls[rank, x.dtype, x.device] = call

@@ -23,10 +23,10 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from .. import _C
 from ..masks import BlockLayout
-from .device import check_device
+from .device import USUAL_THREAD_BLOCKS, check_device, thread_blocks
 from .tracing import traced_constant
 
-HEADER_SIZE = 64
+HEADER_SIZE = 65
 
 if not pytree.is_constant_class(BlockLayout):
     pytree.register_constant(BlockLayout)
@@ -117,19 +117,21 @@ def _planner_stamp() -> tuple[int, int]:
 
 
 @functools.cache
-def host_plan(layout: BlockLayout, rank: int) -> np.ndarray:
-    """Returns the planner's int32 array for a layout and a rank."""
+def host_plan(
+    layout: BlockLayout, rank: int, thread_blocks: int = USUAL_THREAD_BLOCKS
+) -> np.ndarray:
+    """Returns the planner's int32 array for a layout and a rank, balanced for `thread_blocks`."""
     with _outside_transforms():
         rows, cols = (
             torch.as_tensor(index, device="cpu").numpy().astype(np.int32)
             for index in (layout.row_indices, layout.col_indices)
         )
     return _C.build_plan(
-        layout.out_features, layout.in_features, layout.block_size, rank, rows, cols
+        layout.out_features, layout.in_features, layout.block_size, rank, rows, cols, thread_blocks
     )
 
 
-_headers: dict[tuple[BlockLayout, int], str] = {}
+_headers: dict[tuple[BlockLayout, int, torch.device], str] = {}
 
 
 def _upload(layout: BlockLayout, rank: int, device: torch.device) -> torch.Tensor:
@@ -142,7 +144,7 @@ def _upload(layout: BlockLayout, rank: int, device: torch.device) -> torch.Tenso
         )
     # The plan must be a tensor that later calls in other modes can use.
     with _outside_transforms():
-        plan = torch.from_numpy(host_plan(layout, rank).copy()).to(device)
+        plan = torch.from_numpy(host_plan(layout, rank, thread_blocks(device)).copy()).to(device)
         # The address never changes, so torch.compile's CUDA graphs need not copy the plan at each
         # replay. This is torch._dynamo.mark_static_address(guard=False) without importing dynamo.
         plan._dynamo_static_input_type = "unguarded"
@@ -158,16 +160,18 @@ def device_plan(layout: BlockLayout, rank: int, device: torch.device) -> torch.T
     return getattr(_uploaded, _plan_name((layout, rank, device)))
 
 
-def plan_header(layout: BlockLayout, rank: int) -> str:
+def plan_header(layout: BlockLayout, rank: int, device: torch.device) -> str:
     """Returns the plan's header as the operators take it: integers with spaces between."""
-    return _plan_header((layout, rank))
+    return _plan_header((layout, rank, device))
 
 
 @traced_constant
-def _plan_header(key: tuple[BlockLayout, int]) -> str:
+def _plan_header(key: tuple[BlockLayout, int, torch.device]) -> str:
     header = _headers.get(key)
     if header is None:
-        header = _headers[key] = " ".join(map(str, host_plan(*key)[:HEADER_SIZE]))
+        layout, rank, device = key
+        plan = host_plan(layout, rank, thread_blocks(device))
+        header = _headers[key] = " ".join(map(str, plan[:HEADER_SIZE]))
     return header
 
 

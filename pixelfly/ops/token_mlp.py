@@ -57,8 +57,8 @@ def token_mlp(
         # Equal layouts have one plan, and a traced function must not be given a tensor twice.
         equal = -(-w1.shape[0] // BLOCK) == -(-w1.shape[1] // BLOCK)
         plans = (
-            device_plan(first, 0, x.device), plan_header(first, 0),
-            None if equal else device_plan(second, 0, x.device), plan_header(second, 0),
+            device_plan(first, 0, x.device), plan_header(first, 0, x.device),
+            None if equal else device_plan(second, 0, x.device), plan_header(second, 0, x.device),
         )  # fmt: skip
         if not compiling:  # these operators know no autocast: nothing to switch off
             return _TokenMLP.apply(x.contiguous(), w1, b1, w2, b2, activation, *plans)

@@ -99,7 +99,8 @@ def test_compiled_on_a_gpu(dtype, transposed_memory):
 def test_operator_refuses():
     mlp = TokenMLP(64, 64, device="cuda", dtype=torch.bfloat16)
     x = torch.randn(2, 64, 32, device="cuda", dtype=torch.bfloat16)
-    plan, header = device_plan(mlp._layouts[0], 0, x.device), plan_header(mlp._layouts[0], 0)
+    of = (mlp._layouts[0], 0, x.device)
+    plan, header = device_plan(*of), plan_header(*of)
     blocks = torch.randn(1, 64, 64, device="cuda", dtype=torch.bfloat16)
 
     def call(x=x, blocks=blocks, out=64):

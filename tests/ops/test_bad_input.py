@@ -201,7 +201,7 @@ def test_operator_whose_gradient_would_be_wrong(arguments):
     x, residual = (arguments[name].flatten(0, 1) for name in ("x", "residual"))
     blocks = arguments["blocks"].requires_grad_()
     plan = device_plan(arguments["layout"], 0, x.device)
-    header = plan_header(arguments["layout"], 0)
+    header = plan_header(arguments["layout"], 0, x.device)
 
     def forward(residual, save_slope, dy_is_dz):
         options = (2, save_slope, False, None, dy_is_dz)

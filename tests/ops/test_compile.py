@@ -199,7 +199,7 @@ def test_opcheck(device, rank, activation):
               for t in (inputs[n] if n in inputs else None
                         for n in ("x", "blocks", "u", "v", "bias"))]  # fmt: skip
     plan = device_plan(layout, rank, inputs["x"].device)
-    header = plan_header(layout, rank)
+    header = plan_header(layout, rank, inputs["x"].device)
     arguments = (*leaves, None, plan, header, activation, True, False)
     linear = torch.ops.pixelfly.linear.default
     # Stride-0 gradients of the operator's unused outputs are what makes these tests worth running.

@@ -251,7 +251,7 @@ def test_opcheck(device, rank):
     weights = make_weights(rank, torch.float32, device)
     x = make_x(weights)
     blocks, layout, u, v, bias = weights
-    plan, header = device_plan(layout, rank, x.device), plan_header(layout, rank)
+    plan, header = device_plan(layout, rank, x.device), plan_header(layout, rank, x.device)
     torch.library.opcheck(
         torch.ops.pixelfly.qkv.default, (x, blocks, u, v, bias, plan, header, False, HEADS)
     )
@@ -295,7 +295,7 @@ def test_what_is_refused():
     with pytest.raises(RuntimeError, match=r"torch\.func"):
         torch.func.grad(lambda x: butterfly_qkv(x, weights, HEADS)[0].sum())(x)
     with pytest.raises(RuntimeError, match="dy_k and dy_v must be given together"):
-        header = plan_header(weights.layout, 0)
+        header = plan_header(weights.layout, 0, x.device)
         plan = device_plan(weights.layout, 0, x.device)
         rows, dy = x[0].detach(), torch.zeros(7, 64, dtype=x.dtype)
         BACKWARD(

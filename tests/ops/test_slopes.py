@@ -18,7 +18,8 @@ NUMBERS = activations.ACTIVATIONS
 def _forward(call, save_slope=True):
     rank, inputs = call.rank, call.inputs
     operands = [inputs.get(name) for name in ("x", "blocks", "u", "v", "bias", "residual")]
-    shared = (device_plan(call.layout, rank, inputs["x"].device), plan_header(call.layout, rank))
+    of = (call.layout, rank, inputs["x"].device)
+    shared = (device_plan(*of), plan_header(*of))
     kind = NUMBERS[call.activation]
     return torch.ops.pixelfly.forward(*operands, *shared, kind, save_slope, False), shared
 

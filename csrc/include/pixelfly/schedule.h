@@ -20,8 +20,12 @@ namespace pixelfly {
 constexpr int32_t kPlanMagic = 0x70666c79;  // "pfly"
 // Goes up with every change of the plan or of the operators' schemas: torch keeps compiled programs
 // on disk, and the header, which has this number, is all that tells those of another build.
-constexpr int32_t kPlanVersion = 12;
-constexpr int kPlanHeaderSize = 64;  // all in use
+constexpr int32_t kPlanVersion = 13;
+constexpr int kPlanHeaderSize = 65;
+
+// Multiprocessors that plans are made for unless the caller names another number: those of an H100
+// (SXM) and H200.
+constexpr int32_t kUsualThreadBlocks = 132;
 
 // Schedule of the row-group product (kernels/product_sm90.cuh). Everything is in units of 64x64
 // tiles, whatever the block size (32, 64 or 128): output tiles, x tiles (tile >= num_x_tiles: tile
@@ -80,9 +84,6 @@ constexpr int kGroupResidentTiles = 18;
 // Weight tiles (12 MB) that L2 keeps beside x and y for groups that stream them.
 constexpr int kGroupStreamedTiles = 1536;
 
-// Thread blocks that the units are balanced for; any grid computes the same.
-constexpr int kGroupThreadBlocks = 132;
-
 // Token tiles (of 128) that a list of units is balanced for; any number computes the same. Where
 // there are few it counts that lanes take whole tiles: two numbers that training uses much have
 // lists of their own, and the last one, as if tiles could be shared in any proportion, serves all
@@ -106,7 +107,7 @@ struct GroupSection {
   int32_t max_weights;                 // weight tiles of the largest group
   int32_t max_steps;                   // of that group
   int32_t resident_weights;            // of the largest group whose weights stay
-  int32_t ahead_blocks;  // thread blocks, of kGroupThreadBlocks, that form t meanwhile
+  int32_t ahead_blocks;                // of PlanHeader::thread_blocks: those that form t meanwhile
 };
 
 // The list of units for so many token tiles.
@@ -208,6 +209,10 @@ struct PlanHeader {
   int32_t t_block_offset;  // [nnz] block id of each block, column-major order
   int32_t max_row_blocks;
   int32_t max_col_blocks;
+
+  // One on each multiprocessor: what Hopper's products and weight gradients are balanced for. Any
+  // grid computes the same.
+  int32_t thread_blocks;
 
   GroupSection forward;     // output rows = block rows, contraction over block columns
   GroupSection transposed;  // output rows = block columns, contraction over block rows (dx)
