@@ -101,6 +101,8 @@ def make_model(args: argparse.Namespace, device: str) -> tuple[nn.Module, Loss]:
             rank=0 if args.form == "blocks" else args.rank,
             lowrank="global" if args.form == "global" else "factored",
             fuse_mlp=True,
+            fuse_blocks=True,
+            fuse_loss=True,
         )
         if not sparsify_(model, config, lambda m, name: name.endswith(spec.sparse)).layers:
             raise ValueError(f"no layer of {args.model} could be converted")

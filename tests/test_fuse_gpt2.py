@@ -58,6 +58,28 @@ def test_same_loss_and_gradients(device, compiled):
         assert (our_grads[name] - want).norm() <= bound, name
 
 
+def test_sharded(tmp_path):
+    """FSDP2 gives the modules other classes, and the weights while they are used only."""
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    fused, plain, ids = pair()
+    exact, exact_grads = step(plain, ids)
+    store = dist.FileStore(str(tmp_path / "store"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        for block in fused.transformer.h:
+            fully_shard(block, mesh=mesh)
+        ours, our_grads = step(fully_shard(fused, mesh=mesh), ids)
+        torch.testing.assert_close(ours.loss, exact.loss)
+        for name, want in exact_grads.items():
+            torch.testing.assert_close(our_grads[name].full_tensor(), want, msg=name)
+    finally:
+        dist.destroy_process_group()
+
+
 def test_what_transformers_passes():
     fused, plain, ids = pair()
     labels = ids.clone()

@@ -44,8 +44,15 @@ def restore_gpt2_block(block: nn.Module) -> None:
 _arguments: dict[type[nn.Module], tuple[str, ...]] = {}
 
 
+def _arguments_of(cls: type[nn.Module]) -> tuple[str, ...]:
+    for base in cls.__mro__:  # FSDP2 derives a class of its own from a module's
+        if base in _arguments:
+            return _arguments[base]
+    raise TypeError(f"fuse_gpt2_block has not seen {cls.__name__}")
+
+
 def _forward(self: nn.Module, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-    options = dict(zip(_arguments[type(self)], args, strict=False)) | kwargs
+    options = dict(zip(_arguments_of(type(self)), args, strict=False)) | kwargs
     crossed = options.pop("encoder_hidden_states", None) is not None
     # New versions checkpoint in the class's forward, earlier ones around it.
     if crossed or (self.training and getattr(self, "gradient_checkpointing", False)):
