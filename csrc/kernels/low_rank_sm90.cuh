@@ -1,19 +1,24 @@
 // t = x · vᵀ, and s = dz · u: a thin product, bound by reading x once; Hopper (sm_90a).
 //
 // A thread block makes 64 tokens x 64 ranks and walks all features; two or three share an SM, which
-// keeps 130-190 KB in flight. The factor tile is wgmma's A (M = 64 ranks; transposed descriptors
+// keeps 130-190 KB in flight. Where there are fewer of them than SMs, each of which loads 110 GB/s
+// at most, a cluster's thread blocks (gridDim.z) share the features, and add their sums in each
+// other's shared memory. The factor tile is wgmma's A (M = 64 ranks; transposed descriptors
 // for u, whose rows are features), tokens are N; the accumulator holds tᵀ and leaves through
 // stmatrix.trans and one TMA store, staged in the first ring stage.
 //
 //   shared memory: ring [kLowRankStages] of x tile [64 tokens][64] + factor tile (16 KB)
 //   roles: warps 0-3 multiply, one thread of warp 4 loads, after the kernel before this one has
 //   ended: a dependent launch
+//   sums of a cluster: where the ring was, [thread block they come from][8 tokens][thread] of 16
+//   bytes; each thread block adds those of 64 / gridDim.z tokens
 //   full[s]: producer -> consumers; empty[s]: the four consumer warps -> producer
 #pragma once
 
 #include <cuda.h>
 #include <cuda_runtime.h>
 
+#include "device/cluster.cuh"
 #include "device/convert.cuh"
 #include "device/dependent_launch.cuh"
 #include "device/ldmatrix.cuh"
@@ -34,7 +39,9 @@ constexpr int kLowRankSharedBytes = kLowRankStages * 2 * kLowRankTileBytes + 102
 struct LowRankMaps {
   CUtensorMap x[3];    // [T, features]; kThirds: three thirds of it, else one map
   CUtensorMap factor;  // v [r, K] (transposed: u [N, r])
-  CUtensorMap t;       // [T, r]; all boxes 64 x 64 (low_rank_ahead_sm90: x's and t's 128 x 64)
+  CUtensorMap t;       // [T, r]
+  // Boxes are 64 x 64; in low_rank_ahead_sm90 those of x and t 128 x 64, in a cluster those of t
+  // what a thread block stores.
 };
 
 template <bool kTransposed>
@@ -56,6 +63,34 @@ __device__ __forceinline__ void multiply_by_factor(float (&sums)[kSums], uint64_
   device::wgmma_commit();
 }
 
+// Of the 64 tokens' sums, the cluster's total for those that this thread block stores.
+__device__ __forceinline__ void add_over_cluster(float (&acc)[32], uint32_t shared) {
+  const int blocks = gridDim.z, mine = blockIdx.z, parts = 8 / blocks;  // of 8 tokens
+  const uint32_t place = shared + threadIdx.x * 16;
+  constexpr int kPartBytes = 128 * 16;
+  device::cluster_sync();  // all products have read their stages
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    device::store_shared_of(
+        i / parts, place + (mine * parts + i % parts) * kPartBytes,
+        make_float4(acc[4 * i], acc[4 * i + 1], acc[4 * i + 2], acc[4 * i + 3]));
+  }
+  device::cluster_sync();
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if (i >= parts) break;
+#pragma unroll
+    for (int e = 0; e < 4; ++e) acc[4 * i + e] = 0;
+    for (int from = 0; from < blocks; ++from) {
+      const uint4 v = device::load_shared_vector(place + (from * parts + i) * kPartBytes);
+      acc[4 * i] += __uint_as_float(v.x);
+      acc[4 * i + 1] += __uint_as_float(v.y);
+      acc[4 * i + 2] += __uint_as_float(v.z);
+      acc[4 * i + 3] += __uint_as_float(v.w);
+    }
+  }
+}
+
 template <typename T, bool kTransposed, bool kThirds>
 __global__ void __launch_bounds__(kLowRankThreads)
     low_rank_sm90(const __grid_constant__ LowRankMaps maps, int num_tiles, bool early_start) {
@@ -64,6 +99,8 @@ __global__ void __launch_bounds__(kLowRankThreads)
   const uint32_t base = (device::smem_address(device::dynamic_shared()) + 1023) & ~1023u;
   const uint32_t full = device::smem_address(barriers), empty = full + 8 * kLowRankStages;
   const int token = blockIdx.x * kLowRankTile, rank = blockIdx.y * kLowRankTile;
+  const int blocks = gridDim.z, part = blockIdx.z;
+  const int first = part * num_tiles / blocks, steps = (part + 1) * num_tiles / blocks - first;
   if (threadIdx.x == 0) {
     for (int s = 0; s < kLowRankStages; ++s) {
       device::mbarrier_init(full + 8 * s, 1);
@@ -77,14 +114,14 @@ __global__ void __launch_bounds__(kLowRankThreads)
   if (threadIdx.x >= 128) {
     if (threadIdx.x != 128) return;
     device::wait_for_previous_kernel();
-    for (int i = 0; i < num_tiles; ++i) {
+    for (int i = 0; i < steps; ++i) {
       const int s = i % kLowRankStages;
       const uint32_t x = base + s * 2 * kLowRankTileBytes, bar = full + 8 * s;
       device::mbarrier_wait(empty + 8 * s, (i / kLowRankStages & 1) ^ 1);
       device::mbarrier_expect_tx(bar, 2 * kLowRankTileBytes);
-      const int feature = i * kLowRankTile;
-      TilePlace place{0, i};
-      if constexpr (kThirds) place = place_of_tile(i, num_tiles / 3);
+      const int tile = first + i, feature = tile * kLowRankTile;
+      TilePlace place{0, tile};
+      if constexpr (kThirds) place = place_of_tile(tile, num_tiles / 3);
       device::tma_load_2d(x, &maps.x[place.matrix], bar, place.tile * kLowRankTile, token);
       device::tma_load_2d(x + kLowRankTileBytes, &maps.factor, bar, kTransposed ? rank : feature,
                           kTransposed ? feature : rank);
@@ -93,7 +130,7 @@ __global__ void __launch_bounds__(kLowRankThreads)
   }
 
   float acc[32];
-  for (int i = 0; i < num_tiles; ++i) {
+  for (int i = 0; i < steps; ++i) {
     const int s = i % kLowRankStages;
     const uint32_t x = base + s * 2 * kLowRankTileBytes;
     const uint64_t a = factor_descriptor<kTransposed>(x + kLowRankTileBytes);
@@ -106,10 +143,12 @@ __global__ void __launch_bounds__(kLowRankThreads)
     }
   }
   device::wgmma_wait<0>();
-  device::named_barrier_sync(1, 128);  // every warp's products have read the first stage
+  if (blocks > 1) add_over_cluster(acc, base);
+  device::named_barrier_sync(1, 128);  // the first stage, or the cluster's sums, have been read
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, matrix = lane / 8;
 #pragma unroll
   for (int j = 0; j < 4; ++j) {
+    if (j * 16 * blocks >= kLowRankTile) break;
     uint32_t r[4];
 #pragma unroll
     for (int h = 0; h < 4; ++h) r[h] = device::pack2<T>(acc[j * 8 + h * 2], acc[j * 8 + h * 2 + 1]);
@@ -119,7 +158,7 @@ __global__ void __launch_bounds__(kLowRankThreads)
   device::fence_proxy_async();
   device::named_barrier_sync(1, 128);
   if (threadIdx.x == 0) {
-    device::tma_store_2d(&maps.t, base, rank, token);
+    device::tma_store_2d(&maps.t, base, rank, token + part * kLowRankTile / blocks);
     device::tma_store_commit();
     device::tma_store_wait<0>();
   }

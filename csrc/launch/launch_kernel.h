@@ -60,23 +60,35 @@ Status launch_kernel(void (*kernel)(Parameters...), dim3 grid, dim3 threads, int
 }
 
 // The same for a kernel that calls wait_for_previous_kernel() (device/dependent_launch) and was
-// compiled for sm_90 or later.
+// compiled for sm_90 or later. `cluster` thread blocks that follow each other in z form a cluster
+// (device/cluster).
 template <typename... Parameters, typename... Arguments>
-Status launch_dependent_kernel(void (*kernel)(Parameters...), dim3 grid, dim3 threads,
-                               int shared_bytes, Stream stream, const Arguments&... arguments) {
+Status launch_dependent_cluster(void (*kernel)(Parameters...), dim3 grid, unsigned cluster,
+                                dim3 threads, int shared_bytes, Stream stream,
+                                const Arguments&... arguments) {
   PIXELFLY_RETURN_IF_ERROR(allow_dynamic_shared(kernel, shared_bytes));
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchAttribute attributes[2]{};
+  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[0].val.programmaticStreamSerializationAllowed = 1;
+  attributes[1].id = cudaLaunchAttributeClusterDimension;
+  attributes[1].val.clusterDim.x = attributes[1].val.clusterDim.y = 1;
+  attributes[1].val.clusterDim.z = cluster;
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
   config.blockDim = threads;
   config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
   config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = 1;
+  config.attrs = attributes;
+  config.numAttrs = cluster > 1 ? 2 : 1;
   PIXELFLY_CUDA(cudaLaunchKernelEx(&config, kernel, arguments...));
   return Status::success();
+}
+
+// The same without clusters.
+template <typename... Parameters, typename... Arguments>
+Status launch_dependent_kernel(void (*kernel)(Parameters...), dim3 grid, dim3 threads,
+                               int shared_bytes, Stream stream, const Arguments&... arguments) {
+  return launch_dependent_cluster(kernel, grid, 1, threads, shared_bytes, stream, arguments...);
 }
 
 // The same for a kernel that older GPUs run too. Code for those, which a later GPU can compile for

@@ -16,18 +16,33 @@ namespace {
 
 int tiles(int64_t n) { return static_cast<int>((n + kLowRankTile - 1) / kLowRankTile); }
 
+// How many thread blocks share a tile's features: as long as multiprocessors would be idle, and
+// each has a few steps.
+unsigned cluster_of(const LowRankParams& p, const DeviceInfo& device) {
+  constexpr unsigned kMost = 8;
+  constexpr int kFewestSteps = 4;
+  const int blocks = tiles(p.tokens) * tiles(p.rank), steps = tiles(p.features);
+  unsigned cluster = 1;
+  while (cluster < kMost && 2 * cluster * blocks <= static_cast<unsigned>(device.num_sms) &&
+         steps >= static_cast<int>(2 * cluster) * kFewestSteps) {
+    cluster *= 2;
+  }
+  return cluster;
+}
+
 template <typename T, bool kTransposed, bool kThirds = false>
-Status launch(const LowRankMaps& maps, const LowRankParams& p, Stream stream) {
-  const dim3 grid(tiles(p.tokens), tiles(p.rank));
-  return launch_dependent_kernel(low_rank_sm90<T, kTransposed, kThirds>, grid, kLowRankThreads,
-                                 kLowRankSharedBytes, stream, maps, tiles(p.features),
-                                 p.tokens <= kEarlyStartTokens);
+Status launch(const LowRankMaps& maps, const LowRankParams& p, unsigned cluster, Stream stream) {
+  const dim3 grid(tiles(p.tokens), tiles(p.rank), cluster);
+  return launch_dependent_cluster(low_rank_sm90<T, kTransposed, kThirds>, grid, cluster,
+                                  kLowRankThreads, kLowRankSharedBytes, stream, maps,
+                                  tiles(p.features), p.tokens <= kEarlyStartTokens);
 }
 
 template <typename T>
-Status launch(const LowRankMaps& maps, const LowRankParams& p, Stream stream) {
-  if (p.x_others.given()) return launch<T, true, true>(maps, p, stream);
-  return p.transposed ? launch<T, true>(maps, p, stream) : launch<T, false>(maps, p, stream);
+Status launch(const LowRankMaps& maps, const LowRankParams& p, unsigned cluster, Stream stream) {
+  if (p.x_others.given()) return launch<T, true, true>(maps, p, cluster, stream);
+  return p.transposed ? launch<T, true>(maps, p, cluster, stream)
+                      : launch<T, false>(maps, p, cluster, stream);
 }
 
 template <typename T>
@@ -39,8 +54,8 @@ Status launch_ahead(const LowRankMaps& maps, const LowRankParams& p, const Ahead
   return launch_kernel(kernel, grid, kAheadThreads, shared_bytes, stream, maps, args);
 }
 
-// Maps of x and t with boxes of `tokens`.
-Status encode(LowRankMaps& maps, const LowRankParams& p, int tokens) {
+// Maps of x and t with boxes of so many tokens.
+Status encode(LowRankMaps& maps, const LowRankParams& p, int tokens, int tokens_of_t) {
   const int64_t rows = p.transposed ? p.features : p.rank;
   const int64_t cols = p.transposed ? p.rank : p.features;
   const bool thirds = p.x_others.given();
@@ -56,7 +71,7 @@ Status encode(LowRankMaps& maps, const LowRankParams& p, int tokens) {
   }
   PIXELFLY_RETURN_IF_ERROR(
       encode_tile_map(&maps.factor, p.dtype, p.factor, rows, cols, p.factor_stride));
-  return encode_tile_map(&maps.t, p.dtype, p.t, p.tokens, p.rank, p.t_stride, tokens);
+  return encode_tile_map(&maps.t, p.dtype, p.t, p.tokens, p.rank, p.t_stride, tokens_of_t);
 }
 
 }  // namespace
@@ -69,17 +84,18 @@ bool low_rank_sm90_supports(const LowRankParams& p, const DeviceInfo& device) {
          aligned_rows(p.factor, p.factor_stride, p.dtype) && aligned_rows(p.t, p.t_stride, p.dtype);
 }
 
-Status launch_low_rank_sm90(const LowRankParams& p, const DeviceInfo&, Stream stream) {
+Status launch_low_rank_sm90(const LowRankParams& p, const DeviceInfo& device, Stream stream) {
+  const unsigned cluster = cluster_of(p, device);
   LowRankMaps maps;
-  PIXELFLY_RETURN_IF_ERROR(encode(maps, p, kLowRankTile));
-  return p.dtype == DType::kBFloat16 ? launch<__nv_bfloat16>(maps, p, stream)
-                                     : launch<__half>(maps, p, stream);
+  PIXELFLY_RETURN_IF_ERROR(encode(maps, p, kLowRankTile, kLowRankTile / static_cast<int>(cluster)));
+  return p.dtype == DType::kBFloat16 ? launch<__nv_bfloat16>(maps, p, cluster, stream)
+                                     : launch<__half>(maps, p, cluster, stream);
 }
 
 Status launch_low_rank_ahead_sm90(const LowRankParams& p, const DeviceInfo& device,
                                   int thread_blocks, int32_t* ready, Stream stream) {
   LowRankMaps maps;
-  PIXELFLY_RETURN_IF_ERROR(encode(maps, p, kGroupTokens));
+  PIXELFLY_RETURN_IF_ERROR(encode(maps, p, kGroupTokens, kGroupTokens));
   AheadArgs args{};
   args.num_tiles = tiles(p.features);
   args.token_tiles = static_cast<int32_t>((p.tokens + kGroupTokens - 1) / kGroupTokens);

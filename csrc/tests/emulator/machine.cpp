@@ -10,6 +10,7 @@
 #include <random>
 #include <set>
 #include <stdexcept>
+#include <utility>
 
 namespace emulator {
 namespace {
@@ -40,8 +41,19 @@ struct Warp {
   uint64_t generation = 0;
 };
 
+// A thread block; a cluster's run together.
+struct Block {
+  Index index;
+  alignas(1024) uint8_t shared[kDynamicBase + kSharedLimit] = {};
+  std::map<uint32_t, int> unfenced;  // granule -> writers that have not fenced it
+  std::map<uint32_t, MBarrier> barriers;
+  std::map<int, NamedBarrier> named;
+  std::vector<Warp> warps;
+};
+
 struct Fiber {
-  int number = 0;
+  Block* block = nullptr;
+  int number = 0;  // in the block
   Index index;
   ucontext_t context{};
   std::unique_ptr<uint8_t[]> stack;
@@ -59,14 +71,14 @@ struct Machine {
   const std::function<void()>* body = nullptr;
   std::string error;
 
-  Index block, grid, threads;
+  std::vector<std::unique_ptr<Block>> cluster;
+  Block* block = nullptr;  // whose thread, or whose copy, runs
+  size_t alive = 0;        // threads that have not ended
+  NamedBarrier cluster_barrier;
+
+  Index grid, threads;
   uint32_t shared_bytes = 0;
-  alignas(1024) uint8_t shared[kDynamicBase + kSharedLimit] = {};
-  std::map<uint32_t, int> unfenced;  // granule -> writers that have not fenced it
-  std::map<uint32_t, MBarrier> barriers;
-  std::map<int, NamedBarrier> named;
-  std::vector<Warp> warps;
-  std::deque<std::function<void()>> posted;
+  std::deque<std::pair<Block*, std::function<void()>>> posted;
 
   std::mt19937_64 random{1};
   Eagerness eagerness = Eagerness::kRandom;
@@ -106,8 +118,9 @@ void start(Fiber* f) {
 void run_posted() {
   Machine& m = machine();
   const size_t i = m.random() % m.posted.size();
-  auto work = std::move(m.posted[i]);
+  auto [block, work] = std::move(m.posted[i]);
   m.posted.erase(m.posted.begin() + static_cast<long>(i));
+  m.block = block;
   work();
 }
 
@@ -116,35 +129,41 @@ std::string deadlock() {
   for (const auto& f : machine().fibers) {
     if (!f->done) ++waiting[f->waits_for];
   }
-  std::string text = "deadlock in block " + std::to_string(machine().block.x) + ":";
+  std::string text = "deadlock in block " + std::to_string(machine().cluster[0]->index.x) + ":";
   for (const auto& [what, count] : waiting) {
     text += " " + std::to_string(count) + " threads wait for " + what + ";";
   }
   return text;
 }
 
-void run_block() {
+void clear(Block& block, size_t warps) {
+  std::memset(block.shared, kPoison, sizeof(block.shared));
+  block.unfenced.clear();
+  block.barriers.clear();
+  block.named.clear();
+  block.warps.assign(warps, Warp());
+}
+
+void run_cluster() {
   Machine& m = machine();
-  std::memset(m.shared, kPoison, sizeof(m.shared));
-  m.unfenced.clear();
-  m.barriers.clear();
-  m.named.clear();
+  for (auto& b : m.cluster) clear(*b, m.fibers.size() / m.cluster.size() / kWarp + 1);
+  m.cluster_barrier = {};
   m.posted.clear();
-  m.warps.assign(m.fibers.size() / kWarp + 1, Warp());
   for (auto& f : m.fibers) start(f.get());
-  size_t alive = m.fibers.size();
-  while (alive > 0) {
+  m.alive = m.fibers.size();
+  while (m.alive > 0) {
     bool progress = false;
     const size_t first = m.random() % m.fibers.size();
     for (size_t i = 0; i < m.fibers.size(); ++i) {
       Fiber& f = *m.fibers[(first + i) % m.fibers.size()];
+      m.block = f.block;
       if (f.done || (f.ready && !f.ready())) continue;
       f.ready = nullptr;
       m.current = &f;
       swapcontext(&m.scheduler, &f.context);
       m.current = nullptr;
       progress = true;
-      if (f.done) --alive;
+      if (f.done) --m.alive;
       if (!m.error.empty()) return;
       const bool early = m.eagerness == Eagerness::kEarly;
       while (!m.posted.empty() && (early || (m.eagerness == Eagerness::kRandom && m.chance(4)))) {
@@ -160,6 +179,7 @@ void run_block() {
     bool stored = false;
     for (auto& f : m.fibers) {
       if (f->stores.pending() > 0) {
+        m.block = f->block;
         f->stores.advance(1);
         stored = true;
         break;
@@ -176,7 +196,7 @@ void run_block() {
 }  // namespace
 
 const Index& thread_index() { return machine().current->index; }
-const Index& block_index() { return machine().block; }
+const Index& block_index() { return machine().block->index; }
 const Index& block_dim() { return machine().threads; }
 const Index& grid_dim() { return machine().grid; }
 int thread_number() { return machine().current->number; }
@@ -196,7 +216,7 @@ void fail(const std::string& what) {
 }
 
 void launch(const Index& grid, const Index& block, uint32_t shared_bytes,
-            const std::function<void()>& body) {
+            const std::function<void()>& body, unsigned cluster) {
   Machine& m = machine();
   if (shared_bytes > kSharedLimit) {
     throw std::runtime_error("a launch asks for " + std::to_string(shared_bytes) +
@@ -207,21 +227,29 @@ void launch(const Index& grid, const Index& block, uint32_t shared_bytes,
   m.shared_bytes = shared_bytes;
   m.body = &body;
   const size_t threads = size_t{block.x} * block.y * block.z;
-  while (m.fibers.size() < threads) {
+  if (cluster == 0 || cluster > kClusterLimit || grid.z % cluster != 0) {
+    throw std::runtime_error("a launch asks for clusters of " + std::to_string(cluster) + " of " +
+                             std::to_string(grid.z) + " thread blocks");
+  }
+  while (m.cluster.size() < cluster) m.cluster.push_back(std::make_unique<Block>());
+  m.cluster.resize(cluster);
+  while (m.fibers.size() < cluster * threads) {
     m.fibers.push_back(std::make_unique<Fiber>());
     m.fibers.back()->stack = std::make_unique<uint8_t[]>(kStackBytes);
   }
-  m.fibers.resize(threads);
-  for (size_t i = 0; i < threads; ++i) {
-    const auto n = static_cast<unsigned>(i);
-    m.fibers[i]->number = static_cast<int>(i);
+  m.fibers.resize(cluster * threads);
+  for (size_t i = 0; i < m.fibers.size(); ++i) {
+    const auto n = static_cast<unsigned>(i % threads);
+    m.fibers[i]->block = m.cluster[i / threads].get();
+    m.fibers[i]->number = static_cast<int>(n);
     m.fibers[i]->index = {n % block.x, n / block.x % block.y, n / (block.x * block.y)};
   }
-  for (m.block.z = 0; m.block.z < grid.z; ++m.block.z) {
-    for (m.block.y = 0; m.block.y < grid.y; ++m.block.y) {
-      for (m.block.x = 0; m.block.x < grid.x; ++m.block.x) {
+  for (unsigned z = 0; z < grid.z; z += cluster) {
+    for (unsigned y = 0; y < grid.y; ++y) {
+      for (unsigned x = 0; x < grid.x; ++x) {
+        for (unsigned i = 0; i < cluster; ++i) m.cluster[i]->index = {x, y, z + i};
         m.error.clear();
-        run_block();
+        run_cluster();
         if (!m.error.empty()) {
           m.current = nullptr;
           throw std::runtime_error(m.error);
@@ -231,12 +259,13 @@ void launch(const Index& grid, const Index& block, uint32_t shared_bytes,
   }
 }
 
-uint8_t* dynamic_shared() { return machine().shared + kDynamicBase; }
+uint8_t* dynamic_shared() { return machine().block->shared + kDynamicBase; }
 
 uint32_t shared_address(const void* p) {
   const auto* byte = static_cast<const uint8_t*>(p);
-  const uint8_t* begin = machine().shared;
-  if (byte >= begin && byte < begin + sizeof(machine().shared)) {
+  const Block& block = *machine().block;
+  const uint8_t* begin = block.shared;
+  if (byte >= begin && byte < begin + sizeof(block.shared)) {
     return static_cast<uint32_t>(byte - begin);
   }
   return 0x40000000u | static_cast<uint32_t>(reinterpret_cast<uintptr_t>(p) & 0x3fffffffu);
@@ -248,28 +277,29 @@ uint8_t* shared_bytes(uint32_t address, uint32_t bytes) {
          ") lies outside the " + std::to_string(machine().shared_bytes) + " bytes at " +
          std::to_string(kDynamicBase));
   }
-  return machine().shared + address;
+  return machine().block->shared + address;
 }
 
 void mark_written(uint32_t address, uint32_t bytes) {
   Machine& m = machine();
   for (uint32_t g = address / 16; g <= (address + bytes - 1) / 16; ++g) {
-    if (m.current->unfenced.insert(g).second) ++m.unfenced[g];
+    if (m.current->unfenced.insert(g).second) ++m.block->unfenced[g];
   }
 }
 
 void fence_async() {
   Machine& m = machine();
+  auto& unfenced = m.block->unfenced;
   for (uint32_t g : m.current->unfenced) {
-    if (--m.unfenced[g] == 0) m.unfenced.erase(g);
+    if (--unfenced[g] == 0) unfenced.erase(g);
   }
   m.current->unfenced.clear();
 }
 
 void check_fenced(uint32_t address, uint32_t bytes, const char* reader) {
-  Machine& m = machine();
-  const auto at = m.unfenced.lower_bound(address / 16);
-  if (at != m.unfenced.end() && at->first <= (address + bytes - 1) / 16) {
+  const auto& unfenced = machine().block->unfenced;
+  const auto at = unfenced.lower_bound(address / 16);
+  if (at != unfenced.end() && at->first <= (address + bytes - 1) / 16) {
     fail(std::string(reader) + " reads shared memory that was written without a proxy fence");
   }
 }
@@ -292,16 +322,19 @@ void maybe_advance(Queue& queue) {
   if (m.eagerness == Eagerness::kRandom && m.chance(3)) queue.advance(1);
 }
 
-void post(std::function<void()> work) { machine().posted.push_back(std::move(work)); }
+void post(std::function<void()> work) {
+  machine().posted.emplace_back(machine().block, std::move(work));
+}
 
 void barrier_init(uint32_t address, int arrivals) {
-  machine().barriers[address] = {arrivals, arrivals, 0, 0};
+  machine().block->barriers[address] = {arrivals, arrivals, 0, 0};
 }
 
 namespace {
 MBarrier& barrier(uint32_t address) {
-  const auto at = machine().barriers.find(address);
-  if (at == machine().barriers.end()) fail("an mbarrier is used before it is initialised");
+  auto& barriers = machine().block->barriers;
+  const auto at = barriers.find(address);
+  if (at == barriers.end()) fail("an mbarrier is used before it is initialised");
   return at->second;
 }
 }  // namespace
@@ -328,22 +361,47 @@ void barrier_wait(uint32_t address, uint32_t parity) {
 }
 
 void named_arrive(int id, int threads) {
-  NamedBarrier& b = machine().named[id];
+  NamedBarrier& b = machine().block->named[id];
   if (++b.arrived == threads) {
     b.arrived = 0;
     ++b.generation;
   }
 }
 void named_sync(int id, int threads) {
-  const NamedBarrier* b = &machine().named[id];
+  const NamedBarrier* b = &machine().block->named[id];
   const uint64_t before = b->generation;
   named_arrive(id, threads);
   wait_until([b, before] { return b->generation != before; },
              id == 0 ? "__syncthreads" : "a named barrier");
 }
 
+void cluster_sync() {
+  Machine& m = machine();
+  NamedBarrier* b = &m.cluster_barrier;
+  const uint64_t before = b->generation;
+  ++b->arrived;
+  // Threads that have ended are not waited for.
+  const auto passed = [&m, b, before] {
+    if (b->generation == before && b->arrived == static_cast<int>(m.alive)) {
+      b->arrived = 0;
+      ++b->generation;
+    }
+    return b->generation != before;
+  };
+  wait_until(passed, "its cluster");
+}
+
+uint8_t* shared_bytes_of(unsigned block, uint32_t address, uint32_t bytes) {
+  Machine& m = machine();
+  if (block >= m.cluster.size()) fail("a cluster has no such thread block");
+  Block* mine = std::exchange(m.block, m.cluster[block].get());
+  uint8_t* there = shared_bytes(address, bytes);
+  m.block = mine;
+  return there;
+}
+
 const WarpValues& warp_exchange(const LaneValues& mine) {
-  Warp& w = machine().warps[static_cast<size_t>(thread_number() / kWarp)];
+  Warp& w = machine().block->warps[static_cast<size_t>(thread_number() / kWarp)];
   w.given[static_cast<size_t>(lane())] = mine;
   const uint64_t before = w.generation;
   if (++w.arrived == kWarp) {

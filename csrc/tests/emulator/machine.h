@@ -1,4 +1,5 @@
-// A CUDA thread block on the CPU, for running the real kernels without a GPU.
+// A CUDA thread block, or a cluster of them, on the CPU, for running the real kernels without a
+// GPU.
 //
 // Every CUDA thread is a fiber. Fibers switch only where the hardware could make a thread wait:
 // barriers, mbarriers, warp-wide instructions, waits for asynchronous copies and products. What is
@@ -27,6 +28,7 @@ struct Index {
 };
 
 constexpr uint32_t kSharedLimit = 232448;  // bytes a Hopper thread block can have
+constexpr unsigned kClusterLimit = 8;      // that every Hopper GPU can place
 constexpr int kWarp = 32;
 
 // What the current fiber sees.
@@ -41,9 +43,10 @@ int lane();
 enum class Eagerness { kLate, kEarly, kRandom };
 void configure(uint64_t seed, Eagerness eagerness);
 
-// Runs `body` once for each thread of each block. Throws std::runtime_error on any violation.
+// Runs `body` once for each thread of each block; `cluster` blocks that follow each other in z run
+// side by side, all others one after the other. Throws std::runtime_error on any violation.
 void launch(const Index& grid, const Index& block, uint32_t shared_bytes,
-            const std::function<void()>& body);
+            const std::function<void()>& body, unsigned cluster = 1);
 
 [[noreturn]] void fail(const std::string& what);
 
@@ -105,6 +108,11 @@ void barrier_wait(uint32_t address, uint32_t parity);
 // Named barriers (0 is __syncthreads).
 void named_arrive(int id, int threads);
 void named_sync(int id, int threads);
+
+// All threads of the cluster that have not ended.
+void cluster_sync();
+// Shared memory of the cluster's block of that number; checked.
+uint8_t* shared_bytes_of(unsigned block, uint32_t address, uint32_t bytes);
 
 // Warp-wide exchange: every lane gives up to six values and sees those of all 32, until its next
 // exchange.
