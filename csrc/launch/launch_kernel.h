@@ -63,16 +63,15 @@ Status launch_kernel(void (*kernel)(Parameters...), dim3 grid, dim3 threads, int
 // compiled for sm_90 or later. `cluster` thread blocks that follow each other in z form a cluster
 // (device/cluster).
 template <typename... Parameters, typename... Arguments>
-Status launch_dependent_cluster(void (*kernel)(Parameters...), dim3 grid, unsigned cluster,
-                                dim3 threads, int shared_bytes, Stream stream,
-                                const Arguments&... arguments) {
+Status launch_dependent_cluster(void (*kernel)(Parameters...), dim3 grid, int cluster, dim3 threads,
+                                int shared_bytes, Stream stream, const Arguments&... arguments) {
   PIXELFLY_RETURN_IF_ERROR(allow_dynamic_shared(kernel, shared_bytes));
   cudaLaunchAttribute attributes[2]{};
   attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attributes[0].val.programmaticStreamSerializationAllowed = 1;
   attributes[1].id = cudaLaunchAttributeClusterDimension;
   attributes[1].val.clusterDim.x = attributes[1].val.clusterDim.y = 1;
-  attributes[1].val.clusterDim.z = cluster;
+  attributes[1].val.clusterDim.z = static_cast<unsigned>(cluster);
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
   config.blockDim = threads;

@@ -16,22 +16,21 @@ namespace {
 
 int tiles(int64_t n) { return static_cast<int>((n + kLowRankTile - 1) / kLowRankTile); }
 
-// How many thread blocks share a tile's features: as long as multiprocessors would be idle, and
-// each has a few steps.
-unsigned cluster_of(const LowRankParams& p, const DeviceInfo& device) {
-  constexpr unsigned kMost = 8;
-  constexpr int kFewestSteps = 4;
+// How many thread blocks share a tile's features: twice as many while all find an idle
+// multiprocessor and have a few steps each, if that saves more than adding their sums takes.
+int cluster_of(const LowRankParams& p, const DeviceInfo& device) {
+  constexpr int kMost = 8, kFewestSteps = 4, kStepsOfAdding = 8;
   const int blocks = tiles(p.tokens) * tiles(p.rank), steps = tiles(p.features);
-  unsigned cluster = 1;
-  while (cluster < kMost && 2 * cluster * blocks <= static_cast<unsigned>(device.num_sms) &&
-         steps >= static_cast<int>(2 * cluster) * kFewestSteps) {
+  int cluster = 1;
+  while (cluster < kMost && 2 * cluster * blocks <= device.num_sms &&
+         2 * cluster * kFewestSteps <= steps) {
     cluster *= 2;
   }
-  return cluster;
+  return steps - steps / cluster >= kStepsOfAdding ? cluster : 1;
 }
 
 template <typename T, bool kTransposed, bool kThirds = false>
-Status launch(const LowRankMaps& maps, const LowRankParams& p, unsigned cluster, Stream stream) {
+Status launch(const LowRankMaps& maps, const LowRankParams& p, int cluster, Stream stream) {
   const dim3 grid(tiles(p.tokens), tiles(p.rank), cluster);
   return launch_dependent_cluster(low_rank_sm90<T, kTransposed, kThirds>, grid, cluster,
                                   kLowRankThreads, kLowRankSharedBytes, stream, maps,
@@ -39,7 +38,7 @@ Status launch(const LowRankMaps& maps, const LowRankParams& p, unsigned cluster,
 }
 
 template <typename T>
-Status launch(const LowRankMaps& maps, const LowRankParams& p, unsigned cluster, Stream stream) {
+Status launch(const LowRankMaps& maps, const LowRankParams& p, int cluster, Stream stream) {
   if (p.x_others.given()) return launch<T, true, true>(maps, p, cluster, stream);
   return p.transposed ? launch<T, true>(maps, p, cluster, stream)
                       : launch<T, false>(maps, p, cluster, stream);
@@ -85,9 +84,9 @@ bool low_rank_sm90_supports(const LowRankParams& p, const DeviceInfo& device) {
 }
 
 Status launch_low_rank_sm90(const LowRankParams& p, const DeviceInfo& device, Stream stream) {
-  const unsigned cluster = cluster_of(p, device);
+  const int cluster = cluster_of(p, device);
   LowRankMaps maps;
-  PIXELFLY_RETURN_IF_ERROR(encode(maps, p, kLowRankTile, kLowRankTile / static_cast<int>(cluster)));
+  PIXELFLY_RETURN_IF_ERROR(encode(maps, p, kLowRankTile, kLowRankTile / cluster));
   return p.dtype == DType::kBFloat16 ? launch<__nv_bfloat16>(maps, p, cluster, stream)
                                      : launch<__half>(maps, p, cluster, stream);
 }

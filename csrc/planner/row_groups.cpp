@@ -262,6 +262,7 @@ GroupSection append_row_groups(PlanBuilder& builder, const LayoutView& layout, b
       section.max_weights = slot;
       section.max_steps = static_cast<int32_t>(lists[g].size());
     }
+    section.dense_groups += work[g].dense;
     if (work[g].resident) {
       section.resident_weights = std::max(section.resident_weights, slot);
     }

@@ -49,7 +49,7 @@ inline std::vector<Case> cases() {
       {"one token b64", 2, 2, 64, 0, 0, everything, 1, 8},
       {"t by clusters of 8 b64", 3, 33, 64, 8, 16, one_dense, 130, 72, kGelu, false, true, 90, 132},
       {"s by clusters of 4 b64", 18, 3, 64, 56, 0, lines, 70, 8, kRelu, false, false, 90, 16},
-      {"t by clusters of 2 b32", 5, 18, 32, 0, 24, butterfly, 100, 40, kSilu, true, false, 90, 4},
+      {"t by clusters of 2 b32", 5, 32, 32, 0, 24, butterfly, 100, 40, kSilu, true, false, 90, 4},
   };
   // Slopes in codes: ragged features and tokens, one staging tile, cooperative warpgroups both
   // ways, NaN.

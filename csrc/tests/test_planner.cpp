@@ -201,6 +201,7 @@ void check_product(const LayoutView& layout, const Plan& plan, bool transposed) 
     if (stay[g]) resident = std::max(resident, weights[g]);
   }
   expect(resident == s.resident_weights, "the largest group that stays");
+  expect(s.dense_groups >= 0 && s.dense_groups <= s.num_groups, "dense groups");
 }
 
 void check(const std::string& name, const LayoutView& layout) {
@@ -218,6 +219,7 @@ void check_dense_row() {
   const Plan plan(make(64, 16, 64, 0, 0,
                        [](int32_t i, int32_t j) { return i == 0 || j == 0 || j / 2 == i / 8; }));
   const GroupSection& s = plan.header.forward;
+  expect(s.dense_groups == 1, "one dense group");
   const auto* groups = plan.at<RowGroup>(s.groups_offset);
   for (const auto& [offset, count] : unit_lists(s, false)) {
     std::map<int32_t, int32_t> lanes;

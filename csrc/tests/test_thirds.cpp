@@ -24,6 +24,8 @@ std::vector<Case> thirds_cases() {
       {"b64 holes", 9, 5, 64, 0, 8, holes, 420, 8},
       {"b64 cooperative", 24, 3, 64, 0, 16, everything, 620, 0, Activation::kNone, false, false, 90,
        2},
+      {"b64 s by clusters of 2", 18, 2, 64, 0, 0, lines, 130, 8, Activation::kNone, false, false,
+       90, 8},
       {"b128 thirds of a block and a half", 5, 2, 128, 64, 0, everything, 300, 24},
       {"b128 thirds of half a block", 2, 3, 128, 64, 88, everything, 290, 0},
       {"b32 rank 40", 6, 5, 32, 0, 8, butterfly, 300, 40},

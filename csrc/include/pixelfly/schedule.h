@@ -21,7 +21,7 @@ constexpr int32_t kPlanMagic = 0x70666c79;  // "pfly"
 // Goes up with every change of the plan or of the operators' schemas: torch keeps compiled programs
 // on disk, and the header, which has this number, is all that tells those of another build.
 constexpr int32_t kPlanVersion = 13;
-constexpr int kPlanHeaderSize = 65;
+constexpr int kPlanHeaderSize = 67;
 
 // Multiprocessors that plans are made for unless the caller names another number: those of an H100
 // (SXM) and H200.
@@ -107,6 +107,7 @@ struct GroupSection {
   int32_t max_weights;                 // weight tiles of the largest group
   int32_t max_steps;                   // of that group
   int32_t resident_weights;            // of the largest group whose weights stay
+  int32_t dense_groups;                // that load many more x tiles than the others
   int32_t ahead_blocks;                // of PlanHeader::thread_blocks: those that form t meanwhile
 };
 

@@ -23,12 +23,12 @@ Status launch_dependent_kernel(void (*kernel)(Parameters...), dim3 grid, dim3 th
 }
 
 template <typename... Parameters, typename... Arguments>
-Status launch_dependent_cluster(void (*kernel)(Parameters...), dim3 grid, unsigned cluster,
-                                dim3 threads, int shared_bytes, Stream,
-                                const Arguments&... arguments) {
+Status launch_dependent_cluster(void (*kernel)(Parameters...), dim3 grid, int cluster, dim3 threads,
+                                int shared_bytes, Stream, const Arguments&... arguments) {
   emulator::launch(
       {grid.x, grid.y, grid.z}, {threads.x, threads.y, threads.z},
-      static_cast<uint32_t>(shared_bytes), [&] { kernel(arguments...); }, cluster);
+      static_cast<uint32_t>(shared_bytes), [&] { kernel(arguments...); },
+      static_cast<unsigned>(cluster));
   return Status::success();
 }
 
