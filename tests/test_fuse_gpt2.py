@@ -58,7 +58,8 @@ def test_same_loss_and_gradients(device, compiled):
         assert (our_grads[name] - want).norm() <= bound, name
 
 
-def test_sharded(tmp_path):
+@pytest.mark.parametrize("way", ["eager", "compiled", "checkpointed"])
+def test_sharded(tmp_path, way):
     """FSDP2 gives the modules other classes, and the weights while they are used only."""
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
@@ -72,7 +73,12 @@ def test_sharded(tmp_path):
         mesh = init_device_mesh("cpu", (1,))
         for block in fused.transformer.h:
             fully_shard(block, mesh=mesh)
-        ours, our_grads = step(fully_shard(fused, mesh=mesh), ids)
+        model = fully_shard(fused, mesh=mesh)
+        if way == "checkpointed":
+            model.gradient_checkpointing_enable()
+        ours, our_grads = step(
+            torch.compile(model, backend="aot_eager") if way == "compiled" else model, ids
+        )
         torch.testing.assert_close(ours.loss, exact.loss)
         for name, want in exact_grads.items():
             torch.testing.assert_close(our_grads[name].full_tensor(), want, msg=name)
@@ -131,6 +137,15 @@ def test_decoding_with_a_cache_and_cross_attention():
         fused(ids, encoder_hidden_states=context).logits,
         plain(ids, encoder_hidden_states=context).logits,
     )
+
+
+def test_pickled(tmp_path):
+    fused, _, ids = pair()
+    torch.save(fused, tmp_path / "model.pt")
+    again = torch.load(tmp_path / "model.pt", weights_only=False)
+    ours, theirs = step(again, ids), step(fused, ids)
+    assert ours[0].logits is None and torch.equal(ours[0].loss, theirs[0].loss)
+    assert again.transformer.h[1].forward.args == (again.transformer.h[1],)
 
 
 def test_copies_and_densify():

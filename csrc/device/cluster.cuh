@@ -5,8 +5,8 @@
 
 namespace pixelfly::device {
 
-// Waits for all threads of the cluster that have not ended; what they wrote to shared memory can
-// then be read. All threads of a warp.
+// Waits for all threads of the cluster but those that have ended; what they wrote to shared memory
+// can then be read. All threads of a warp.
 __device__ __forceinline__ void cluster_sync() {
   asm volatile(
       "barrier.cluster.arrive.release.aligned;\n"

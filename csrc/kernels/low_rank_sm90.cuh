@@ -10,8 +10,8 @@
 //   shared memory: ring [kLowRankStages] of x tile [64 tokens][64] + factor tile (16 KB)
 //   roles: warps 0-3 multiply, one thread of warp 4 loads, after the kernel before this one has
 //   ended: a dependent launch
-//   sums of a cluster: where the ring was, [thread block they come from][8 tokens][thread] of 16
-//   bytes; each thread block adds those of 64 / gridDim.z tokens
+//   sums of a cluster: where the ring was, [thread block they come from][8 tokens of the 64 /
+//   gridDim.z that are added here][thread] of 16 bytes, 16 KB in all
 //   full[s]: producer -> consumers; empty[s]: the four consumer warps -> producer
 #pragma once
 
@@ -41,7 +41,7 @@ struct LowRankMaps {
   CUtensorMap factor;  // v [r, K] (transposed: u [N, r])
   CUtensorMap t;       // [T, r]
   // Boxes are 64 x 64; in low_rank_ahead_sm90 those of x and t 128 x 64, in a cluster those of t
-  // what a thread block stores.
+  // 64 / gridDim.z x 64.
 };
 
 template <bool kTransposed>
@@ -148,7 +148,7 @@ __global__ void __launch_bounds__(kLowRankThreads)
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, matrix = lane / 8;
 #pragma unroll
   for (int j = 0; j < 4; ++j) {
-    if (j * 16 * blocks >= kLowRankTile) break;
+    if (j * 16 * blocks >= kLowRankTile) break;  // in a cluster of eight, 8 of 16 are stored
     uint32_t r[4];
 #pragma unroll
     for (int h = 0; h < 4; ++h) r[h] = device::pack2<T>(acc[j * 8 + h * 2], acc[j * 8 + h * 2 + 1]);

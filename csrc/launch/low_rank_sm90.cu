@@ -16,19 +16,6 @@ namespace {
 
 int tiles(int64_t n) { return static_cast<int>((n + kLowRankTile - 1) / kLowRankTile); }
 
-// How many thread blocks share a tile's features: twice as many while all find an idle
-// multiprocessor and have a few steps each, if that saves more than adding their sums takes.
-int cluster_of(const LowRankParams& p, const DeviceInfo& device) {
-  constexpr int kMost = 8, kFewestSteps = 4, kStepsOfAdding = 8;
-  const int blocks = tiles(p.tokens) * tiles(p.rank), steps = tiles(p.features);
-  int cluster = 1;
-  while (cluster < kMost && 2 * cluster * blocks <= device.num_sms &&
-         2 * cluster * kFewestSteps <= steps) {
-    cluster *= 2;
-  }
-  return steps - steps / cluster >= kStepsOfAdding ? cluster : 1;
-}
-
 template <typename T, bool kTransposed, bool kThirds = false>
 Status launch(const LowRankMaps& maps, const LowRankParams& p, int cluster, Stream stream) {
   const dim3 grid(tiles(p.tokens), tiles(p.rank), cluster);
@@ -83,8 +70,21 @@ bool low_rank_sm90_supports(const LowRankParams& p, const DeviceInfo& device) {
          aligned_rows(p.factor, p.factor_stride, p.dtype) && aligned_rows(p.t, p.t_stride, p.dtype);
 }
 
+// Twice as many while all find an idle multiprocessor and have a few steps each, if that saves more
+// than adding their sums takes.
+int low_rank_cluster(const LowRankParams& p, const DeviceInfo& device) {
+  constexpr int kMost = 8, kFewestSteps = 4, kStepsOfAdding = 8;
+  const int blocks = tiles(p.tokens) * tiles(p.rank), steps = tiles(p.features);
+  int cluster = 1;
+  while (cluster < kMost && 2 * cluster * blocks <= device.num_sms &&
+         2 * cluster * kFewestSteps <= steps) {
+    cluster *= 2;
+  }
+  return steps - steps / cluster >= kStepsOfAdding ? cluster : 1;
+}
+
 Status launch_low_rank_sm90(const LowRankParams& p, const DeviceInfo& device, Stream stream) {
-  const int cluster = cluster_of(p, device);
+  const int cluster = low_rank_cluster(p, device);
   LowRankMaps maps;
   PIXELFLY_RETURN_IF_ERROR(encode(maps, p, kLowRankTile, kLowRankTile / cluster));
   return p.dtype == DType::kBFloat16 ? launch<__nv_bfloat16>(maps, p, cluster, stream)

@@ -83,8 +83,9 @@ std::string explain_low_rank(const ProductParams& p, const DeviceInfo& device) {
   if (!choice.status.ok()) return choice.status.message;
   if (forms_t(p, choice, device)) return "low_rank_ahead_sm90, beside the product";
   const Path path = choose_low_rank(low_rank_of(p), device);
-  return path == Path::kHopper ? std::string("low_rank_sm90")
-                               : std::string("product_") + name_of(path) + " without blocks";
+  if (path != Path::kHopper) return std::string("product_") + name_of(path) + " without blocks";
+  const int cluster = low_rank_cluster(low_rank_of(p), device);
+  return cluster > 1 ? "low_rank_sm90, clusters of " + std::to_string(cluster) : "low_rank_sm90";
 }
 
 }  // namespace pixelfly

@@ -182,9 +182,8 @@ Status launch_product_sm90(const ProductParams& p, const DeviceInfo& device, Str
   args.third_tiles = p.x_others.given() ? args.num_x_tiles / 3 : 0;
   args.weight_shift = b == 128 ? 1 : 0;
   args.aux_bytes = kGroupTokens * kGroupTile * static_cast<int32_t>(size_of(aux_dtype));
-  // Where groups differ much, multiprocessors become free at different times.
-  args.early_start = args.token_tiles <= kEarlyStartTokens / kGroupTokens ||
-                     (h.rank == 0 && args.section.dense_groups > 0);
+  args.early_start =
+      product_starts_next_early(int64_t{args.token_tiles} * kGroupTokens, h, args.section);
   args.has_residual = p.residual != nullptr;
   args.has_slope = p.slope != nullptr;
   args.has_slope_out = p.slope_out != nullptr;

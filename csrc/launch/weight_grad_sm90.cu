@@ -1,5 +1,3 @@
-#include <algorithm>
-
 #include "kernels/weight_grad_sm90.cuh"
 #include "launch/alignment.h"
 #include "launch/early_start.h"
@@ -15,8 +13,7 @@ GradKernelArgs make_args(const WeightGradParams& p, const DeviceInfo& device) {
   const PlanHeader& h = *p.header;
   GradKernelArgs args{};
   args.total_steps = static_cast<int32_t>((p.tokens + kGradTokens - 1) / kGradTokens);
-  const auto [list, spans] =
-      choose_grad_cut(h, args.total_steps, std::min(device.num_sms, h.thread_blocks));
+  const auto [list, spans] = choose_grad_cut(h, args.total_steps, device.num_sms);
   args.chunks = reinterpret_cast<const GradChunk*>(p.plan + list->chunks_offset);
   args.num_chunks = list->num_chunks;
   args.span_steps = (args.total_steps + spans - 1) / spans;

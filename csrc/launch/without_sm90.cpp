@@ -20,6 +20,7 @@ bool product_sm90_supports(const ProductParams&, const DeviceInfo&) { return fal
 bool weight_grad_sm90_supports(const WeightGradParams&, const DeviceInfo&) { return false; }
 bool short_attention_supports(DType, int64_t, int64_t, const DeviceInfo&) { return false; }
 
+int low_rank_cluster(const LowRankParams&, const DeviceInfo&) { return 1; }
 Status launch_low_rank_sm90(const LowRankParams&, const DeviceInfo&, Stream) { return not_built(); }
 Status launch_low_rank_ahead_sm90(const LowRankParams&, const DeviceInfo&, int, int32_t*, Stream) {
   return not_built();

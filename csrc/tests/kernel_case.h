@@ -15,6 +15,7 @@
 #include "device/convert.cuh"
 #include "device/slope_code.cuh"
 #include "pixelfly/launch.h"
+#include "pixelfly/schedule.h"
 
 namespace pixelfly {
 
@@ -29,7 +30,9 @@ struct Case {
   bool residual = false, save_slope = false;
   int arch = 90, sms = 3;
   const char* path = "sm90";
-  bool nan = false;  // in the bias of one feature, and in some slopes
+  bool nan = false;                        // in the bias of one feature, and in some slopes
+  int thread_blocks = kUsualThreadBlocks;  // that the plan is for
+  int cluster = 1;                         // the largest that a kernel must have run in
 
   int n() const { return rows * block - row_tail; }
   int k() const { return cols * block - col_tail; }

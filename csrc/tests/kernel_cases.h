@@ -3,6 +3,7 @@
 #pragma once
 
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "kernel_case.h"
@@ -47,10 +48,27 @@ inline std::vector<Case> cases() {
       {"rank 72 b128", 2, 1, 128, 8, 24, everything, 150, 72, kRelu, false, true},
       {"holes b32", 6, 4, 32, 0, 0, holes, 300, 0, kGelu, false, true},
       {"one token b64", 2, 2, 64, 0, 0, everything, 1, 8},
-      {"t by clusters of 8 b64", 3, 33, 64, 8, 16, one_dense, 130, 72, kGelu, false, true, 90, 132},
-      {"s by clusters of 4 b64", 18, 3, 64, 56, 0, lines, 70, 8, kRelu, false, false, 90, 16},
-      {"t by clusters of 2 b32", 5, 32, 32, 0, 24, butterfly, 100, 40, kSilu, true, false, 90, 4},
   };
+  // Thin products that clusters share; two tiles of ranks are never formed beside the product.
+  const std::pair<Case, int> clusters[] = {
+      {{"t by clusters of 8 b64", 3, 33, 64, 8, 16, one_dense, 130, 72, kGelu, false, true, 90,
+        132},
+       8},
+      {{"t by clusters of 4 b64", 2, 18, 64, 0, 40, one_dense, 60, 72, kRelu, false, false, 90, 8},
+       4},
+      {{"s by clusters of 4 b64", 18, 3, 64, 56, 0, lines, 70, 8, kRelu, false, false, 90, 16}, 4},
+      {{"t by clusters of 2 b32", 5, 32, 32, 0, 24, butterfly, 100, 72, kSilu, true, false, 90, 8},
+       2},
+  };
+  for (const auto& [c, cluster] : clusters) {
+    all.push_back(c);
+    all.back().cluster = cluster;
+  }
+  for (const int thread_blocks : {1, 2, 7}) {  // fewer and more than there are multiprocessors
+    all.push_back({"plan for " + std::to_string(thread_blocks) + " thread blocks", 6, 4, 64, 8, 0,
+                   global, 400, 16, kGelu, false, true, 90, 3});
+    all.back().thread_blocks = thread_blocks;
+  }
   // Slopes in codes: ragged features and tokens, one staging tile, cooperative warpgroups both
   // ways, NaN.
   const std::vector<Case> slopes = {
@@ -149,12 +167,13 @@ inline Case random_case(uint64_t seed) {
     c.path = "auto";
     if (pick(0, 1) == 0) c.tokens = pick(1, 64);
   }
+  if (pick(0, 1) == 0) c.thread_blocks = pick(1, 8);
   c.name = "fuzz " + std::to_string(seed) + " b" + std::to_string(c.block);
   return c;
 }
 
 inline LayoutView layout_of(const Case& c) {
-  LayoutView layout{c.n(), c.k(), c.block, c.rank, {}, {}};
+  LayoutView layout{c.n(), c.k(), c.block, c.rank, {}, {}, c.thread_blocks};
   for (int i = 0; i < c.rows; ++i) {
     for (int j = 0; j < c.cols; ++j) {
       if (!c.keep(i, j)) continue;

@@ -424,6 +424,9 @@ int main(int argc, char** argv) {
           } else {
             run<__half>(c);
           }
+          if (emulator::largest_cluster() != static_cast<unsigned>(c.cluster)) {
+            throw std::runtime_error("clusters of " + std::to_string(emulator::largest_cluster()));
+          }
         } catch (const std::exception& error) {
           ++g_failures;
           std::printf("FAILED %s: %s\n", c.name.c_str(), error.what());

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import types
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -63,13 +63,14 @@ def replace_forward(module: nn.Module, forward: Callable[..., Any]) -> None:
         >>> layer(3), restore_forward(layer, double), layer(3)
         (6, None, 3)
     """
-    module.forward = types.MethodType(forward, module)  # a bound method: copies are bound anew
+    # Copies are bound anew. Not a method: pickle would look for it by name in the module.
+    module.forward = functools.partial(forward, module)
 
 
 def restore_forward(module: nn.Module, forward: Callable[..., Any]) -> None:
     """Undoes `replace_forward` with this `forward`; other modules stay as they are."""
     own = vars(module).get("forward")
-    if isinstance(own, types.MethodType) and own.__func__ is forward:
+    if isinstance(own, functools.partial) and own.func is forward:
         del module.forward
 
 

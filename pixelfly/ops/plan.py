@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from .. import _C
 from ..masks import BlockLayout
-from .device import USUAL_THREAD_BLOCKS, check_device, thread_blocks
+from .device import check_device, thread_blocks
 from .tracing import traced_constant
 
 HEADER_SIZE = 67
@@ -117,17 +117,15 @@ def _planner_stamp() -> tuple[int, int]:
 
 
 @functools.cache
-def host_plan(
-    layout: BlockLayout, rank: int, thread_blocks: int = USUAL_THREAD_BLOCKS
-) -> np.ndarray:
-    """Returns the planner's int32 array for a layout and a rank, balanced for `thread_blocks`."""
+def host_plan(layout: BlockLayout, rank: int, balanced_for: int) -> np.ndarray:
+    """Returns the planner's int32 array for a layout and a rank, for so many thread blocks."""
     with _outside_transforms():
         rows, cols = (
             torch.as_tensor(index, device="cpu").numpy().astype(np.int32)
             for index in (layout.row_indices, layout.col_indices)
         )
     return _C.build_plan(
-        layout.out_features, layout.in_features, layout.block_size, rank, rows, cols, thread_blocks
+        layout.out_features, layout.in_features, layout.block_size, rank, rows, cols, balanced_for
     )
 
 

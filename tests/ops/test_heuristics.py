@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from pixelfly import _C, build_info, masks
-from pixelfly.ops.plan import host_plan
+from pixelfly.ops.device import USUAL_THREAD_BLOCKS
+from pixelfly.ops.plan import HEADER_SIZE, Header, host_plan
 
 pytestmark = pytest.mark.skipif(build_info()["cuda"] is None, reason="a CPU-only build")
 H100 = (90, 132, 232448)  # arch, multiprocessors, shared bytes a thread block can have
@@ -19,7 +20,7 @@ def choose(
     device=H100, *, tokens=4096, b=64, rank=0, dtype=BFLOAT16, activation=0, outputs=1024, n=2048
 ) -> dict:
     layout = masks.flat_block_butterfly(outputs, n, block_size=b)
-    plan = host_plan(layout, rank)
+    plan = host_plan(layout, rank, USUAL_THREAD_BLOCKS)
     return dict(_C.explain(plan, dtype, tokens, activation, False, False, *device))
 
 
@@ -35,10 +36,32 @@ def test_t_is_formed_beside_the_product_where_that_is_quicker():
     ahead = "low_rank_ahead_sm90, beside the product"
     square = choose(n=1024, rank=64)
     assert square["t"] == square["s"] == ahead
-    assert choose(n=4096, rank=64)["t"] == "low_rank_sm90"
+    assert choose(n=4096, rank=64, tokens=9000)["t"] == "low_rank_sm90"
     assert choose(n=1024, rank=72)["t"] == "low_rank_sm90"  # more than a tile of ranks
     assert choose(A100, n=1024, rank=64)["t"] == "product_sm80 without blocks"
     assert "t" not in choose(n=1024)
+
+
+def test_what_python_knows_of_plans():
+    layout = masks.flat_block_butterfly(256, 256, block_size=64)
+    index = [i.numpy() for i in (layout.row_indices, layout.col_indices)]
+    usual = _C.build_plan(256, 256, 64, 8, *index)
+    assert (host_plan(layout, 8, USUAL_THREAD_BLOCKS) == usual).all()
+    assert (host_plan(layout, 8, 78)[:HEADER_SIZE] != usual[:HEADER_SIZE]).any()
+    header = Header.parse(" ".join(map(str, usual[:HEADER_SIZE])))
+    assert header.row_ptr_offset == -(-HEADER_SIZE // 4) * 4  # the first section follows
+
+
+def test_few_tokens_are_formed_by_clusters():
+    def t(tokens, **options):
+        return choose(tokens=tokens, n=4096, rank=64, **options)["t"]
+
+    assert t(512) == "low_rank_sm90, clusters of 8"
+    assert t(2048) == "low_rank_sm90, clusters of 4"
+    assert t(4096) == "low_rank_sm90, clusters of 2"
+    assert t(8192) == "low_rank_sm90"
+    # 12 steps: two thread blocks would save fewer than adding their sums takes.
+    assert choose(tokens=512, n=768, outputs=3072, rank=64)["t"] == "low_rank_sm90"
 
 
 def test_activation_adds_a_step():

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.gpu
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("tokens", [70, 300, 1100, 5000])
+@pytest.mark.parametrize("tokens", [70, 300, 1100])
 @pytest.mark.parametrize(
     ("k", "n", "rank"), [(4096, 1024, 64), (1000, 4032, 136), (512, 2560, 8), (2048, 512, 72)]
 )
@@ -25,11 +25,13 @@ def test_features_shared_by_a_cluster(k, n, rank, tokens, dtype, monkeypatch):
     layout = block_diagonal(n, k, block_size=64)
     call = make_call(layout, tokens=tokens, rank=rank, device="cuda", dtype=dtype)
     kernels = dict(explain(call.inputs["x"], layout, rank=rank).kernels)
-    assert "low_rank_sm90" in (kernels["t"], kernels["s"])
+    assert "clusters" in kernels["t"] + kernels["s"]
     check_call(call)
 
 
-def test_repeats_are_equal():
+def test_sums_over_a_cluster_are_added_in_order():
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("needs a Hopper GPU")
     layout = block_diagonal(4096, 4096, block_size=64)
     call = make_call(layout, tokens=700, rank=72, device="cuda", dtype=torch.bfloat16)
     first = call.run()

@@ -75,6 +75,7 @@ struct Machine {
   Block* block = nullptr;  // whose thread, or whose copy, runs
   size_t alive = 0;        // threads that have not ended
   NamedBarrier cluster_barrier;
+  unsigned largest_cluster = 1;
 
   Index grid, threads;
   uint32_t shared_bytes = 0;
@@ -205,7 +206,10 @@ int lane() { return thread_number() % kWarp; }
 void configure(uint64_t seed, Eagerness eagerness) {
   machine().random.seed(seed);
   machine().eagerness = eagerness;
+  machine().largest_cluster = 1;
 }
+
+unsigned largest_cluster() { return machine().largest_cluster; }
 
 void fail(const std::string& what) {
   Machine& m = machine();
@@ -231,6 +235,7 @@ void launch(const Index& grid, const Index& block, uint32_t shared_bytes,
     throw std::runtime_error("a launch asks for clusters of " + std::to_string(cluster) + " of " +
                              std::to_string(grid.z) + " thread blocks");
   }
+  m.largest_cluster = std::max(m.largest_cluster, cluster);
   while (m.cluster.size() < cluster) m.cluster.push_back(std::make_unique<Block>());
   m.cluster.resize(cluster);
   while (m.fibers.size() < cluster * threads) {
@@ -394,7 +399,12 @@ void cluster_sync() {
 uint8_t* shared_bytes_of(unsigned block, uint32_t address, uint32_t bytes) {
   Machine& m = machine();
   if (block >= m.cluster.size()) fail("a cluster has no such thread block");
-  Block* mine = std::exchange(m.block, m.cluster[block].get());
+  Block* other = m.cluster[block].get();
+  if (std::none_of(m.fibers.begin(), m.fibers.end(),
+                   [&](const auto& f) { return f->block == other && !f->done; })) {
+    fail("shared memory of a thread block that has ended");
+  }
+  Block* mine = std::exchange(m.block, other);
   uint8_t* there = shared_bytes(address, bytes);
   m.block = mine;
   return there;

@@ -42,6 +42,7 @@ int lane();
 // How the seed decides: never early (as late as allowed), at once, or at random.
 enum class Eagerness { kLate, kEarly, kRandom };
 void configure(uint64_t seed, Eagerness eagerness);
+unsigned largest_cluster();  // of the launches since then
 
 // Runs `body` once for each thread of each block; `cluster` blocks that follow each other in z run
 // side by side, all others one after the other. Throws std::runtime_error on any violation.
@@ -111,7 +112,8 @@ void named_sync(int id, int threads);
 
 // All threads of the cluster that have not ended.
 void cluster_sync();
-// Shared memory of the cluster's block of that number; checked.
+// Shared memory of the cluster's block of that number, which must not have ended; checked. Writes
+// to it are not looked for by check_fenced().
 uint8_t* shared_bytes_of(unsigned block, uint32_t address, uint32_t bytes);
 
 // Warp-wide exchange: every lane gives up to six values and sees those of all 32, until its next
