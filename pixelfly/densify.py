@@ -18,7 +18,7 @@ from .convert_attention import restore_attention
 from .convert_blocks import restore_blocks
 from .nn.attention import PixelflySelfAttention
 from .nn.causal_loss import restore_loss
-from .nn.dense import is_conv1d
+from .nn.dense import check_not_parallel, is_conv1d
 from .nn.linear import PixelflyLinear
 from .nn.mlp import PixelflyMLP
 from .ops.activations import ACTIVATIONS, apply_activation
@@ -63,7 +63,8 @@ def densify_(model: nn.Module) -> list[str]:
     Raises:
         TypeError: `model` is not a module, or is itself a Pixelfly layer.
         ValueError: a layer has a token gate or, outside a `PixelflyMLP`, a fused activation: no
-            single dense layer does what it does. Nothing was changed then.
+            single dense layer does what it does; or the model is wrapped in
+            DistributedDataParallel or sharded. Nothing was changed then.
 
     Example:
         >>> import pixelfly
@@ -78,6 +79,7 @@ def densify_(model: nn.Module) -> list[str]:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"densify_: model must be a Module, got {type(model).__name__}")
+    check_not_parallel(model, "densify_")
     if isinstance(model, PixelflyLinear | PixelflyMLP | PixelflySelfAttention):
         raise TypeError(
             f"densify_: model is itself a {type(model).__name__}, which cannot be replaced in "

@@ -18,7 +18,13 @@ from .masks import BLOCK_SIZES, BlockLayout
 from .masks.layout import is_int
 from .nn.attention import AttentionConfig
 from .nn.choice import LOWRANK_FORMS, Choice, choose
-from .nn.dense import dense_parameters, has_hooks, is_conv1d, match_activation
+from .nn.dense import (
+    check_not_parallel,
+    dense_parameters,
+    has_hooks,
+    is_conv1d,
+    match_activation,
+)
 from .nn.linear import GATES, PixelflyLinear
 from .nn.mlp import PixelflyMLP
 from .nn.project import fitted_layout
@@ -179,10 +185,10 @@ def sparsify_(
 ) -> Report:
     """Replaces a model's `nn.Linear` and `Conv1D` (transformers) by `PixelflyLinear`, in place.
 
-    Build the optimizer afterwards: the parameters are new ones. A layer that cannot be converted
-    stays dense and is listed in the report with its reason. A module used in several places is
-    converted once; a layer whose weight another module holds too (GPT-2's head and embedding)
-    stays dense, so that the two stay tied.
+    Build the optimizer, wrap and shard afterwards: the parameters are new ones. A layer that cannot
+    be converted stays dense and is listed in the report with its reason. A module used in several
+    places is converted once; a layer whose weight another module holds too (GPT-2's head and
+    embedding) stays dense, so that the two stay tied.
 
     Args:
         model: any module that contains linear layers; must not be one itself.
@@ -198,7 +204,8 @@ def sparsify_(
 
     Raises:
         TypeError: an argument has the wrong type.
-        ValueError: `filter_fn` names no preset, or the plan is another model's.
+        ValueError: `filter_fn` names no preset, the plan is another model's, or the model is
+            wrapped in DistributedDataParallel or sharded. Nothing was changed then.
 
     Source: Pixelated Butterfly (Chen et al., ICLR 2022), section 3.3.
 
@@ -224,6 +231,7 @@ def sparsify_(
             "sparsify_: model is itself a linear layer, which cannot be replaced in place; use "
             "PixelflyLinear.from_dense"
         )
+    check_not_parallel(model, "sparsify_")
     if planned:
         config.check(model)
     wanted = _filter(filter_fn)

@@ -74,6 +74,29 @@ def restore_forward(module: nn.Module, forward: Callable[..., Any]) -> None:
         del module.forward
 
 
+def check_not_parallel(model: nn.Module, caller: str) -> None:
+    """Raises ValueError if processes share the model already, so that replacing layers is too late.
+
+    DistributedDataParallel would not average the new parameters' gradients, without a word.
+
+    Example:
+        >>> check_not_parallel(nn.Linear(8, 8), "sparsify_")
+    """
+    for name, module in model.named_modules():
+        kind, where = type(module).__name__, f" in {name!r}" if name else ""
+        if kind in ("DistributedDataParallel", "FullyShardedDataParallel"):
+            raise ValueError(
+                f"{caller}: expected a model before {kind} wraps it, got one{where}; call it "
+                "on the module and wrap that afterwards"
+            )
+        # By name: torch.distributed.tensor would double the time that `import pixelfly` takes.
+        if any(type(p).__name__ == "DTensor" for p in module.parameters(recurse=False)):
+            raise ValueError(
+                f"{caller}: expected whole parameters, got DTensors{where}; call it before "
+                "fully_shard and parallelize_module"
+            )
+
+
 def is_conv1d(module: nn.Module) -> bool:
     """Tells transformers' `Conv1D`, a linear layer with a transposed weight, without importing it.
 
