@@ -1,10 +1,10 @@
 // t = x · vᵀ, and s = dz · u: a thin product, bound by reading x once; Hopper (sm_90a).
 //
 // A thread block makes 64 tokens x 64 ranks and walks all features; two or three share an SM, which
-// keeps 130-190 KB in flight. Where there are fewer of them than SMs, each of which loads 110 GB/s
-// at most, a cluster's thread blocks (gridDim.z) share the features, and add their sums in each
-// other's shared memory. The factor tile is wgmma's A (M = 64 ranks; transposed descriptors
-// for u, whose rows are features), tokens are N; the accumulator holds tᵀ and leaves through
+// keeps 130-190 KB in flight. Where there are fewer of them than SMs, each of which loads some
+// 110 GB/s, a cluster's thread blocks (gridDim.z) share the features, and add their sums in each
+// other's shared memory. The factor tile is wgmma's A (M = 64 ranks; transposed descriptors for u,
+// whose rows are features), tokens are N; the accumulator holds tᵀ and leaves through
 // stmatrix.trans and one TMA store, staged in the first ring stage.
 //
 //   shared memory: ring [kLowRankStages] of x tile [64 tokens][64] + factor tile (16 KB)
