@@ -59,31 +59,24 @@ def test_same_loss_and_gradients(device, compiled):
 
 
 @pytest.mark.parametrize("way", ["eager", "compiled", "checkpointed"])
-def test_sharded(tmp_path, way):
+def test_sharded(process_group_of_one, way):
     """FSDP2 gives the modules other classes, and the weights while they are used only."""
-    import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     fused, plain, ids = pair()
     exact, exact_grads = step(plain, ids)
-    store = dist.FileStore(str(tmp_path / "store"), 1)
-    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
-    try:
-        mesh = init_device_mesh("cpu", (1,))
-        for block in fused.transformer.h:
-            fully_shard(block, mesh=mesh)
-        model = fully_shard(fused, mesh=mesh)
-        if way == "checkpointed":
-            model.gradient_checkpointing_enable()
-        ours, our_grads = step(
-            torch.compile(model, backend="aot_eager") if way == "compiled" else model, ids
-        )
-        torch.testing.assert_close(ours.loss, exact.loss)
-        for name, want in exact_grads.items():
-            torch.testing.assert_close(our_grads[name].full_tensor(), want, msg=name)
-    finally:
-        dist.destroy_process_group()
+    mesh = init_device_mesh("cpu", (1,))
+    for block in fused.transformer.h:
+        fully_shard(block, mesh=mesh)
+    model = fully_shard(fused, mesh=mesh)
+    if way == "checkpointed":
+        model.gradient_checkpointing_enable()
+    call = torch.compile(model, backend="aot_eager") if way == "compiled" else model
+    ours, our_grads = step(call, ids)
+    torch.testing.assert_close(ours.loss, exact.loss)
+    for name, want in exact_grads.items():
+        torch.testing.assert_close(our_grads[name].full_tensor(), want, msg=name)
 
 
 def test_what_transformers_passes():

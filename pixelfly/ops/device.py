@@ -92,20 +92,6 @@ def has_kernels(device: torch.device) -> bool:
     return _known[device]
 
 
-USUAL_THREAD_BLOCKS = 132  # kUsualThreadBlocks in csrc/include/pixelfly/schedule.h
-
-
-@functools.cache
-def thread_blocks(device: torch.device) -> int:
-    """How many thread blocks plans for `device` are balanced for: a Hopper GPU's multiprocessors.
-
-    Only Hopper's kernels ask, so it is the usual number elsewhere.
-    """
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
-        return USUAL_THREAD_BLOCKS
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
 _hopper: dict[torch.device, bool] = {}
 
 
@@ -119,3 +105,17 @@ def has_hopper_kernels(device: torch.device) -> bool:
             and "9.0" in build_info()["archs"]
         )
     return _hopper[device]
+
+
+USUAL_THREAD_BLOCKS = 132  # kUsualThreadBlocks in csrc/include/pixelfly/schedule.h
+
+
+@functools.cache
+def thread_blocks(device: torch.device) -> int:
+    """How many thread blocks plans for `device` are balanced for: a Hopper GPU's multiprocessors.
+
+    Only Hopper's kernels ask, so it is the usual number elsewhere.
+    """
+    if not has_hopper_kernels(device):
+        return USUAL_THREAD_BLOCKS
+    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -11,16 +11,7 @@ from pixelfly import PixelflyConfig, PixelflyLinear, densify_, sparsify_
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without torch.distributed")
 
 
-@pytest.fixture
-def alone(tmp_path):
-    """A group of one process."""
-    store = dist.FileStore(str(tmp_path / "store"), 1)
-    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
-def test_ddp(alone):
+def test_ddp(process_group_of_one):
     """New layers would train apart: DDP knows the parameters that it was given."""
     wrapped = nn.parallel.DistributedDataParallel(nn.Sequential(nn.Linear(64, 64)))
     for convert in (sparsify_, densify_):
@@ -30,7 +21,7 @@ def test_ddp(alone):
 
 
 @pytest.mark.parametrize("convert", [sparsify_, densify_])
-def test_fsdp2(alone, convert):
+def test_fsdp2(process_group_of_one, convert):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
