@@ -11,7 +11,7 @@ under bf16 autocast. DDP exchanges float32 gradients; FSDP2 gathers bfloat16 wei
 float32 gradients; tp splits the MLPs of mlp4096 over the processes, which then share the tokens.
 Efficiency is tokens/s over those of as many single processes. The communication share is the part
 of a step in which NCCL's kernels run and no other does; on the CPU, for DDP, what a step without
-the exchange saves.
+the exchange saves. --graph replays a step as one CUDA graph, so that no host sets its pace.
 
 Writes benchmarks/results/scaling_<device>.json after every row, and a plot beside it.
 """
@@ -32,6 +32,7 @@ from display import make_console, print_table, pyplot
 from scaling_worker import ENGINES, FORMS, MODELS, add_options
 from timing import environment, results_path
 
+GRAPH_ENVIRONMENT = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "0"}  # torch's condition for a capture
 HERE = pathlib.Path(__file__).resolve().parent
 
 
@@ -54,6 +55,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--out", type=pathlib.Path, default=None)
     args = parser.parse_args(argv)
     count = torch.cuda.device_count() if args.device == "cuda" else os.cpu_count()
+    if args.graph and args.device != "cuda":
+        parser.error("--graph: CUDA graphs need --device cuda")
     if args.device == "cuda" and not count:
         parser.error("--device cuda: torch sees no CUDA device here; use --device cpu")
     if args.processes is None:
@@ -103,11 +106,12 @@ def run(row: dict, args: argparse.Namespace) -> dict:
         }
         command = [*start, str(HERE / "scaling_worker.py")]
         command += [str(word) for option in options.items() for word in option]
-        command += ["--compile"] * args.compile
+        command += ["--compile"] * args.compile + ["--graph"] * args.graph
         process = subprocess.Popen(
             command,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
+            env=os.environ | GRAPH_ENVIRONMENT if args.graph else None,
             text=True,
             errors="replace",
         )
@@ -221,7 +225,16 @@ def main(argv: list[str] | None = None) -> int:
     meta = environment(args.device) | {
         "options": {
             key: getattr(args, key)
-            for key in ("steps", "density", "block_size", "rank", "compile", "batch", "fixed")
+            for key in (
+                "steps",
+                "density",
+                "block_size",
+                "rank",
+                "compile",
+                "graph",
+                "batch",
+                "fixed",
+            )
         }
     }
     out = args.out or results_path("scaling", meta["device"])

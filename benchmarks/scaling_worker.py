@@ -16,7 +16,7 @@ import torch.distributed as dist
 from models import make_step
 from networks import Mlp
 from ranks import PARALLEL, Ranks, shard
-from timing import time_cpu, time_cuda
+from timing import captured, time_cpu, time_cuda
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy
@@ -33,6 +33,7 @@ from pixelfly.tensor_parallel import ColwisePixelfly, RowwisePixelfly
 
 ENGINES = (*PARALLEL, "tp")
 FORMS = ("dense", "blocks", "factored", "global")
+EAGER_STEPS = 11  # that DDP asks for before a capture
 Interval = tuple[float, float]
 
 
@@ -86,6 +87,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--block-size", type=int, default=64)
     add("--rank", type=int, default=64)
     add("--compile", action="store_true", help="torch.compile the models")
+    add("--graph", action="store_true", help="replay the step as one CUDA graph")
     add("--device", default="cuda", choices=["cuda", "cpu"])
 
 
@@ -164,26 +166,39 @@ def profile(step: Callable[[], None]) -> dict[str, float]:
     }
 
 
-def measure(args: argparse.Namespace, ranks: Ranks) -> dict[str, object]:
-    device, cuda = ranks.device, args.device == "cuda"
-    model, loss = make_model(args, device)
-    if ranks.parallel is not None:
-        check_same_layouts(model)
-    params = sum(p.numel() for p in model.parameters())
+def wrap(model: nn.Module, ranks: Ranks) -> nn.Module:
+    """Returns what to call in training on these processes."""
+    if ranks.parallel is None:
+        return model
+    check_same_layouts(model)
     if ranks.parallel == "fsdp2":
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-        wrapped = shard(model, device, mp_policy=policy)
-    elif ranks.parallel == "tp":
-        wrapped = split(model, device)
-    else:
-        wrapped = ranks.wrap(model)
+        return shard(model, ranks.device, mp_policy=policy)
+    return split(model, ranks.device) if ranks.parallel == "tp" else ranks.wrap(model)
+
+
+def measure(args: argparse.Namespace, ranks: Ranks) -> dict[str, object]:
+    device, cuda = ranks.device, args.device == "cuda"
+    if args.graph:  # DDP must be made on the stream on which its step is captured
+        torch.cuda.set_stream(torch.cuda.Stream())
+    model, loss = make_model(args, device)
+    params = sum(p.numel() for p in model.parameters())
+    wrapped = wrap(model, ranks)
     call = torch.compile(wrapped) if args.compile else wrapped
-    step = make_step(model, loss, device, call)
+    eager = make_step(model, loss, device, call, capturable=args.graph)
+
+    def ready(step: Callable[[], None]) -> Callable[[], None]:
+        if not args.graph:
+            return step
+        return captured(step, EAGER_STEPS, torch.cuda.current_stream())
+
     timer = time_cuda if cuda else time_cpu
-    step()  # compiles, makes the optimizer's state
+    if not args.graph:
+        eager()  # compiles, makes the optimizer's state
     if cuda:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
+    step = ready(eager)
     out: dict[str, object] = {"params": params, **timer(step, args.steps)}
     if ranks.parallel in PARALLEL:
         out["gradient_mb"] = 4 * params / 2**20  # float32, exchanged in every step
@@ -203,9 +218,9 @@ def measure(args: argparse.Namespace, ranks: Ranks) -> dict[str, object]:
             # Last: without the exchange the copies part ways.
             def step_alone() -> None:
                 with wrapped.no_sync():
-                    step()
+                    eager()
 
-            alone = timer(step_alone, args.steps)
+            alone = timer(ready(step_alone), args.steps)
             out["no_sync_ms"] = alone["ms"]
             out.setdefault("communication_share", max(0.0, 1 - alone["ms"] / out["ms"]))
     return out

@@ -44,9 +44,11 @@ def num_buffer_sets(bytes_per_set: int) -> int:
     return max(2, min(8, -(-L2_ROTATION_BYTES // max(bytes_per_set, 1))))
 
 
-def capture(call: Callable[[int], object], sets: int, calls: int) -> torch.cuda.CUDAGraph:
+def capture(
+    call: Callable[[int], object], sets: int, calls: int, stream: torch.cuda.Stream | None = None
+) -> torch.cuda.CUDAGraph:
     """Returns a graph of `calls` calls, the i-th on buffer set `i % sets`, after a warm-up."""
-    stream = torch.cuda.Stream()
+    stream = stream or torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for i in range(sets):
@@ -54,15 +56,18 @@ def capture(call: Callable[[int], object], sets: int, calls: int) -> torch.cuda.
     torch.cuda.current_stream().wait_stream(stream)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
+    # Thread-local: NCCL's watchdog asks for its events whenever it likes.
+    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
         for i in range(calls):
             call(i % sets)
     return graph
 
 
-def captured(step: Callable[[], None]) -> Callable[[], None]:
-    """Returns a step, which is warmed up three times, as one CUDA graph."""
-    return capture(lambda _: step(), 3, 1).replay
+def captured(
+    step: Callable[[], None], warm_up: int = 3, stream: torch.cuda.Stream | None = None
+) -> Callable[[], None]:
+    """Returns a step, which is warmed up first, as one CUDA graph."""
+    return capture(lambda _: step(), warm_up, 1, stream).replay
 
 
 def time_cuda(step: Callable[[], None], steps: int) -> dict[str, float | None]:

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from . import tensor_workers, workers
+from . import captures, tensor_workers, workers
 
 RUNS = (
     workers.ddp,
@@ -29,10 +29,12 @@ RUNS = (
 
 
 def _main(rank: int, backend: str, world: int, folder: pathlib.Path) -> None:
+    runs = RUNS
     torch.set_num_threads(1)
     if backend == "nccl":
         torch.cuda.set_device(rank)
         torch.set_default_device(f"cuda:{rank}")
+        runs = RUNS + captures.RUNS
     dist.init_process_group(
         backend,
         init_method=f"file://{folder / 'rendezvous'}",
@@ -41,7 +43,7 @@ def _main(rank: int, backend: str, world: int, folder: pathlib.Path) -> None:
         timeout=datetime.timedelta(seconds=120),
     )
     try:
-        for run in RUNS:
+        for run in runs:
             own = folder / run.__name__
             own.mkdir(exist_ok=True)
             try:
@@ -66,7 +68,8 @@ def test_processes(tmp_path, monkeypatch, world):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("world", [2, 4])
-def test_gpus(tmp_path, world):
+def test_gpus(tmp_path, monkeypatch, world):
+    monkeypatch.setenv("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")  # torch's condition for a capture
     if torch.cuda.device_count() < world:
         pytest.skip(f"needs {world} GPUs, there are {torch.cuda.device_count()}")
     mp.spawn(_main, ("nccl", world, tmp_path), nprocs=world)

@@ -76,12 +76,12 @@ def parallel_run(model: nn.Module, steps: int = 3) -> list[float]:
     return losses
 
 
-def assert_same(model: nn.Module, expected: nn.Module) -> None:
+def assert_same(model: nn.Module, expected: nn.Module, rtol: float = 1e-4) -> None:
     """Parameters, gathered if they are sharded, equal those of one process."""
     whole = dict(expected.named_parameters())
     for name, parameter in model.named_parameters():
         value = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
-        torch.testing.assert_close(value, whole[name.removeprefix("module.")], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(value, whole[name.removeprefix("module.")], rtol=rtol, atol=1e-5)
 
 
 def ddp(folder: pathlib.Path) -> None:

@@ -1,0 +1,54 @@
+"""Workers whose training step, exchange and all, is one CUDA graph."""
+
+from __future__ import annotations
+
+import pathlib
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from .workers import EPS, assert_same, batch, make_model, sharded, share, step, whole_run
+
+EAGER, REPLAYS = 11, 3  # torch asks for eleven eager steps under DDP
+
+
+def train_captured(model: nn.Module) -> None:
+    """Trains on this rank's share, the last steps as replays of a graph."""
+    x, y = map(share, batch())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, eps=EPS, capturable=True)
+
+    def train() -> None:
+        step(model, x, y)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    for _ in range(EAGER):
+        train()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    stream = torch.cuda.current_stream()
+    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+        train()
+    for _ in range(REPLAYS):
+        graph.replay()
+    torch.cuda.synchronize()
+
+
+def ddp_captured(folder: pathlib.Path) -> None:
+    _, expected = whole_run(EAGER + REPLAYS)
+    with torch.cuda.stream(torch.cuda.Stream()):
+        model = DistributedDataParallel(make_model())
+        train_captured(model)
+    assert_same(model, expected, rtol=1e-3)
+
+
+def fsdp_captured(folder: pathlib.Path) -> None:
+    _, expected = whole_run(EAGER + REPLAYS)
+    with torch.cuda.stream(torch.cuda.Stream()):
+        model = sharded(make_model())
+        train_captured(model)
+    assert_same(model, expected, rtol=1e-3)
+
+
+RUNS = (ddp_captured, fsdp_captured)
