@@ -1,10 +1,12 @@
 #include "launch/heuristics.h"
 
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 
 #include "launch/product_few_sm80.h"
 #include "launch/product_sm90.h"
+#include "launch/product_split_sm90.h"
 #include "launch/weight_grad_sm90.h"
 
 namespace pixelfly {
@@ -17,12 +19,78 @@ Status cannot(const char* forced, const char* what) {
                              "and a block size and rank that the kernel covers");
 }
 
+Status unknown() {
+  return Status::invalid("PIXELFLY_KERNEL must be auto, sm80, few, split or sm90");
+}
+
+// Times in ns, of products alone. A multiprocessor loads 90 bytes a ns at most, all of them 7500,
+// and a thread block writes 25 to others of its cluster.
+constexpr double kTileBytes = kGroupTile * kGroupTile * 2;
+constexpr double kLoadedBytes = 90, kLoadedByAll = 7500, kAddedBytes = 25;
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Of `blocks` thread blocks' loads: tiles of 8 KB, `most` of them by one, `all` together.
+double time_of_loads(int64_t blocks, double most, double all, const DeviceInfo& device) {
+  const auto turns = static_cast<double>(ceil_div(blocks, device.num_sms));
+  const double one = std::max(most, turns * all / static_cast<double>(blocks));
+  return kTileBytes * std::max(one / kLoadedBytes, all / kLoadedByAll);
+}
+
+// Products of a weight tile with a tile of tokens.
+int64_t tile_products(const ProductParams& p, int64_t tokens) {
+  const PlanHeader& h = *p.header;
+  const int64_t parts = h.block_size / kGroupTile;
+  return (h.nnz * parts * parts + group_tiles(p.out_features) * group_tiles(h.rank)) *
+         ceil_div(p.tokens, tokens);
+}
+
+double split_time(const ProductParams& p, const SplitTile& tile, const DeviceInfo& device) {
+  constexpr double kStart = 2000, kBarriers = 400;  // kStart: also until the last store
+  const PlanHeader& h = *p.header;
+  const int tokens = kGroupTile * tile.warpgroups, loaded = 1 + tile.warpgroups;  // in a step
+  const int64_t most_blocks = p.transposed ? h.max_col_blocks : h.max_row_blocks;
+  const int64_t steps = most_blocks * (h.block_size / kGroupTile) + group_tiles(h.rank);
+  const int64_t blocks =
+      group_tiles(p.out_features) * ceil_div(p.tokens, tokens) * int64_t{tile.cluster};
+  const auto most = static_cast<double>(ceil_div(steps, tile.cluster) * loaded);
+  const auto all = static_cast<double>(tile_products(p, tokens) * loaded);
+  const double sent = 2 * kTileBytes * tile.warpgroups * (1 - 1. / tile.cluster);
+  const double adding = tile.cluster > 1 ? kBarriers + sent / kAddedBytes : 0;
+  return kStart + time_of_loads(blocks, most, all, device) + adding;
+}
+
+// product_sm90's, whose thread blocks store two output tiles of 128 tokens.
+double pairs_time(const ProductParams& p, const DeviceInfo& device) {
+  constexpr double kStart = 2400;
+  constexpr int kTokens = 2 * kGroupTile;
+  const GroupSection& section = p.transposed ? p.header->transposed : p.header->forward;
+  const int64_t blocks = section.num_groups * ceil_div(p.tokens, kTokens);
+  const int most = 2 * section.max_steps + section.max_weights;
+  const double all =
+      static_cast<double>(tile_products(p, kTokens)) * most / std::max(1, section.max_weights);
+  return kStart + time_of_loads(blocks, most, all, device);
+}
+
+// product_few_sm80's. Its warps load fragments, from a multiprocessor at most 40 bytes a ns.
+double few_time(const ProductParams& p, const DeviceInfo& device) {
+  constexpr double kStart = 2000, kLoaded = 40;
+  constexpr int kTokens = 64, kFeatures = 16;
+  const PlanHeader& h = *p.header;
+  const int64_t blocks = ceil_div(p.out_features, kFeatures) * ceil_div(p.tokens, kTokens);
+  const int64_t most = p.transposed ? h.max_col_blocks : h.max_row_blocks;
+  const int64_t contraction = most * h.block_size + h.rank;
+  const int64_t bytes = (kTokens + kFeatures) * contraction * 2 * ceil_div(blocks, device.num_sms);
+  return kStart + static_cast<double>(bytes) / kLoaded;
+}
+
 }  // namespace
 
 const char* name_of(Path path) {
   switch (path) {
     case Path::kHopper: return "sm90";
     case Path::kFew: return "few_sm80";
+    case Path::kSplit: return "split_sm90";
     default: return "sm80";
   }
 }
@@ -32,6 +100,7 @@ Forced forced_path() {
   if (value == nullptr || *value == '\0' || std::strcmp(value, "auto") == 0) return Forced::kAuto;
   if (std::strcmp(value, "sm80") == 0) return Forced::kSm80;
   if (std::strcmp(value, "few") == 0) return Forced::kFew;
+  if (std::strcmp(value, "split") == 0) return Forced::kSplit;
   if (std::strcmp(value, "sm90") == 0) return Forced::kHopper;
   return Forced::kUnknown;
 }
@@ -47,19 +116,47 @@ Choice choose_product(const ProductParams& p, const DeviceInfo& device, Forced f
               Status::unsupported("PIXELFLY_KERNEL=few cannot serve this product: it needs at most "
                                   "256 tokens, a 16-bit dtype, 16-byte aligned rows and "
                                   "blocks of 32 or more")};
+    case Forced::kSplit:
+      return {Path::kSplit, product_split_sm90_supports(p, device) ? Status::success()
+                                                                   : cannot("split", "product")};
     case Forced::kHopper:
       return {Path::kHopper, hopper ? Status::success() : cannot("sm90", "product")};
-    case Forced::kUnknown:
-      return {Path::kSm80, Status::invalid("PIXELFLY_KERNEL must be auto, sm80, few or sm90")};
+    case Forced::kUnknown: return {Path::kSm80, unknown()};
     default: break;
   }
   // Weight tiles of blocks of 32 come in four boxes each: product_sm90 then takes longer.
   const int64_t always = hopper && p.header->block_size >= kGroupTile ? kFewTokens / 2 : kFewTokens;
-  if (product_few_sm80_supports(p) &&
-      few_tokens_are_quick(p.tokens, p.out_features, device, always)) {
-    return {Path::kFew, Status::success()};
+  const bool few = product_few_sm80_supports(p) &&
+                   few_tokens_are_quick(p.tokens, p.out_features, device, always);
+  const bool t_beside = p.factor_in != nullptr && product_sm90_forms_t(p, device);
+  if (!t_beside && product_split_sm90_supports(p, device) && split_is_quick(p, few, device)) {
+    return {Path::kSplit, Status::success()};
   }
+  if (few) return {Path::kFew, Status::success()};
   return {hopper ? Path::kHopper : Path::kSm80, Status::success()};
+}
+
+SplitTile split_tile(const ProductParams& p, const DeviceInfo& device) {
+  SplitTile best{};
+  double least = 0;
+  for (const int warpgroups : {1, 2}) {
+    for (const int cluster : {1, 2, 4, 8}) {
+      const SplitTile tile{warpgroups, cluster};
+      const double time = split_time(p, tile, device);
+      if (best.cluster > 0 && time >= least) continue;
+      best = tile;
+      least = time;
+    }
+  }
+  return best;
+}
+
+bool split_is_quick(const ProductParams& p, bool few, const DeviceInfo& device) {
+  constexpr int64_t kMostTokens = 2048;  // beyond, product_sm90 keeps weights and shares x
+  constexpr double kWorthIt = .95;
+  if (p.tokens <= kFewTokens || p.tokens > kMostTokens) return false;
+  const double other = few ? few_time(p, device) : pairs_time(p, device);
+  return split_time(p, split_tile(p, device), device) < kWorthIt * other;
 }
 
 Choice choose_weight_grad(const WeightGradParams& p, const DeviceInfo& device, Forced forced) {
@@ -69,8 +166,7 @@ Choice choose_weight_grad(const WeightGradParams& p, const DeviceInfo& device, F
     case Forced::kFew: return {};
     case Forced::kHopper:
       return {Path::kHopper, hopper ? Status::success() : cannot("sm90", "weight gradient")};
-    case Forced::kUnknown:
-      return {Path::kSm80, Status::invalid("PIXELFLY_KERNEL must be auto, sm80, few or sm90")};
+    case Forced::kUnknown: return {Path::kSm80, unknown()};
     default: break;
   }
   return {hopper ? Path::kHopper : Path::kSm80, Status::success()};
@@ -97,7 +193,7 @@ bool takes_thirds(DType dtype, int64_t tokens, const PlanHeader& h, const Device
   g.header = &h;
   const Forced forced = forced_path();
   const Choice dx = choose_product(p, device, forced), dw = choose_weight_grad(g, device, forced);
-  const bool hopper = dx.path == Path::kHopper && dw.path == Path::kHopper;
+  const bool hopper = takes_thirds(dx.path) && dw.path == Path::kHopper;
   return hopper && dx.status.ok() && dw.status.ok();
 }
 
