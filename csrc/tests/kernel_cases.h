@@ -66,8 +66,8 @@ inline std::vector<Case> cases() {
   // product_split_sm90 by every tile.
   const Case split[] = {
       {"split butterfly b64", 4, 5, 64, 8, 24, butterfly, 190, 16, kGelu, false, true},
-      {"split one dense row b64", 5, 18, 64, 0, 0, one_dense, 70, 72, kRelu, true, true},
-      {"split b128", 2, 6, 128, 40, 88, everything, 130, 136, kSilu, true, false},
+      {"split one dense row b64", 3, 14, 64, 0, 0, one_dense, 70, 72, kRelu, true, true},
+      {"split b128", 1, 4, 128, 40, 88, everything, 70, 72, kSilu, true, false},
   };
   for (Case c : split) {
     const std::string name = c.name;
