@@ -154,7 +154,7 @@ __global__ void __launch_bounds__(kMostSplitThreads, 2)
   const uint32_t full = device::smem_address(barriers), empty = full + 8 * kMostSplitStages;
   const int warpgroups = blockDim.x / 128, cluster = gridDim.z;
   const int stage_bytes = (warpgroups + 1) * kGroupTileBytes;
-  const int row = blockIdx.y, token = blockIdx.x * warpgroups * kSplitTokens;
+  const int row = blockIdx.x, token = blockIdx.y * warpgroups * kSplitTokens;
   if (threadIdx.x == 0) {
     for (int s = 0; s < args.stages; ++s) {
       device::mbarrier_init(full + 8 * s, 1);

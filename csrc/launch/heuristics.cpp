@@ -23,19 +23,10 @@ Status unknown() {
   return Status::invalid("PIXELFLY_KERNEL must be auto, sm80, few, split or sm90");
 }
 
-// Times in ns, of products alone. A multiprocessor loads 90 bytes a ns at most, all of them 7500,
-// and a thread block writes 25 to others of its cluster.
+// Times in ns of products alone, fitted to those of one H200 (few_tokens_h200.json, "split").
 constexpr double kTileBytes = kGroupTile * kGroupTile * 2;
-constexpr double kLoadedBytes = 90, kLoadedByAll = 7500, kAddedBytes = 25;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// Of `blocks` thread blocks' loads: tiles of 8 KB, `most` of them by one, `all` together.
-double time_of_loads(int64_t blocks, double most, double all, const DeviceInfo& device) {
-  const auto turns = static_cast<double>(ceil_div(blocks, device.num_sms));
-  const double one = std::max(most, turns * all / static_cast<double>(blocks));
-  return kTileBytes * std::max(one / kLoadedBytes, all / kLoadedByAll);
-}
 
 // Products of a weight tile with a tile of tokens.
 int64_t tile_products(const ProductParams& p, int64_t tokens) {
@@ -45,43 +36,49 @@ int64_t tile_products(const ProductParams& p, int64_t tokens) {
          ceil_div(p.tokens, tokens);
 }
 
+// Of each multiprocessor, where `thread_blocks` are dealt over all; at least one.
+double dealt(double thread_blocks, const DeviceInfo& device) {
+  return std::max(1., thread_blocks / device.num_sms);
+}
+
+// The longest row's steps, or a multiprocessor's share of all; or what all of them load.
 double split_time(const ProductParams& p, const SplitTile& tile, const DeviceInfo& device) {
-  constexpr double kStart = 2000, kBarriers = 400;  // kStart: also until the last store
+  constexpr double kStart = 2870, kLoadedByAll = 6270, kAdded = 9;  // kAdded: by a thread block
   const PlanHeader& h = *p.header;
-  const int tokens = kGroupTile * tile.warpgroups, loaded = 1 + tile.warpgroups;  // in a step
+  const int tokens = kGroupTile * tile.warpgroups;
+  const double step = tile.warpgroups == 1 ? 175 : 242;
   const int64_t most_blocks = p.transposed ? h.max_col_blocks : h.max_row_blocks;
   const int64_t steps = most_blocks * (h.block_size / kGroupTile) + group_tiles(h.rank);
-  const int64_t blocks =
-      group_tiles(p.out_features) * ceil_div(p.tokens, tokens) * int64_t{tile.cluster};
-  const auto most = static_cast<double>(ceil_div(steps, tile.cluster) * loaded);
-  const auto all = static_cast<double>(tile_products(p, tokens) * loaded);
+  const auto longest = static_cast<double>(ceil_div(steps, tile.cluster));
+  const auto products = static_cast<double>(tile_products(p, tokens));
+  const double share = products / device.num_sms;
+  const double loads = products * (1 + tile.warpgroups) * kTileBytes / kLoadedByAll;
+  const int64_t tiles = group_tiles(p.out_features) * ceil_div(p.tokens, tokens);
   const double sent = 2 * kTileBytes * tile.warpgroups * (1 - 1. / tile.cluster);
-  const double adding = tile.cluster > 1 ? kBarriers + sent / kAddedBytes : 0;
-  return kStart + time_of_loads(blocks, most, all, device) + adding;
+  return kStart + std::max(step * std::max(longest, share), loads) +
+         sent / kAdded * dealt(static_cast<double>(tiles * tile.cluster), device);
 }
 
 // product_sm90's, whose thread blocks store two output tiles of 128 tokens.
 double pairs_time(const ProductParams& p, const DeviceInfo& device) {
-  constexpr double kStart = 2400;
-  constexpr int kTokens = 2 * kGroupTile;
+  constexpr double kStart = 3840, kLoaded = 93.5, kLoadedByAll = 9600;
   const GroupSection& section = p.transposed ? p.header->transposed : p.header->forward;
-  const int64_t blocks = section.num_groups * ceil_div(p.tokens, kTokens);
-  const int most = 2 * section.max_steps + section.max_weights;
-  const double all =
-      static_cast<double>(tile_products(p, kTokens)) * most / std::max(1, section.max_weights);
-  return kStart + time_of_loads(blocks, most, all, device);
+  const int most = 2 * section.max_steps + section.max_weights;  // tiles that a thread block loads
+  const double all = static_cast<double>(tile_products(p, 2 * kGroupTile)) * most /
+                     std::max(1, section.max_weights);
+  const double one = std::max<double>(most, all / device.num_sms);
+  return kStart + kTileBytes * std::max(one / kLoaded, all / kLoadedByAll);
 }
 
-// product_few_sm80's. Its warps load fragments, from a multiprocessor at most 40 bytes a ns.
+// product_few_sm80's, whose warps load fragments.
 double few_time(const ProductParams& p, const DeviceInfo& device) {
-  constexpr double kStart = 2000, kLoaded = 40;
+  constexpr double kStart = 2700, kLoaded = 50;
   constexpr int kTokens = 64, kFeatures = 16;
   const PlanHeader& h = *p.header;
-  const int64_t blocks = ceil_div(p.out_features, kFeatures) * ceil_div(p.tokens, kTokens);
   const int64_t most = p.transposed ? h.max_col_blocks : h.max_row_blocks;
-  const int64_t contraction = most * h.block_size + h.rank;
-  const int64_t bytes = (kTokens + kFeatures) * contraction * 2 * ceil_div(blocks, device.num_sms);
-  return kStart + static_cast<double>(bytes) / kLoaded;
+  const int64_t bytes = (kTokens + kFeatures) * (most * h.block_size + h.rank) * 2;
+  const int64_t blocks = ceil_div(p.out_features, kFeatures) * ceil_div(p.tokens, kTokens);
+  return kStart + static_cast<double>(bytes) / kLoaded * dealt(static_cast<double>(blocks), device);
 }
 
 }  // namespace
@@ -152,9 +149,10 @@ SplitTile split_tile(const ProductParams& p, const DeviceInfo& device) {
 }
 
 bool split_is_quick(const ProductParams& p, bool few, const DeviceInfo& device) {
+  constexpr int64_t kLeastTokens = 33;   // fewer are half a tile to product_few_sm80
   constexpr int64_t kMostTokens = 2048;  // beyond, product_sm90 keeps weights and shares x
   constexpr double kWorthIt = .95;
-  if (p.tokens <= kFewTokens || p.tokens > kMostTokens) return false;
+  if (p.tokens < kLeastTokens || p.tokens > kMostTokens) return false;
   const double other = few ? few_time(p, device) : pairs_time(p, device);
   return split_time(p, split_tile(p, device), device) < kWorthIt * other;
 }

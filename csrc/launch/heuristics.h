@@ -34,7 +34,7 @@ struct SplitTile {
   int warpgroups;  // 64 tokens each
   int cluster;
 };
-// The quickest, by a model of the loads and of adding sums.
+// The quickest, by a model of its loads and of adding sums.
 SplitTile split_tile(const ProductParams& p, const DeviceInfo& device);
 // Whether that is quicker than product_few_sm80, if `few`, else than product_sm90.
 bool split_is_quick(const ProductParams& p, bool few, const DeviceInfo& device);

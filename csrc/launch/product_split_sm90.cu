@@ -66,8 +66,8 @@ Status launch_product_split_sm90(const ProductParams& p, const SplitTile& tile, 
                          : (p.transposed ? h.num_rows : h.num_cols) << args.block_shift;
   args.stages = split_stages(tile.warpgroups, tile.cluster);
   args.early_start = p.tokens <= kEarlyStartTokens;
-  const dim3 grid(static_cast<unsigned>((p.tokens + tokens - 1) / tokens),
-                  static_cast<unsigned>(group_tiles(p.out_features)),
+  const dim3 grid(static_cast<unsigned>(group_tiles(p.out_features)),
+                  static_cast<unsigned>((p.tokens + tokens - 1) / tokens),
                   static_cast<unsigned>(tile.cluster));
   const int threads = tile.warpgroups * 128 + 32;
   return p.dtype == DType::kBFloat16 ? launch<__nv_bfloat16>(maps, args, grid, threads, stream)
