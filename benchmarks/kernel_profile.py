@@ -26,7 +26,7 @@ from timing import environment, results_path
 
 DIRECTIONS = ("forward", "dx", "dw")
 MARK = "spin_kernel"  # torch.cuda._sleep: stands before each case's kernels
-OURS = "product_sm90|low_rank|weight_grad_sm90|product_sm80|product_few_sm80|weight_grad_sm80"
+OURS = "product_(sm90|split_sm90|sm80|few_sm80)|low_rank|weight_grad_(sm80|sm90)"
 METRICS = {  # name in the results: metric, and how many of its units are one of the results'
     "us": ("gpu__time_duration.sum", 1e3),
     "dram_read_mb": ("dram__bytes_read.sum", 1e6),

@@ -212,7 +212,7 @@ def rounding_calls(dtypes: list[torch.dtype]) -> tuple[int, int]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--paths", nargs="*", default=["sm80", "auto", "few", "sm90"])
+    parser.add_argument("--paths", nargs="*", default=["sm80", "auto", "few", "split", "sm90"])
     parts = ["linear", "layer-norm", "token-mlp", "qkv", "attention", "loss", "rounding"]
     parser.add_argument("--parts", nargs="*", default=parts, choices=parts)
     parser.add_argument("--dtypes", nargs="*", default=["bfloat16", "float16", "float32"])

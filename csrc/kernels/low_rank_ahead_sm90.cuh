@@ -31,6 +31,7 @@
 #include "kernels/product_sm90_rows.cuh"
 #include "kernels/product_sm90_work.cuh"
 #include "kernels/thirds.cuh"
+#include "kernels/tile_sm90.cuh"
 
 namespace pixelfly {
 
@@ -121,10 +122,10 @@ __device__ void multiply(const AheadArgs& args, const Layout& layout) {
     int previous = -1;
     for (int i = 0; i < args.num_tiles; ++i) {
       const uint32_t factor = layout.factor + (args.resident ? i : ring.stage) * kGroupTileBytes;
-      const uint64_t a = factor_descriptor<kTransposed>(factor);
+      const uint64_t a = weight_descriptor<kTransposed>(factor);
       const uint64_t b = device::descriptor_k_major(layout.x(ring.stage));
       device::mbarrier_wait(layout.full(ring.stage), ring.phase);
-      multiply_by_factor<T, kTransposed>(acc, a, b, i);
+      multiply_by_weights<T, kTransposed>(acc, a, b, i);
       device::wgmma_wait<1>();
       if (previous >= 0) leader_arrives(layout.empty(previous));
       previous = ring.stage;

@@ -10,8 +10,7 @@
 //   shared memory: ring [kLowRankStages] of x tile [64 tokens][64] + factor tile (16 KB)
 //   roles: warps 0-3 multiply, one thread of warp 4 loads, after the kernel before this one has
 //   ended: a dependent launch
-//   sums of a cluster: where the ring was, [thread block they come from][8 tokens of the 64 /
-//   gridDim.z that are added here][thread] of 16 bytes, 16 KB in all
+//   sums of a cluster: where the ring was
 //   full[s]: producer -> consumers; empty[s]: the four consumer warps -> producer
 #pragma once
 
@@ -27,6 +26,7 @@
 #include "device/tma.cuh"
 #include "device/wgmma.cuh"
 #include "kernels/thirds.cuh"
+#include "kernels/tile_sm90.cuh"
 
 namespace pixelfly {
 
@@ -43,53 +43,6 @@ struct LowRankMaps {
   // Boxes are 64 x 64; in low_rank_ahead_sm90 those of x and t 128 x 64, in a cluster those of t
   // 64 / gridDim.z x 64.
 };
-
-template <bool kTransposed>
-__device__ __forceinline__ uint64_t factor_descriptor(uint32_t tile) {
-  return kTransposed ? device::descriptor_mn_major(tile, 0) : device::descriptor_k_major(tile);
-}
-
-// sums += factor tile times the i-th tile of x, asynchronously; the first overwrites them. By a
-// warpgroup.
-template <typename T, bool kTransposed, int kSums>
-__device__ __forceinline__ void multiply_by_factor(float (&sums)[kSums], uint64_t factor,
-                                                   uint64_t x, int i) {
-  constexpr int kStep = kTransposed ? 128 : 2;
-  device::wgmma_fence();
-#pragma unroll
-  for (int k = 0; k < 4; ++k) {
-    device::wgmma<T, kTransposed, false>(sums, factor + k * kStep, x + k * 2, (i | k) != 0);
-  }
-  device::wgmma_commit();
-}
-
-// Of the 64 tokens' sums, the cluster's total for those that this thread block stores.
-__device__ __forceinline__ void add_over_cluster(float (&acc)[32], uint32_t shared) {
-  const int blocks = gridDim.z, mine = blockIdx.z, parts = 8 / blocks;  // of 8 tokens
-  const uint32_t place = shared + threadIdx.x * 16;
-  constexpr int kPartBytes = 128 * 16;
-  device::cluster_sync();  // all products have read their stages
-#pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    device::store_shared_of(
-        i / parts, place + (mine * parts + i % parts) * kPartBytes,
-        make_float4(acc[4 * i], acc[4 * i + 1], acc[4 * i + 2], acc[4 * i + 3]));
-  }
-  device::cluster_sync();
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    if (i >= parts) break;
-#pragma unroll
-    for (int e = 0; e < 4; ++e) acc[4 * i + e] = 0;
-    for (int from = 0; from < blocks; ++from) {
-      const uint4 v = device::load_shared_vector(place + (from * parts + i) * kPartBytes);
-      acc[4 * i] += __uint_as_float(v.x);
-      acc[4 * i + 1] += __uint_as_float(v.y);
-      acc[4 * i + 2] += __uint_as_float(v.z);
-      acc[4 * i + 3] += __uint_as_float(v.w);
-    }
-  }
-}
 
 template <typename T, bool kTransposed, bool kThirds>
 __global__ void __launch_bounds__(kLowRankThreads)
@@ -133,17 +86,20 @@ __global__ void __launch_bounds__(kLowRankThreads)
   for (int i = 0; i < steps; ++i) {
     const int s = i % kLowRankStages;
     const uint32_t x = base + s * 2 * kLowRankTileBytes;
-    const uint64_t a = factor_descriptor<kTransposed>(x + kLowRankTileBytes);
+    const uint64_t a = weight_descriptor<kTransposed>(x + kLowRankTileBytes);
     const uint64_t b = device::descriptor_k_major(x);
     device::mbarrier_wait(full + 8 * s, i / kLowRankStages & 1);
-    multiply_by_factor<T, kTransposed>(acc, a, b, i);
+    multiply_by_weights<T, kTransposed>(acc, a, b, i);
     device::wgmma_wait<1>();
     if (i > 0 && threadIdx.x % 32 == 0) {
       device::mbarrier_arrive(empty + 8 * ((i - 1) % kLowRankStages));
     }
   }
   device::wgmma_wait<0>();
-  if (blocks > 1) add_over_cluster(acc, base);
+  if (blocks > 1) {
+    device::cluster_sync();  // all products have read their stages
+    add_over_cluster(acc, base + threadIdx.x * 16);
+  }
   device::named_barrier_sync(1, 128);  // the first stage, or the cluster's sums, have been read
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, matrix = lane / 8;
 #pragma unroll

@@ -22,6 +22,7 @@
 #include "device/mma.cuh"
 #include "device/shared_memory.cuh"
 #include "device/slope_code.cuh"
+#include "kernels/four_outputs.cuh"
 #include "pixelfly/params.h"
 
 namespace pixelfly::sm80 {
@@ -47,36 +48,6 @@ struct FewArgs {
   int32_t rank;
   bool quads_aligned;  // four outputs, residuals and slopes lie as a vector
 };
-
-template <typename T>
-struct alignas(4 * sizeof(T)) Four {
-  T of[4];
-};
-
-// The first `count` of four; all at once if `whole`.
-template <typename T>
-__device__ __forceinline__ Four<T> load_four(const T* source, int count, bool whole) {
-  if (whole) return *reinterpret_cast<const Four<T>*>(source);
-  Four<T> values{};
-#pragma unroll
-  for (int e = 0; e < 4; ++e) {
-    if (e < count) values.of[e] = source[e];
-  }
-  return values;
-}
-
-template <typename T>
-__device__ __forceinline__ void store_four(T* target, const Four<T>& values, int count,
-                                           bool whole) {
-  if (whole) {
-    *reinterpret_cast<Four<T>*>(target) = values;
-    return;
-  }
-#pragma unroll
-  for (int e = 0; e < 4; ++e) {
-    if (e < count) target[e] = values.of[e];
-  }
-}
 
 // 8 contiguous elements of a row, or zeros. Not by __ldg: a compiler may move that in front of
 // wait_for_previous_kernel().
@@ -299,24 +270,7 @@ __global__ void __launch_bounds__(kFewMaxWarps * 32)
 #pragma unroll
         for (int e = 0; e < 4; ++e) z.of[e] += sum.of[e];
       }
-      Four<T> y;
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        if constexpr (kTransposed) {
-          const float slope = p.slope != nullptr ? device::to_float(slopes.of[e]) : 1.f;
-          y.of[e] = device::from_float<T>(z.of[e] * slope);
-          continue;
-        }
-        const auto [value, slope] = device::activate_with_slope<kActivation, false>(z.of[e]);
-        slopes.of[e] = device::from_float<Slope>(slope);
-        const float added = p.residual != nullptr ? device::to_float(residual.of[e]) : 0.f;
-        y.of[e] = device::from_float<T>(value + added);
-      }
-      if (p.slope_out != nullptr) {
-        store_four(static_cast<Slope*>(p.slope_out) + token * p.slope_out_stride + n, slopes, count,
-                   whole);
-      }
-      store_four(static_cast<T*>(p.y) + token * p.y_stride + n, y, count, whole);
+      finish_four<T, kTransposed, kActivation>(p, z, slopes, residual, token, n, count, whole);
     }
   });
 }

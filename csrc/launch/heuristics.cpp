@@ -1,10 +1,12 @@
 #include "launch/heuristics.h"
 
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 
 #include "launch/product_few_sm80.h"
 #include "launch/product_sm90.h"
+#include "launch/product_split_sm90.h"
 #include "launch/weight_grad_sm90.h"
 
 namespace pixelfly {
@@ -17,12 +19,75 @@ Status cannot(const char* forced, const char* what) {
                              "and a block size and rank that the kernel covers");
 }
 
+Status unknown() {
+  return Status::invalid("PIXELFLY_KERNEL must be auto, sm80, few, split or sm90");
+}
+
+// Times in ns of products alone, fitted to those of one H200 (few_tokens_h200.json, "split").
+constexpr double kTileBytes = kGroupTile * kGroupTile * 2;
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Products of a weight tile with a tile of tokens.
+int64_t tile_products(const ProductParams& p, int64_t tokens) {
+  const PlanHeader& h = *p.header;
+  const int64_t parts = h.block_size / kGroupTile;
+  return (h.nnz * parts * parts + group_tiles(p.out_features) * group_tiles(h.rank)) *
+         ceil_div(p.tokens, tokens);
+}
+
+// Of each multiprocessor, where `thread_blocks` are dealt over all; at least one.
+double dealt(double thread_blocks, const DeviceInfo& device) {
+  return std::max(1., thread_blocks / device.num_sms);
+}
+
+// The longest row's steps, or a multiprocessor's share of all; or what all of them load.
+double split_time(const ProductParams& p, const SplitTile& tile, const DeviceInfo& device) {
+  constexpr double kStart = 2870, kLoadedByAll = 6270, kAdded = 9;  // kAdded: by a thread block
+  const PlanHeader& h = *p.header;
+  const int tokens = kGroupTile * tile.warpgroups;
+  const double step = tile.warpgroups == 1 ? 175 : 242;
+  const int64_t most_blocks = p.transposed ? h.max_col_blocks : h.max_row_blocks;
+  const int64_t steps = most_blocks * (h.block_size / kGroupTile) + group_tiles(h.rank);
+  const auto longest = static_cast<double>(ceil_div(steps, tile.cluster));
+  const auto products = static_cast<double>(tile_products(p, tokens));
+  const double share = products / device.num_sms;
+  const double loads = products * (1 + tile.warpgroups) * kTileBytes / kLoadedByAll;
+  const int64_t tiles = group_tiles(p.out_features) * ceil_div(p.tokens, tokens);
+  const double sent = 2 * kTileBytes * tile.warpgroups * (1 - 1. / tile.cluster);
+  return kStart + std::max(step * std::max(longest, share), loads) +
+         sent / kAdded * dealt(static_cast<double>(tiles * tile.cluster), device);
+}
+
+// product_sm90's, whose thread blocks store two output tiles of 128 tokens.
+double pairs_time(const ProductParams& p, const DeviceInfo& device) {
+  constexpr double kStart = 3840, kLoaded = 93.5, kLoadedByAll = 9600;
+  const GroupSection& section = p.transposed ? p.header->transposed : p.header->forward;
+  const int most = 2 * section.max_steps + section.max_weights;  // tiles that a thread block loads
+  const double all = static_cast<double>(tile_products(p, 2 * kGroupTile)) * most /
+                     std::max(1, section.max_weights);
+  const double one = std::max<double>(most, all / device.num_sms);
+  return kStart + kTileBytes * std::max(one / kLoaded, all / kLoadedByAll);
+}
+
+// product_few_sm80's, whose warps load fragments.
+double few_time(const ProductParams& p, const DeviceInfo& device) {
+  constexpr double kStart = 2700, kLoaded = 50;
+  constexpr int kTokens = 64, kFeatures = 16;
+  const PlanHeader& h = *p.header;
+  const int64_t most = p.transposed ? h.max_col_blocks : h.max_row_blocks;
+  const int64_t bytes = (kTokens + kFeatures) * (most * h.block_size + h.rank) * 2;
+  const int64_t blocks = ceil_div(p.out_features, kFeatures) * ceil_div(p.tokens, kTokens);
+  return kStart + static_cast<double>(bytes) / kLoaded * dealt(static_cast<double>(blocks), device);
+}
+
 }  // namespace
 
 const char* name_of(Path path) {
   switch (path) {
     case Path::kHopper: return "sm90";
     case Path::kFew: return "few_sm80";
+    case Path::kSplit: return "split_sm90";
     default: return "sm80";
   }
 }
@@ -32,6 +97,7 @@ Forced forced_path() {
   if (value == nullptr || *value == '\0' || std::strcmp(value, "auto") == 0) return Forced::kAuto;
   if (std::strcmp(value, "sm80") == 0) return Forced::kSm80;
   if (std::strcmp(value, "few") == 0) return Forced::kFew;
+  if (std::strcmp(value, "split") == 0) return Forced::kSplit;
   if (std::strcmp(value, "sm90") == 0) return Forced::kHopper;
   return Forced::kUnknown;
 }
@@ -47,19 +113,48 @@ Choice choose_product(const ProductParams& p, const DeviceInfo& device, Forced f
               Status::unsupported("PIXELFLY_KERNEL=few cannot serve this product: it needs at most "
                                   "256 tokens, a 16-bit dtype, 16-byte aligned rows and "
                                   "blocks of 32 or more")};
+    case Forced::kSplit:
+      return {Path::kSplit, product_split_sm90_supports(p, device) ? Status::success()
+                                                                   : cannot("split", "product")};
     case Forced::kHopper:
       return {Path::kHopper, hopper ? Status::success() : cannot("sm90", "product")};
-    case Forced::kUnknown:
-      return {Path::kSm80, Status::invalid("PIXELFLY_KERNEL must be auto, sm80, few or sm90")};
+    case Forced::kUnknown: return {Path::kSm80, unknown()};
     default: break;
   }
   // Weight tiles of blocks of 32 come in four boxes each: product_sm90 then takes longer.
   const int64_t always = hopper && p.header->block_size >= kGroupTile ? kFewTokens / 2 : kFewTokens;
-  if (product_few_sm80_supports(p) &&
-      few_tokens_are_quick(p.tokens, p.out_features, device, always)) {
-    return {Path::kFew, Status::success()};
+  const bool few = product_few_sm80_supports(p) &&
+                   few_tokens_are_quick(p.tokens, p.out_features, device, always);
+  const bool t_beside = p.factor_in != nullptr && product_sm90_forms_t(p, device);
+  if (!t_beside && product_split_sm90_supports(p, device) && split_is_quick(p, few, device)) {
+    return {Path::kSplit, Status::success()};
   }
+  if (few) return {Path::kFew, Status::success()};
   return {hopper ? Path::kHopper : Path::kSm80, Status::success()};
+}
+
+SplitTile split_tile(const ProductParams& p, const DeviceInfo& device) {
+  SplitTile best{};
+  double least = 0;
+  for (const int warpgroups : {1, 2}) {
+    for (const int cluster : {1, 2, 4, 8}) {
+      const SplitTile tile{warpgroups, cluster};
+      const double time = split_time(p, tile, device);
+      if (best.cluster > 0 && time >= least) continue;
+      best = tile;
+      least = time;
+    }
+  }
+  return best;
+}
+
+bool split_is_quick(const ProductParams& p, bool few, const DeviceInfo& device) {
+  constexpr int64_t kLeastTokens = 33;   // fewer are half a tile to product_few_sm80
+  constexpr int64_t kMostTokens = 2048;  // beyond, product_sm90 keeps weights and shares x
+  constexpr double kWorthIt = .95;
+  if (p.tokens < kLeastTokens || p.tokens > kMostTokens) return false;
+  const double other = few ? few_time(p, device) : pairs_time(p, device);
+  return split_time(p, split_tile(p, device), device) < kWorthIt * other;
 }
 
 Choice choose_weight_grad(const WeightGradParams& p, const DeviceInfo& device, Forced forced) {
@@ -69,8 +164,7 @@ Choice choose_weight_grad(const WeightGradParams& p, const DeviceInfo& device, F
     case Forced::kFew: return {};
     case Forced::kHopper:
       return {Path::kHopper, hopper ? Status::success() : cannot("sm90", "weight gradient")};
-    case Forced::kUnknown:
-      return {Path::kSm80, Status::invalid("PIXELFLY_KERNEL must be auto, sm80, few or sm90")};
+    case Forced::kUnknown: return {Path::kSm80, unknown()};
     default: break;
   }
   return {hopper ? Path::kHopper : Path::kSm80, Status::success()};
@@ -97,7 +191,7 @@ bool takes_thirds(DType dtype, int64_t tokens, const PlanHeader& h, const Device
   g.header = &h;
   const Forced forced = forced_path();
   const Choice dx = choose_product(p, device, forced), dw = choose_weight_grad(g, device, forced);
-  const bool hopper = dx.path == Path::kHopper && dw.path == Path::kHopper;
+  const bool hopper = takes_thirds(dx.path) && dw.path == Path::kHopper;
   return hopper && dx.status.ok() && dw.status.ok();
 }
 

@@ -10,12 +10,16 @@ namespace pixelfly {
 enum class Path {
   kSm80,    // product_sm80, weight_grad_sm80: mma.sync, serves everything
   kFew,     // product_few_sm80: few tokens
+  kSplit,   // product_split_sm90: few tokens, and wide contractions
   kHopper,  // product_sm90, weight_grad_sm90: wgmma + TMA
 };
 const char* name_of(Path path);
+inline bool takes_thirds(Path product) {
+  return product == Path::kHopper || product == Path::kSplit;
+}
 
-// What PIXELFLY_KERNEL asks for: "auto" (or unset), "sm80", "few" or "sm90".
-enum class Forced { kAuto, kSm80, kFew, kHopper, kUnknown };
+// What PIXELFLY_KERNEL asks for: "auto" (or unset), "sm80", "few", "split" or "sm90".
+enum class Forced { kAuto, kSm80, kFew, kSplit, kHopper, kUnknown };
 Forced forced_path();
 
 struct Choice {
@@ -24,6 +28,16 @@ struct Choice {
 };
 Choice choose_product(const ProductParams& p, const DeviceInfo& device, Forced forced);
 Choice choose_weight_grad(const WeightGradParams& p, const DeviceInfo& device, Forced forced);
+
+// What a thread block of product_split_sm90 makes, and how many of them share a contraction.
+struct SplitTile {
+  int warpgroups;  // 64 tokens each
+  int cluster;
+};
+// The quickest, by a model of its loads and of adding sums.
+SplitTile split_tile(const ProductParams& p, const DeviceInfo& device);
+// Whether that is quicker than product_few_sm80, if `few`, else than product_sm90.
+bool split_is_quick(const ProductParams& p, bool few, const DeviceInfo& device);
 
 // What a path that takes no thirds says to them.
 Status refuse_thirds();

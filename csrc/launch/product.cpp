@@ -4,6 +4,7 @@
 #include "launch/product_few_sm80.h"
 #include "launch/product_sm80.h"
 #include "launch/product_sm90.h"
+#include "launch/product_split_sm90.h"
 
 namespace pixelfly {
 namespace {
@@ -11,7 +12,7 @@ namespace {
 Path choose_low_rank(const LowRankParams& p, const DeviceInfo& device) {
   const Forced forced = forced_path();
   if (forced == Forced::kSm80) return Path::kSm80;
-  if (forced != Forced::kHopper && low_rank_few_sm80_supports(p) &&
+  if (forced != Forced::kHopper && forced != Forced::kSplit && low_rank_few_sm80_supports(p) &&
       (forced == Forced::kFew || few_tokens_are_quick(p.tokens, p.rank, device))) {
     return Path::kFew;
   }
@@ -23,6 +24,8 @@ bool forms_t(const ProductParams& p, const Choice& choice, const DeviceInfo& dev
   return choice.path == Path::kHopper && product_sm90_forms_t(p, device) &&
          choose_low_rank(low_rank_of(p), device) == Path::kHopper;
 }
+
+std::string clusters(int of) { return of > 1 ? ", clusters of " + std::to_string(of) : ""; }
 
 }  // namespace
 
@@ -46,7 +49,7 @@ Status launch_product(const ProductParams& p, const DeviceInfo& device, Stream s
   if (p.tokens == 0) return Status::success();
   const Choice choice = choose_product(p, device, forced_path());
   if (!choice.status.ok()) return choice.status;
-  if (p.x_others.given() && choice.path != Path::kHopper) return refuse_thirds();
+  if (p.x_others.given() && !takes_thirds(choice.path)) return refuse_thirds();
 
   // The kernels read t: form it first if it was not given, unless they do.
   ProductParams given = p;
@@ -58,6 +61,7 @@ Status launch_product(const ProductParams& p, const DeviceInfo& device, Stream s
   switch (choice.path) {
     case Path::kHopper: return launch_product_sm90(given, device, stream);
     case Path::kFew: return launch_product_few_sm80(given, device, stream);
+    case Path::kSplit: return launch_product_split_sm90(given, split_tile(p, device), stream);
     default: return launch_product_sm80(given, device, stream);
   }
 }
@@ -74,8 +78,9 @@ Status launch_column_product(const ProductParams& p, const DeviceInfo& device, S
 
 std::string explain_product(const ProductParams& p, const DeviceInfo& device) {
   const Choice choice = choose_product(p, device, forced_path());
-  return choice.status.ok() ? std::string("product_") + name_of(choice.path)
-                            : choice.status.message;
+  if (!choice.status.ok()) return choice.status.message;
+  const int cluster = choice.path == Path::kSplit ? split_tile(p, device).cluster : 1;
+  return std::string("product_") + name_of(choice.path) + clusters(cluster);
 }
 
 std::string explain_low_rank(const ProductParams& p, const DeviceInfo& device) {
@@ -84,8 +89,7 @@ std::string explain_low_rank(const ProductParams& p, const DeviceInfo& device) {
   if (forms_t(p, choice, device)) return "low_rank_ahead_sm90, beside the product";
   const Path path = choose_low_rank(low_rank_of(p), device);
   if (path != Path::kHopper) return std::string("product_") + name_of(path) + " without blocks";
-  const int cluster = low_rank_cluster(low_rank_of(p), device);
-  return cluster > 1 ? "low_rank_sm90, clusters of " + std::to_string(cluster) : "low_rank_sm90";
+  return "low_rank_sm90" + clusters(low_rank_cluster(low_rank_of(p), device));
 }
 
 }  // namespace pixelfly

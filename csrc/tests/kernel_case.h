@@ -33,6 +33,7 @@ struct Case {
   bool nan = false;                        // in the bias of one feature, and in some slopes
   int thread_blocks = kUsualThreadBlocks;  // that the plan is for
   int cluster = 1;                         // the largest that a kernel must have run in
+  int warpgroups = 0;  // of product_split_sm90's tile, with that cluster; 0: who calls chooses
 
   int n() const { return rows * block - row_tail; }
   int k() const { return cols * block - col_tail; }

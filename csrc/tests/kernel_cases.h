@@ -25,19 +25,18 @@ inline std::vector<Case> cases() {
   constexpr auto kTanh = Activation::kGeluTanh;
   constexpr auto kRelu = Activation::kRelu;
   constexpr auto kSilu = Activation::kSilu;
+  constexpr auto kNone = Activation::kNone;
   std::vector<Case> all = {
       {"butterfly b64", 4, 4, 64, 0, 0, butterfly, 300, 0},
       {"butterfly b64 rank 16 gelu", 4, 4, 64, 8, 24, butterfly, 300, 16, kGelu, false, true},
       {"global b64 many units", 6, 4, 64, 0, 0, global, 700, 64, kRelu, true, true, 90, 2},
       {"dense rows b64 streamed", 2, 14, 64, 0, 0, everything, 200, 8, kTanh, true},
-      {"streamed b64", 4, 23, 64, 8, 16, everything, 620, 0, Activation::kNone, false, false, 90,
-       2},
+      {"streamed b64", 4, 23, 64, 8, 16, everything, 620, 0, kNone, false, false, 90, 2},
       {"both rows use all b64", 4, 16, 64, 0, 0, everything, 300, 0, kGelu, false, true, 90, 2},
       {"streamed gelu b64", 3, 22, 64, 0, 0, everything, 300, 72, kGelu, false, true, 90, 1},
       {"streamed or empty b64", 5, 24, 64, 0, 0, lines, 330, 0, kRelu, false, false, 90, 1},
       {"holes b64", 5, 3, 64, 56, 8, holes, 129, 24, kSilu, true, true},
-      {"empty groups between b64", 8, 3, 64, 0, 0, edges, 300, 0, Activation::kNone, false, false,
-       90, 1},
+      {"empty groups between b64", 8, 3, 64, 0, 0, edges, 300, 0, kNone, false, false, 90, 1},
       {"one dense row b64", 6, 22, 64, 0, 0, one_dense, 280, 8, kGelu, false, true, 90, 1},
       {"one dense row b32", 6, 44, 32, 0, 0, one_dense, 280, 0, kRelu, true, false, 90, 1},
       {"nothing kept b64", 3, 2, 64, 0, 0, nothing, 70, 8},
@@ -64,6 +63,36 @@ inline std::vector<Case> cases() {
     all.push_back(c);
     all.back().cluster = cluster;
   }
+  // product_split_sm90 by every tile.
+  const Case split[] = {
+      {"split butterfly b64", 4, 5, 64, 8, 24, butterfly, 190, 16, kGelu, false, true},
+      {"split one dense row b64", 3, 14, 64, 0, 0, one_dense, 70, 72, kRelu, true, true},
+      {"split b128", 1, 4, 128, 40, 88, everything, 70, 72, kSilu, true, false},
+  };
+  for (Case c : split) {
+    const std::string name = c.name;
+    c.sms = 1;  // t without clusters
+    c.path = "split";
+    for (c.warpgroups = 1; c.warpgroups <= 2; ++c.warpgroups) {
+      for (c.cluster = 1; c.cluster <= 8; c.cluster *= 2) {
+        c.name = name + " tile " + std::to_string(c.warpgroups) + " " + std::to_string(c.cluster);
+        all.push_back(c);
+      }
+    }
+  }
+  const std::pair<Case, int> split_by_launcher[] = {
+      {{"split empty b64", 3, 2, 64, 0, 0, nothing, 70, 0, kRelu, false, false, 90, 7, "split"}, 1},
+      {{"split one token b64", 2, 9, 64, 0, 0, holes, 1, 8, kGelu, false, true, 90, 3, "split"}, 1},
+      {{"split ranks b64", 2, 3, 64, 56, 56, nothing, 200, 136, kTanh, true, true, 90, 2, "split"},
+       1},
+      {{"split many tokens b128", 1, 3, 128, 64, 0, everything, 700, 0, kNone, true, false, 90, 2,
+        "split"},
+       1},
+  };
+  for (const auto& [c, cluster] : split_by_launcher) {
+    all.push_back(c);
+    all.back().cluster = cluster;
+  }
   for (const int thread_blocks : {1, 2, 7}) {  // fewer and more than there are multiprocessors
     all.push_back({"plan for " + std::to_string(thread_blocks) + " thread blocks", 6, 4, 64, 8, 0,
                    global, 400, 16, kGelu, false, true, 90, 3});
@@ -86,6 +115,7 @@ inline std::vector<Case> cases() {
       {"slopes ragged b128", 2, 3, 128, 56, 56, butterfly, 150, 0, kSilu, false, true},
       {"slopes portable b64", 3, 3, 64, 56, 40, butterfly, 140, 8, kGelu, true, true, 80, 2,
        "sm80"},
+      {"slopes split b64", 3, 4, 64, 56, 40, butterfly, 150, 8, kGelu, true, true, 90, 2, "split"},
       {"slopes few b64", 3, 3, 64, 56, 40, butterfly, 50, 8, kGelu, true, true, 80, 2, "few"},
   };
   for (Case c : slopes) {
@@ -168,6 +198,12 @@ inline Case random_case(uint64_t seed) {
     if (pick(0, 1) == 0) c.tokens = pick(1, 64);
   }
   if (pick(0, 1) == 0) c.thread_blocks = pick(1, 8);
+  if (c.arch == 90 && c.block >= 64 && pick(0, 2) == 0) {
+    c.path = "split";
+    c.warpgroups = pick(0, 2);
+    c.cluster = 1 << pick(0, 3);
+    if (pick(0, 1) == 0) c.sms = pick(7, 132);
+  }
   c.name = "fuzz " + std::to_string(seed) + " b" + std::to_string(c.block);
   return c;
 }

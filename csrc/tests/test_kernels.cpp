@@ -11,6 +11,7 @@
 #include "device/activation_codes.cuh"
 #include "device/epilogue_math.cuh"
 #include "kernel_cases.h"
+#include "launch/product_split_sm90.h"
 
 namespace pixelfly {
 namespace {
@@ -110,6 +111,11 @@ struct Run {
 
   // With a workspace that nobody wrote.
   void launch(ProductParams p) {
+    if (c.warpgroups > 0) {
+      check(launch_low_rank(low_rank_of(p), device, nullptr));
+      check(launch_product_split_sm90(p, {c.warpgroups, c.cluster}, nullptr));
+      return;
+    }
     std::vector<float> workspace((product_workspace(p, device) + 3) / 4, NAN);
     p.workspace = workspace.empty() ? nullptr : workspace.data();
     check(launch_product(p, device, nullptr));

@@ -8,6 +8,7 @@
 #include "cuda_bf16.h"
 #include "cuda_fp16.h"
 #include "kernel_cases.h"
+#include "launch/product_split_sm90.h"
 
 namespace pixelfly {
 namespace {
@@ -16,7 +17,7 @@ using emulator::Eagerness;
 
 // Rows are out_features: their thirds are whole tiles of 64.
 std::vector<Case> thirds_cases() {
-  return {
+  std::vector<Case> all = {
       {"b64", 6, 4, 64, 0, 24, butterfly, 300, 0},
       {"b64 rank 16", 6, 4, 64, 0, 0, global, 300, 16},
       {"b64 rank 136 many units", 3, 2, 64, 0, 0, everything, 700, 136, Activation::kNone, false,
@@ -32,6 +33,14 @@ std::vector<Case> thirds_cases() {
       {"b32 cooperative", 48, 4, 32, 0, 0, everything, 300, 0, Activation::kNone, false, false, 90,
        1},
   };
+  const Case split[] = {{"b64 split", 6, 9, 64, 0, 8, global, 300, 24},
+                        {"b128 split", 5, 2, 128, 64, 0, everything, 300, 0}};
+  for (const Case& c : split) {
+    all.push_back(c);
+    all.back().warpgroups = 2;
+    all.back().cluster = 4;
+  }
+  return all;
 }
 
 template <typename T>
@@ -140,6 +149,11 @@ class Thirds {
     p.y_stride = out.dx.stride;
     p.header = &header_;
     p.plan = plan_.data();
+    if (c_.warpgroups > 0 && product_split_sm90_supports(p, device_)) {
+      Status status = launch_low_rank(low_rank_of(p), device_, nullptr);
+      if (!status.ok()) return status;
+      return launch_product_split_sm90(p, {c_.warpgroups, c_.cluster}, nullptr);
+    }
     std::vector<float> workspace((product_workspace(p, device_) + 3) / 4, NAN);
     p.workspace = workspace.empty() ? nullptr : workspace.data();
     return launch_product(p, device_, nullptr);

@@ -146,9 +146,9 @@ def test_autocast(dtype):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "silu"])
-@pytest.mark.parametrize("kernel", ["auto", "sm80", "few", "sm90"])
+@pytest.mark.parametrize("kernel", ["auto", "sm80", "few", "split", "sm90"])
 def test_forced_kernels_share_the_derivative(monkeypatch, kernel, activation):
-    if kernel == "sm90" and torch.cuda.get_device_capability() != (9, 0):
+    if kernel in ("split", "sm90") and torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("sm90 kernels need a Hopper GPU")
     monkeypatch.setenv("PIXELFLY_KERNEL", kernel)
     mlp = PixelflyMLP(

@@ -88,14 +88,33 @@ def test_decoding_has_a_kernel_of_its_own():
 
 def test_few_tokens_more_than_64_for_narrow_outputs():
     """Two thread blocks of 64 tokens x 16 outputs for each multiprocessor, and 256 tokens."""
-    for outputs, most in ((8192, 32), (4096, 64), (2048, 128), (1024, 256), (256, 256)):
-        assert choose(outputs=outputs, tokens=most)["y"] == "product_few_sm80"
-        assert choose(outputs=outputs, tokens=most + 1)["y"] == "product_sm90"
+    for outputs, most in ((8192, 64), (4096, 64), (2048, 128), (1024, 256), (256, 256)):
+        assert choose(outputs=outputs, b=32, tokens=most)["y"] == "product_few_sm80"
+        assert choose(outputs=outputs, b=32, tokens=most + 1)["y"] == "product_sm90"
         assert choose(A100, outputs=outputs, tokens=64)["y"] == "product_few_sm80"
         assert choose(A100, outputs=outputs, tokens=257)["y"] == "product_sm80"
-    assert choose(outputs=8192, b=32, tokens=64)["y"] == "product_few_sm80"
-    few = choose(outputs=4096, rank=64, tokens=256)  # t has few outputs, y many
+    assert choose(outputs=8192, tokens=32)["y"] == "product_few_sm80"
+    assert choose(outputs=8192, tokens=33)["y"] == "product_sm90"
+    few = choose(outputs=8192, n=8192, rank=64, tokens=256)  # t has few outputs, y many
     assert few["t"] == "product_few_sm80 without blocks" and few["y"] == "product_sm90"
+
+
+def test_few_tokens_of_wide_contractions_are_split():
+    def dx(tokens, **options):
+        return choose(tokens=tokens, n=1024, outputs=4096, **options)["dx"]
+
+    assert dx(64) == "product_few_sm80"
+    for b, rank in ((64, 0), (64, 8), (128, 72)):
+        for tokens in (65, 128):
+            assert dx(tokens, b=b, rank=rank).startswith("product_split_sm90, clusters of ")
+        assert dx(512, b=b, rank=rank).startswith("product_split_sm90")
+        assert dx(4096, b=b, rank=rank) == "product_sm90"
+    assert dx(128, b=32) == "product_few_sm80"
+    assert "sm80" in dx(128, device=A100) and "sm80" in dx(128, dtype=FLOAT32)
+    assert choose(tokens=128, n=4096)["y"].startswith("product_split_sm90, clusters of ")
+    # Where t is formed beside the product, it stays there.
+    ahead = choose(tokens=512, n=1024, rank=64)
+    assert "beside" in ahead["t"] and ahead["y"] == "product_sm90"
 
 
 def test_weight_gradients_of_few_tokens_run_on_hopper():
@@ -113,8 +132,13 @@ def test_forced_path(monkeypatch):
     monkeypatch.setenv("PIXELFLY_KERNEL", "few")
     assert choose(tokens=8)["y"] == "product_few_sm80"
     assert "at most 256 tokens" in choose(tokens=257)["y"]
+    monkeypatch.setenv("PIXELFLY_KERNEL", "split")
+    split = choose(tokens=2000, n=1024, rank=64)
+    assert "product_split_sm90" in split["y"] and "low_rank_sm90" in split["t"]
+    assert split["dblocks, du, dv, dbias"] == "weight_grad_sm90"
+    assert "cannot serve" in choose(b=32)["y"]
     monkeypatch.setenv("PIXELFLY_KERNEL", "sm70")
-    assert choose()["y"] == "PIXELFLY_KERNEL must be auto, sm80, few or sm90"
+    assert choose()["y"] == "PIXELFLY_KERNEL must be auto, sm80, few, split or sm90"
 
 
 def test_not_a_plan():
