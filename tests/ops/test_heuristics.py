@@ -94,7 +94,7 @@ def test_few_tokens_more_than_64_for_narrow_outputs():
         assert choose(A100, outputs=outputs, tokens=64)["y"] == "product_few_sm80"
         assert choose(A100, outputs=outputs, tokens=257)["y"] == "product_sm80"
     assert choose(outputs=8192, tokens=32)["y"] == "product_few_sm80"
-    assert choose(outputs=8192, tokens=33)["y"] == "product_sm90"
+    assert choose(outputs=8192, tokens=33)["y"] == "product_split_sm90"
     few = choose(outputs=8192, n=8192, rank=64, tokens=256)  # t has few outputs, y many
     assert few["t"] == "product_few_sm80 without blocks" and few["y"] == "product_sm90"
 
@@ -103,15 +103,16 @@ def test_few_tokens_of_wide_contractions_are_split():
     def dx(tokens, **options):
         return choose(tokens=tokens, n=1024, outputs=4096, **options)["dx"]
 
-    assert dx(64) == "product_few_sm80"
     for b, rank in ((64, 0), (64, 8), (128, 72)):
-        for tokens in (65, 128):
-            assert dx(tokens, b=b, rank=rank).startswith("product_split_sm90, clusters of ")
-        assert dx(512, b=b, rank=rank).startswith("product_split_sm90")
-        assert dx(4096, b=b, rank=rank) == "product_sm90"
+        assert dx(32, b=b, rank=rank) == "product_few_sm80"
+        for tokens, of in ((33, 4), (64, 4), (65, 2), (128, 2)):
+            assert dx(tokens, b=b, rank=rank) == f"product_split_sm90, clusters of {of}"
+        for tokens in (256, 512):
+            assert dx(tokens, b=b, rank=rank) == "product_split_sm90"
+        assert dx(1024, b=b, rank=rank) == "product_sm90"
     assert dx(128, b=32) == "product_few_sm80"
     assert "sm80" in dx(128, device=A100) and "sm80" in dx(128, dtype=FLOAT32)
-    assert choose(tokens=128, n=4096)["y"].startswith("product_split_sm90, clusters of ")
+    assert choose(tokens=128, n=4096)["y"] == "product_split_sm90, clusters of 2"
     # Where t is formed beside the product, it stays there.
     ahead = choose(tokens=512, n=1024, rank=64)
     assert "beside" in ahead["t"] and ahead["y"] == "product_sm90"
