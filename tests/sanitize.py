@@ -30,7 +30,7 @@ from pixelfly.ops import (
 )
 
 N, K = 200, 328
-WIDE = 2568  # more groups of 16 outputs than a GPU has multiprocessors
+WIDE = 2568  # more groups of 16 outputs than a GPU has multiprocessors; a wide contraction of dx
 TOLERANCE = {torch.bfloat16: 3e-2, torch.float16: 5e-3, torch.float32: 5e-3}  # of the largest value
 
 
@@ -242,6 +242,8 @@ def main() -> int:
         if path == "few":
             sizes = ((N, 7, 16, None), (N, 30, 40, "gelu"), (N, 63, 0, "silu"))
             sizes += ((N, 150, 16, "gelu"), (WIDE, 30, 0, "gelu"), (WIDE, 63, 40, None))
+        if path == "split":
+            sizes += ((WIDE, 130, 40, "gelu"),)  # dx by clusters
         for dtype, b, (n, tokens, rank, activation) in itertools.product(
             dtypes, args.block_sizes, sizes
         ):
