@@ -151,10 +151,12 @@ SplitTile split_tile(const ProductParams& p, const DeviceInfo& device) {
 bool split_is_quick(const ProductParams& p, bool few, const DeviceInfo& device) {
   constexpr int64_t kLeastTokens = 33;   // fewer are half a tile to product_few_sm80
   constexpr int64_t kMostTokens = 2048;  // beyond, product_sm90 keeps weights and shares x
-  constexpr double kWorthIt = .95;
+  // Behind a kernel with a thread block on every multiprocessor two of its thread blocks are placed
+  // where one ends, side by side: some 4 us of what it gains alone are lost in a training step.
+  constexpr double kWorthIt = 4000;
   if (p.tokens < kLeastTokens || p.tokens > kMostTokens) return false;
   const double other = few ? few_time(p, device) : pairs_time(p, device);
-  return split_time(p, split_tile(p, device), device) < kWorthIt * other;
+  return split_time(p, split_tile(p, device), device) < other - kWorthIt;
 }
 
 Choice choose_weight_grad(const WeightGradParams& p, const DeviceInfo& device, Forced forced) {
