@@ -49,7 +49,7 @@ class MonarchLinear(nn.Module):
         return kept / (self.in_features * self.out_features)
 
     def lr_scales(self) -> dict[str, float]:
-        """Factors of the learning rate: `K / inputs / 2`, the rule of `pixelfly.param_groups`."""
+        """Factors of the learning rate: `K / inputs`, shared by the two factors."""
         k = self.in_features
         return {
             "first": k / self.first.shape[2] / 2,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pathlib
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -35,20 +36,20 @@ def train_captured(model: nn.Module) -> None:
     torch.cuda.synchronize()
 
 
-def ddp_captured(folder: pathlib.Path) -> None:
+def check_captured(wrap: Callable[[nn.Module], nn.Module]) -> None:
     _, expected = whole_run(EAGER + REPLAYS)
-    with torch.cuda.stream(torch.cuda.Stream()):
-        model = DistributedDataParallel(make_model())
+    with torch.cuda.stream(torch.cuda.Stream()):  # DDP must be made on the capture's stream
+        model = wrap(make_model())
         train_captured(model)
     assert_same(model, expected, rtol=1e-3)
+
+
+def ddp_captured(folder: pathlib.Path) -> None:
+    check_captured(DistributedDataParallel)
 
 
 def fsdp_captured(folder: pathlib.Path) -> None:
-    _, expected = whole_run(EAGER + REPLAYS)
-    with torch.cuda.stream(torch.cuda.Stream()):
-        model = sharded(make_model())
-        train_captured(model)
-    assert_same(model, expected, rtol=1e-3)
+    check_captured(sharded)
 
 
 RUNS = (ddp_captured, fsdp_captured)
