@@ -59,6 +59,7 @@ def test_a_row_that_hangs_is_ended(tmp_path):
         (["--processes", "0"], "--processes: expected"),
         (["--fixed", "total", "--batch", "5"], "--batch: expected a multiple of 2 processes"),
         (["--models", "gpt5"], "invalid choice"),
+        (["--graph"], "--graph: CUDA graphs need --device cuda"),
     ],
 )
 def test_clear_errors(options, message, capsys):

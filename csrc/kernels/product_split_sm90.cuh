@@ -40,7 +40,7 @@ constexpr int kSplitTokens = 64;  // of a warpgroup
 constexpr int kMostSplitWarpgroups = 2;
 constexpr int kMostSplitStages = 6;
 constexpr int kMostSplitThreads = kMostSplitWarpgroups * 128 + 32;
-constexpr int kSplitSharedTiles = 13;  // so that two thread blocks share a multiprocessor
+constexpr int kSplitSharedTiles = 13;  // two thread blocks fit a multiprocessor (csrc/README.md)
 constexpr int kSplitSharedBytes = kSplitSharedTiles * kGroupTileBytes + 1024;
 
 constexpr int split_stages(int warpgroups, int cluster) {

@@ -36,11 +36,6 @@ int64_t tile_products(const ProductParams& p, int64_t tokens) {
          ceil_div(p.tokens, tokens);
 }
 
-// Of each multiprocessor, where `thread_blocks` are dealt over all; at least one.
-double dealt(double thread_blocks, const DeviceInfo& device) {
-  return std::max(1., thread_blocks / device.num_sms);
-}
-
 // The longest row's steps, or a multiprocessor's share of all; or what all of them load.
 double split_time(const ProductParams& p, const SplitTile& tile, const DeviceInfo& device) {
   constexpr double kStart = 2870, kLoadedByAll = 6270, kAdded = 9;  // kAdded: by a thread block
@@ -53,10 +48,10 @@ double split_time(const ProductParams& p, const SplitTile& tile, const DeviceInf
   const auto products = static_cast<double>(tile_products(p, tokens));
   const double share = products / device.num_sms;
   const double loads = products * (1 + tile.warpgroups) * kTileBytes / kLoadedByAll;
-  const int64_t tiles = group_tiles(p.out_features) * ceil_div(p.tokens, tokens);
+  const int64_t blocks = group_tiles(p.out_features) * ceil_div(p.tokens, tokens) * tile.cluster;
+  const double turns = std::max(1., static_cast<double>(blocks) / device.num_sms);
   const double sent = 2 * kTileBytes * tile.warpgroups * (1 - 1. / tile.cluster);
-  return kStart + std::max(step * std::max(longest, share), loads) +
-         sent / kAdded * dealt(static_cast<double>(tiles * tile.cluster), device);
+  return kStart + std::max(step * std::max(longest, share), loads) + sent / kAdded * turns;
 }
 
 // product_sm90's, whose thread blocks store two output tiles of 128 tokens.
@@ -70,15 +65,17 @@ double pairs_time(const ProductParams& p, const DeviceInfo& device) {
   return kStart + kTileBytes * std::max(one / kLoaded, all / kLoadedByAll);
 }
 
-// product_few_sm80's, whose warps load fragments.
-double few_time(const ProductParams& p, const DeviceInfo& device) {
-  constexpr double kStart = 2700, kLoaded = 50;
-  constexpr int kTokens = 64, kFeatures = 16;
+// product_few_sm80's, whose thread blocks load fragments for 16 features of 64 tokens.
+double few_time(const ProductParams& p) {
+  constexpr double kStart = 2450, kLoaded = 77, kLoadedByAll = 4435;
+  constexpr int kTokens = kGroupTile, kFeatures = 16;
   const PlanHeader& h = *p.header;
   const int64_t most = p.transposed ? h.max_col_blocks : h.max_row_blocks;
-  const int64_t bytes = (kTokens + kFeatures) * (most * h.block_size + h.rank) * 2;
-  const int64_t blocks = ceil_div(p.out_features, kFeatures) * ceil_div(p.tokens, kTokens);
-  return kStart + static_cast<double>(bytes) / kLoaded * dealt(static_cast<double>(blocks), device);
+  const int64_t one = (kTokens + kFeatures) * (most * h.block_size + h.rank) * 2;
+  const int64_t of_tile = kGroupTile / kFeatures * (kTokens + kFeatures) * kGroupTile * 2;
+  const int64_t all = tile_products(p, kTokens) * of_tile;
+  return kStart +
+         std::max(static_cast<double>(one) / kLoaded, static_cast<double>(all) / kLoadedByAll);
 }
 
 }  // namespace
@@ -125,7 +122,7 @@ Choice choose_product(const ProductParams& p, const DeviceInfo& device, Forced f
   const int64_t always = hopper && p.header->block_size >= kGroupTile ? kFewTokens / 2 : kFewTokens;
   const bool few = product_few_sm80_supports(p) &&
                    few_tokens_are_quick(p.tokens, p.out_features, device, always);
-  const bool t_beside = p.factor_in != nullptr && product_sm90_forms_t(p, device);
+  const bool t_beside = !few && p.factor_in != nullptr && product_sm90_forms_t(p, device);
   if (!t_beside && product_split_sm90_supports(p, device) && split_is_quick(p, few, device)) {
     return {Path::kSplit, Status::success()};
   }
@@ -149,13 +146,11 @@ SplitTile split_tile(const ProductParams& p, const DeviceInfo& device) {
 }
 
 bool split_is_quick(const ProductParams& p, bool few, const DeviceInfo& device) {
-  constexpr int64_t kLeastTokens = 33;   // fewer are half a tile to product_few_sm80
   constexpr int64_t kMostTokens = 2048;  // beyond, product_sm90 keeps weights and shares x
-  // Behind a kernel with a thread block on every multiprocessor two of its thread blocks are placed
-  // where one ends, side by side: some 4 us of what it gains alone are lost in a training step.
+  // In a training step some 4 us of what it gains alone were lost (csrc/README.md).
   constexpr double kWorthIt = 4000;
-  if (p.tokens < kLeastTokens || p.tokens > kMostTokens) return false;
-  const double other = few ? few_time(p, device) : pairs_time(p, device);
+  if (p.tokens <= kFewTokens || p.tokens > kMostTokens) return false;
+  const double other = few ? few_time(p) : pairs_time(p, device);
   return split_time(p, split_tile(p, device), device) < other - kWorthIt;
 }
 

@@ -44,8 +44,9 @@ Status encode(SplitMaps& maps, const ProductParams& p, int tokens) {
 }  // namespace
 
 bool product_split_sm90_supports(const ProductParams& p, const DeviceInfo& device) {
+  constexpr int64_t kMostTokens = int64_t{65535} * kSplitTokens;  // thread blocks in a grid's y
   return product_sm90_supports(p, device) && p.header->block_size >= kGroupTile && p.columns == 0 &&
-         !(p.transposed && p.residual != nullptr);
+         p.tokens <= kMostTokens && !(p.transposed && p.residual != nullptr);
 }
 
 Status launch_product_split_sm90(const ProductParams& p, const SplitTile& tile, Stream stream) {

@@ -28,13 +28,11 @@ RUNS = (
 )
 
 
-def _main(rank: int, backend: str, world: int, folder: pathlib.Path) -> None:
-    runs = RUNS
+def _main(rank: int, runs: tuple, backend: str, world: int, folder: pathlib.Path) -> None:
     torch.set_num_threads(1)
     if backend == "nccl":
         torch.cuda.set_device(rank)
         torch.set_default_device(f"cuda:{rank}")
-        runs = RUNS + captures.RUNS
     dist.init_process_group(
         backend,
         init_method=f"file://{folder / 'rendezvous'}",
@@ -63,13 +61,23 @@ def test_processes(tmp_path, monkeypatch, world):
     """All of the workers in one set of processes: starting them takes most of the time."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", os.environ.get("GLOO_SOCKET_IFNAME", "lo"))
-    mp.spawn(_main, ("gloo", world, tmp_path), nprocs=world)
+    mp.spawn(_main, (RUNS, "gloo", world, tmp_path), nprocs=world)
+
+
+def on_gpus(runs: tuple, world: int, folder: pathlib.Path) -> None:
+    if torch.cuda.device_count() < world:
+        pytest.skip(f"needs {world} GPUs, there are {torch.cuda.device_count()}")
+    mp.spawn(_main, (runs, "nccl", world, folder), nprocs=world)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("world", [2, 4])
-def test_gpus(tmp_path, monkeypatch, world):
+def test_gpus(tmp_path, world):
+    on_gpus(RUNS, world, tmp_path)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("world", [2, 4])
+def test_captured_steps(tmp_path, monkeypatch, world):
     monkeypatch.setenv("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")  # torch's condition for a capture
-    if torch.cuda.device_count() < world:
-        pytest.skip(f"needs {world} GPUs, there are {torch.cuda.device_count()}")
-    mp.spawn(_main, ("nccl", world, tmp_path), nprocs=world)
+    on_gpus(captures.RUNS, world, tmp_path)

@@ -104,11 +104,11 @@ def test_few_tokens_of_wide_contractions_are_split():
         return choose(tokens=tokens, n=1024, outputs=4096, **options)["dx"]
 
     for b, rank in ((64, 0), (64, 8), (128, 72)):
-        assert dx(128, b=b, rank=rank) == "product_few_sm80"
+        assert dx(64, b=b, rank=rank) == "product_few_sm80"
+        assert dx(192, b=b, rank=rank) == "product_split_sm90, clusters of 2"
         for tokens in (256, 512):
             assert dx(tokens, b=b, rank=rank) == "product_split_sm90"
         assert dx(1024, b=b, rank=rank) == "product_sm90"
-    assert dx(129, b=128, rank=72) == "product_split_sm90, clusters of 2"
     assert dx(128, b=32) == "product_few_sm80"
     assert "sm80" in dx(128, device=A100) and "sm80" in dx(128, dtype=FLOAT32)
     assert choose(tokens=128, n=8192, outputs=2048)["y"] == "product_split_sm90"

@@ -312,10 +312,12 @@ WIDTHS = {"tiles": 128, "ragged": 96, "half a block of 128": 64}
 @pytest.mark.parametrize("width", list(WIDTHS))
 @pytest.mark.parametrize("block_size", [32, 64, 128])
 @pytest.mark.parametrize("rank", [0, 16, 136])
-@pytest.mark.parametrize("path", ["auto", "sm80"])
+@pytest.mark.parametrize("path", ["auto", "sm80", "split"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_kernels(monkeypatch, width, block_size, rank, path, dtype):
     """What one gradient gives, bit for bit, from three."""
+    if path == "split" and (block_size == 32 or torch.cuda.get_device_capability()[0] != 9):
+        pytest.skip("product_split_sm90 serves blocks of 64 and 128 on Hopper")
     monkeypatch.setenv("PIXELFLY_KERNEL", path)
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
     weights = make_weights(rank, dtype, "cuda", block_size, WIDTHS[width])
