@@ -2,7 +2,8 @@
 
 ListOps follows the published generator step by step. Pathfinder follows the published rules (two
 snakes of dashes that turn by a cosine law and never touch, two markers on one snake or on one each,
-shorter snakes to distract) with dashes drawn exactly instead of through an image library: the same
+shorter snakes to distract) with the sizes that the benchmark gives for 32 x 32, its hard set of 14
+dashes; dashes are drawn exactly instead of through an image library, with one brightness: the same
 task, not the published pictures.
 """
 
@@ -116,20 +117,21 @@ class Paths:
     """How Pathfinder pictures are drawn; lengths in pixels."""
 
     size: int = 32
-    padding: float = 2.0
-    dashes: int = 6  # of each of the two marked snakes
-    distractor_dashes: int = 2
-    distractors: int = 8
+    padding: float = 1.0
+    dashes: int = 14  # of each of the two snakes that may be marked
+    distractor_dashes: int = 4
+    distractors: int = 5
     dash: float = 2.0
-    gap: float = 1.2  # between the dashes of a snake; snakes keep this far apart too
-    thickness: float = 0.9
-    continuity: float = 1.8  # a turn of t radians has weight cos(min(1.8 t, pi / 2))**2
-    seed_distance: float = 8.0  # between the first dashes of the two snakes
-    marker_radius: float = 1.4
+    gap: float = 2.0  # between the dashes of a snake; snakes keep this far apart too
+    thickness: float = 0.5
+    continuity: float = 1.0  # a turn of t radians has weight cos(min(continuity t, pi / 2))**2
+    seed_distance: float = 7.0  # between the two snakes' first ends; twice that from the border
+    marker_radius: float = 1.5
     retrials: int = 20
 
 
 Snake = np.ndarray  # [dashes, 2 ends, (y, x)]
+ALONG = np.linspace(0, 1, 5)[:, None]  # a dash, where it is compared with others
 
 
 def turn(draw: random.Random, continuity: float) -> float:
@@ -141,45 +143,46 @@ def turn(draw: random.Random, continuity: float) -> float:
             return t
 
 
-def _points(snake: Snake) -> np.ndarray:
-    """Points along the dashes, dense enough for tests of distance."""
-    steps = np.linspace(0, 1, 5)[:, None, None]
-    return (snake[None, :, 0] * (1 - steps) + snake[None, :, 1] * steps).reshape(-1, 2)
+def _points(dashes: np.ndarray) -> np.ndarray:
+    """Points `[dashes * 5, 2]` along dashes `[dashes, 2 ends, 2]`, dense enough for distances."""
+    return (dashes[:, :1] * (1 - ALONG) + dashes[:, 1:] * ALONG).reshape(-1, 2)
 
 
 def grow(
     draw: random.Random, p: Paths, start: np.ndarray, count: int, taken: np.ndarray
 ) -> Snake | None:
-    """A snake of `count` dashes from `start` that touches neither `taken` nor itself, or None."""
-    angle, at = draw.uniform(-math.pi, math.pi), start
-    dashes: list[np.ndarray] = []
+    """A snake of `count` dashes from `start` that touches neither the points `taken` nor itself, or
+    None."""
+    angle, (y, x) = draw.uniform(-math.pi, math.pi), start
+    low, high = p.padding, p.size - p.padding
+    dashes: list[list[tuple[float, float]]] = []
+    own = np.empty((0, 2))
     for _ in range(count):
-        own = _points(np.stack(dashes)) if dashes else np.empty((0, 2))
         for _ in range(p.retrials):
             heading = angle + (turn(draw, p.continuity) if dashes else 0.0)
-            step = np.array([math.sin(heading), math.cos(heading)])
-            begin = at + step * p.gap if dashes else at
-            dash = np.stack([begin, begin + step * p.dash])
-            inside = (dash >= p.padding).all() and (dash <= p.size - p.padding).all()
+            step_y, step_x = math.sin(heading), math.cos(heading)
+            gap = p.gap if dashes else 0.0
+            begin = y + gap * step_y, x + gap * step_x
+            end = begin[0] + p.dash * step_y, begin[1] + p.dash * step_x
+            if min(*begin, *end) < low or max(*begin, *end) > high:
+                continue
+            points = _points(np.array([[begin, end]]))
             # Its own last dash is a gap away by construction, rounded turns nearer.
-            if (
-                inside
-                and _apart(dash, taken, p.gap + p.thickness)
-                and _apart(dash, own, 0.75 * p.gap)
-            ):
+            if _apart(points, taken, p.gap + p.thickness) and _apart(points, own, 0.75 * p.gap):
                 break
         else:
             return None
-        dashes.append(dash)
-        angle, at = heading, dash[1]
-    return np.stack(dashes)
+        dashes.append([begin, end])
+        own = np.concatenate([own, points])
+        angle, (y, x) = heading, end
+    return np.array(dashes)
 
 
-def _apart(dash: np.ndarray, others: np.ndarray, least: float) -> bool:
+def _apart(points: np.ndarray, others: np.ndarray, least: float) -> bool:
     if not len(others):
         return True
-    between = _points(dash[None])[:, None] - others[None]
-    return bool((between**2).sum(-1).min() >= least**2)
+    between = points[:, None] - others
+    return bool(np.einsum("ijk,ijk->ij", between, between).min() >= least**2)
 
 
 def draw_picture(snakes: list[Snake], markers: list[np.ndarray], p: Paths) -> np.ndarray:
@@ -199,9 +202,10 @@ def draw_picture(snakes: list[Snake], markers: list[np.ndarray], p: Paths) -> np
 def path_example(draw: random.Random, p: Paths) -> tuple[list[Snake], list[np.ndarray], int]:
     """Snakes (the two that may be marked come first), the two marked ends and the label."""
     label = draw.randrange(2)
+    low, high = p.padding, p.size - p.padding
+    edge = min(2 * p.seed_distance, p.size / 2)
     while True:
-        low, high = p.padding, p.size - p.padding
-        start = np.array([draw.uniform(low, high), draw.uniform(low, high)])
+        start = np.array([draw.uniform(edge, p.size - edge) for _ in range(2)])
         around = draw.uniform(0, 2 * math.pi)
         other = start + p.seed_distance * np.array([math.sin(around), math.cos(around)])
         first = grow(draw, p, start, p.dashes, np.empty((0, 2)))
@@ -269,9 +273,9 @@ def grey_images(folder: pathlib.Path, num_train: int, num_test: int) -> tuple[Se
     return Sequences(*parts, 10), name
 
 
-GENERATED = {
-    "listops": (listops, "ListOps, generated"),
-    "pathfinder": (pathfinder, "Pathfinder 32x32, generated"),
+GENERATED = {  # task -> generator, name of the data, beginning of its file's name
+    "listops": (listops, "ListOps, generated", "listops"),
+    "pathfinder": (pathfinder, "Pathfinder 32x32, hard, generated", "pathfinder-hard"),
 }
 
 
@@ -281,8 +285,8 @@ def load(task: str, folder: str, num_train: int, num_test: int, seed: int) -> tu
     What is generated (minutes of a processor) stays in `folder`/lra for the next time.
     """
     if task in GENERATED:
-        generate, name = GENERATED[task]
-        path = pathlib.Path(folder) / "lra" / f"{task}-{num_train}-{num_test}-{seed}.npz"
+        generate, name, stem = GENERATED[task]
+        path = pathlib.Path(folder) / "lra" / f"{stem}-{num_train}-{num_test}-{seed}.npz"
         if path.exists():
             return Sequences.read(path), name
         data = generate(num_train, num_test, seed)

@@ -87,6 +87,16 @@ def test_pathfinder_keeps_the_rules():
     assert 8 < sum(labels) < 32
 
 
+def test_the_distance_of_pathfinders_markers_does_not_tell_the_label():
+    draw, p = random.Random(1), lra_data.Paths()
+    examples = [lra_data.path_example(draw, p)[1:] for _ in range(120)]
+    apart = {0: [], 1: []}
+    for (a, b), label in examples:
+        apart[label].append(np.linalg.norm(a - b))
+    for quarter in (0.25, 0.5, 0.75):
+        assert abs(np.quantile(apart[0], quarter) - np.quantile(apart[1], quarter)) < 5
+
+
 def test_turns_follow_the_cosine_law():
     draw = random.Random(0)
     turns = np.array([lra_data.turn(draw, 1.8) for _ in range(4000)])
@@ -113,7 +123,9 @@ def test_pathfinder_set_is_seeded():
 
 def test_generated_data_is_kept(tmp_path, monkeypatch):
     made, name = lra_data.load("listops", tmp_path, 3, 2, 4)
-    monkeypatch.setitem(lra_data.GENERATED, "listops", (None, name))  # would raise if called again
+    monkeypatch.setitem(
+        lra_data.GENERATED, "listops", (None, name, "listops")
+    )  # would raise if called again
     kept, _ = lra_data.load("listops", tmp_path, 3, 2, 4)
     assert kept.classes == made.classes and len(kept.train[1]) == 3 and len(kept.test[1]) == 2
     for a, b in zip((*made.train, *made.test), (*kept.train, *kept.test), strict=True):
