@@ -23,7 +23,7 @@ Status unknown() {
   return Status::invalid("PIXELFLY_KERNEL must be auto, sm80, few, split or sm90");
 }
 
-// Times in ns of products alone, fitted to those of one H200 (few_tokens_h200.json, "split").
+// Times in ns of products alone, fitted to those of one H200 (few_tokens_h200.json, "split_us").
 constexpr double kTileBytes = kGroupTile * kGroupTile * 2;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

@@ -6,6 +6,7 @@ import pathlib
 from collections.abc import Callable
 
 import torch
+from timing import captured
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -24,15 +25,9 @@ def train_captured(model: nn.Module) -> None:
         optimizer.step()
         optimizer.zero_grad()
 
-    for _ in range(EAGER):
-        train()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    stream = torch.cuda.current_stream()
-    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-        train()
+    replay = captured(train, EAGER, torch.cuda.current_stream())
     for _ in range(REPLAYS):
-        graph.replay()
+        replay()
     torch.cuda.synchronize()
 
 

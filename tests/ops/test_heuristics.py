@@ -88,14 +88,15 @@ def test_decoding_has_a_kernel_of_its_own():
 
 def test_few_tokens_more_than_64_for_narrow_outputs():
     """Two thread blocks of 64 tokens x 16 outputs for each multiprocessor, and 256 tokens."""
-    for outputs, most in ((8192, 64), (4096, 64), (2048, 128), (1024, 256), (256, 256)):
-        assert choose(outputs=outputs, b=32, tokens=most)["y"] == "product_few_sm80"
-        assert choose(outputs=outputs, b=32, tokens=most + 1)["y"] == "product_sm90"
+    for outputs, most in ((8192, 32), (4096, 64), (2048, 128), (1024, 256), (256, 256)):
+        more = "product_sm90" if outputs > 256 else "product_split_sm90, clusters of 4"
+        assert choose(outputs=outputs, tokens=most)["y"] == "product_few_sm80"
+        assert choose(outputs=outputs, tokens=most + 1)["y"] == more
+        assert choose(outputs=outputs, b=32, tokens=max(most, 64))["y"] == "product_few_sm80"
+        assert choose(outputs=outputs, b=32, tokens=max(most, 64) + 1)["y"] == "product_sm90"
         assert choose(A100, outputs=outputs, tokens=64)["y"] == "product_few_sm80"
         assert choose(A100, outputs=outputs, tokens=257)["y"] == "product_sm80"
-    assert choose(outputs=8192, tokens=32)["y"] == "product_few_sm80"
-    assert choose(outputs=8192, tokens=33)["y"] == "product_sm90"
-    few = choose(outputs=8192, n=8192, rank=64, tokens=256)  # t has few outputs, y many
+    few = choose(outputs=4096, rank=64, tokens=256)  # t has few outputs, y many
     assert few["t"] == "product_few_sm80 without blocks" and few["y"] == "product_sm90"
 
 
