@@ -147,7 +147,7 @@ SplitTile split_tile(const ProductParams& p, const DeviceInfo& device) {
 
 bool split_is_quick(const ProductParams& p, bool few, const DeviceInfo& device) {
   constexpr int64_t kMostTokens = 2048;  // beyond, product_sm90 keeps weights and shares x
-  // In a training step some 4 us of what it gains alone were lost (csrc/README.md).
+  // In a training step up to 3 us of what it gains alone are lost (csrc/README.md).
   constexpr double kWorthIt = 4000;
   if (p.tokens <= kFewTokens || p.tokens > kMostTokens) return false;
   const double other = few ? few_time(p) : pairs_time(p, device);

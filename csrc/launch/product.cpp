@@ -61,7 +61,8 @@ Status launch_product(const ProductParams& p, const DeviceInfo& device, Stream s
   switch (choice.path) {
     case Path::kHopper: return launch_product_sm90(given, device, stream);
     case Path::kFew: return launch_product_few_sm80(given, device, stream);
-    case Path::kSplit: return launch_product_split_sm90(given, split_tile(p, device), stream);
+    case Path::kSplit:
+      return launch_product_split_sm90(given, split_tile(p, device), device, stream);
     default: return launch_product_sm80(given, device, stream);
   }
 }

@@ -12,11 +12,12 @@ namespace pixelfly {
 namespace {
 
 template <typename T>
-Status launch(const SplitMaps& maps, const SplitArgs& args, dim3 grid, int threads, Stream stream) {
+Status launch(const SplitMaps& maps, const SplitArgs& args, dim3 grid, int threads,
+              int shared_bytes, Stream stream) {
   const auto kernel =
       args.p.transposed ? product_split_sm90<T, true> : product_split_sm90<T, false>;
-  return launch_dependent_cluster(kernel, grid, static_cast<int>(grid.z), threads,
-                                  kSplitSharedBytes, stream, maps, args);
+  return launch_dependent_cluster(kernel, grid, static_cast<int>(grid.z), threads, shared_bytes,
+                                  stream, maps, args);
 }
 
 Status encode(SplitMaps& maps, const ProductParams& p, int tokens) {
@@ -49,7 +50,8 @@ bool product_split_sm90_supports(const ProductParams& p, const DeviceInfo& devic
          p.tokens <= kMostTokens && !(p.transposed && p.residual != nullptr);
 }
 
-Status launch_product_split_sm90(const ProductParams& p, const SplitTile& tile, Stream stream) {
+Status launch_product_split_sm90(const ProductParams& p, const SplitTile& tile,
+                                 const DeviceInfo& device, Stream stream) {
   const PlanHeader& h = *p.header;
   const int tokens = tile.warpgroups * kSplitTokens;
   SplitMaps maps;
@@ -71,8 +73,11 @@ Status launch_product_split_sm90(const ProductParams& p, const SplitTile& tile, 
                   static_cast<unsigned>((p.tokens + tokens - 1) / tokens),
                   static_cast<unsigned>(tile.cluster));
   const int threads = tile.warpgroups * 128 + 32;
-  return p.dtype == DType::kBFloat16 ? launch<__nv_bfloat16>(maps, args, grid, threads, stream)
-                                     : launch<__half>(maps, args, grid, threads, stream);
+  const bool alone = int64_t{grid.x} * grid.y * grid.z <= device.num_sms;
+  const int shared_bytes = alone ? kSplitSharedBytesAlone : kSplitSharedBytes;
+  return p.dtype == DType::kBFloat16
+             ? launch<__nv_bfloat16>(maps, args, grid, threads, shared_bytes, stream)
+             : launch<__half>(maps, args, grid, threads, shared_bytes, stream);
 }
 
 }  // namespace pixelfly

@@ -28,7 +28,8 @@ Status launch_low_rank_ahead_sm90(const LowRankParams&, const DeviceInfo&, int, 
   return not_built();
 }
 Status launch_product_sm90(const ProductParams&, const DeviceInfo&, Stream) { return not_built(); }
-Status launch_product_split_sm90(const ProductParams&, const SplitTile&, Stream) {
+Status launch_product_split_sm90(const ProductParams&, const SplitTile&, const DeviceInfo&,
+                                 Stream) {
   return not_built();
 }
 Status launch_weight_grad_sm90(const WeightGradParams&, const DeviceInfo&, Stream) {
