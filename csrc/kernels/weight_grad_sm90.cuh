@@ -305,17 +305,17 @@ __global__ void __launch_bounds__(kGradThreads, 1)
 #endif
 }
 
-// Adds the spans of every output in order. Grid: chunks x 2 warpgroups x outputs x 8 slices of an
-// output, so that enough loads are in flight to cover their latency; then chunks x 2 warpgroups for
-// dbias.
-template <typename T>
+// Adds the spans of every output in order, kSlices of its eight slices (kGradPartial / 8 sums) in a
+// thread block: a thread has its loads of several spans and slices under way. Grid: chunks x 2
+// warpgroups x outputs x 8 / kSlices, then chunks x 2 warpgroups for dbias.
+template <typename T, int kSlices>
 __global__ void __launch_bounds__(128)
     reduce_weight_grad_sm90(const __grid_constant__ GradKernelArgs args) {
   static_assert(kGradBias * 64 == 128, "a thread a sum");
   if (args.early_start) device::allow_dependent_launch();
-  const int thread = threadIdx.x;
-  const int64_t slots = static_cast<int64_t>(args.num_chunks) * 2;
-  const int64_t bias_slot = blockIdx.x - slots * kGradOutputs * 8;
+  constexpr int kParts = 8 / kSlices;
+  const int thread = threadIdx.x, slots = args.num_chunks * 2;
+  const int bias_slot = static_cast<int>(blockIdx.x) - slots * kGradOutputs * kParts;
   if (bias_slot >= 0) {
     const GradChunk& chunk = args.chunks[bias_slot / 2];
     const int warpgroup = bias_slot % 2;
@@ -324,31 +324,36 @@ __global__ void __launch_bounds__(128)
     const float* partial = args.bias_partial + bias_slot * 128 + thread;
     float sum = 0.f;
 #pragma unroll 8
-    for (int s = 0; s < args.spans; ++s) sum += partial[s * slots * 128];
+    for (int s = 0; s < args.spans; ++s) sum += partial[int64_t{s} * slots * 128];
     grad::write_bias<T>(args, chunk, warpgroup, thread / 64, thread % 64, sum);
     return;
   }
-  const int j = blockIdx.x % 8, output = blockIdx.x / 8 % kGradOutputs;
-  const int64_t slot = blockIdx.x / (8 * kGradOutputs);
+  const int part = blockIdx.x % kParts, output = blockIdx.x / kParts % kGradOutputs;
+  const int slot = blockIdx.x / (kParts * kGradOutputs), warpgroup = slot % 2;
   const GradChunk& chunk = args.chunks[slot / 2];
-  const int warpgroup = slot % 2;
   if (output >= chunk.num_outputs[warpgroup]) return;
+  const grad::Destination to(args, chunk.output[warpgroup][output]);
   device::wait_for_previous_kernel();
-  const float4* partial = reinterpret_cast<const float4*>(
-                              args.partial + (slot * kGradOutputs + output) * kGradPartial) +
-                          j * 128 + thread;
-  const int64_t step = slots * kGradOutputs * (kGradPartial / 4);
-  float4 sum = {};
-#pragma unroll 8
+  const int64_t first = (int64_t{slot} * kGradOutputs + output) * kGradPartial;
+  const int64_t step = int64_t{slots} * kGradOutputs * (kGradPartial / 4);
+  const float4* partial =
+      reinterpret_cast<const float4*>(args.partial + first) + part * kSlices * 128 + thread;
+  float4 sum[kSlices] = {};
+#pragma unroll(8 / kSlices)
   for (int s = 0; s < args.spans; ++s) {
-    const float4 v = __ldcs(partial + s * step);
-    sum.x += v.x;
-    sum.y += v.y;
-    sum.z += v.z;
-    sum.w += v.w;
+#pragma unroll
+    for (int j = 0; j < kSlices; ++j) {
+      const float4 v = __ldcs(partial + s * step + j * 128);
+      sum[j].x += v.x;
+      sum[j].y += v.y;
+      sum[j].z += v.z;
+      sum[j].w += v.w;
+    }
   }
-  grad::write_fragment<T>(args, grad::Destination(args, chunk.output[warpgroup][output]), thread, j,
-                          sum);
+#pragma unroll
+  for (int j = 0; j < kSlices; ++j) {
+    grad::write_fragment<T>(args, to, thread, part * kSlices + j, sum[j]);
+  }
 }
 
 }  // namespace pixelfly

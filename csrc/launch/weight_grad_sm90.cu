@@ -39,14 +39,21 @@ GradKernelArgs make_args(const WeightGradParams& p, const DeviceInfo& device) {
   return args;
 }
 
+template <typename T, int kSlices>
+Status launch_reduction(const GradKernelArgs& args, Stream stream) {
+  const auto grid = static_cast<unsigned>(args.num_chunks * 2 * (kGradOutputs * 8 / kSlices + 1));
+  return launch_dependent_kernel(reduce_weight_grad_sm90<T, kSlices>, grid, 128, 0, stream, args);
+}
+
 template <typename T>
 Status launch(const GradMaps& maps, const GradKernelArgs& args, Stream stream) {
+  constexpr int kManyChunks = 25;  // for which thread blocks of two slices fill a GPU
   const auto grid = static_cast<unsigned>(args.num_chunks * args.spans);
   PIXELFLY_RETURN_IF_ERROR(launch_dependent_kernel(weight_grad_sm90<T>, grid, kGradThreads,
                                                    kGradSharedBytes, stream, maps, args));
   if (args.spans == 1) return Status::success();
-  const auto slices = static_cast<unsigned>(args.num_chunks * 2 * (kGradOutputs * 8 + 1));
-  return launch_dependent_kernel(reduce_weight_grad_sm90<T>, slices, 128, 0, stream, args);
+  return args.num_chunks < kManyChunks ? launch_reduction<T, 1>(args, stream)
+                                       : launch_reduction<T, 2>(args, stream);
 }
 
 }  // namespace

@@ -12,6 +12,7 @@
 
 #include "pixelfly/grad_spans.h"
 #include "pixelfly/schedule.h"
+#include "planner/grad_border.h"
 #include "planner/grad_graph.h"
 
 namespace pixelfly::grad {
@@ -20,7 +21,6 @@ namespace {
 constexpr int kManySteps[] = {256, 512, 1024};  // 8192, 16384 and 32768 tokens
 constexpr int kFewSteps[] = {16, 32, 64, 128};  // 512 to 4096 tokens
 constexpr int32_t kGrownTiles = 96;
-constexpr size_t kMaxOutputs = 2 * kGradOutputs;
 
 size_t up(size_t n, size_t d) { return (n + d - 1) / d; }
 
@@ -175,16 +175,6 @@ class Grower {
   std::vector<int32_t> left_;  // edges of a row not yet taken
 };
 
-// The distinct tiles that a chunk's products need, as vertices: rows, then columns.
-std::set<int32_t> tiles_of(const Graph& graph, const Chunk& chunk) {
-  std::set<int32_t> tiles;
-  for (const int32_t e : chunk) {
-    tiles.insert(graph.edges[static_cast<size_t>(e)].row);
-    tiles.insert(graph.rows() + graph.edges[static_cast<size_t>(e)].col);
-  }
-  return tiles;
-}
-
 }  // namespace
 
 GradLoad load_of(const Graph& graph, const std::vector<Chunk>& chunks) {
@@ -277,44 +267,6 @@ std::vector<Chunk> strips(const Graph& graph, const std::vector<int32_t>& edges,
   return chunks;
 }
 
-// Tiles of one side with far more partners than the others, s or t and dense rows or columns: they
-// had better have chunks of their own where they would make those of the others too large.
-struct Border {
-  std::vector<int32_t> place;  // of a tile: its number among the border's, or -1
-  int32_t tiles = 0;
-};
-
-Border border_of(const Graph& graph, bool of_rows) {
-  const auto rows = static_cast<size_t>(graph.rows());
-  const size_t tiles = of_rows ? rows : static_cast<size_t>(graph.vertices()) - rows;
-  std::vector<size_t> partners(tiles, 0);
-  for (const Edge& edge : graph.edges) {
-    ++partners[static_cast<size_t>(of_rows ? edge.row : edge.col)];
-  }
-  Border border;
-  for (const size_t n : partners) {
-    const bool many = n > kMaxOutputs && n * tiles > 2 * graph.edges.size();
-    border.place.push_back(many ? border.tiles++ : -1);
-  }
-  return border;
-}
-
-// The graph's edges: those of the border's rows, those of its columns, and the others.
-struct Parts {
-  std::vector<int32_t> core, rows, cols;
-};
-
-Parts part(const Graph& graph, const Border& rows, const Border& cols) {
-  Parts parts;
-  for (size_t e = 0; e < graph.edges.size(); ++e) {
-    const Edge& edge = graph.edges[e];
-    const bool of_row = rows.tiles > 0 && rows.place[static_cast<size_t>(edge.row)] >= 0;
-    const bool of_col = cols.tiles > 0 && cols.place[static_cast<size_t>(edge.col)] >= 0;
-    (of_row ? parts.rows : of_col ? parts.cols : parts.core).push_back(static_cast<int32_t>(e));
-  }
-  return parts;
-}
-
 // The best of the cuts it is offered, for some numbers of steps.
 class Best {
  public:
@@ -382,8 +334,19 @@ Cuts best_cuts(const Graph& graph, int thread_blocks) {
       }
       return !row_chunks.empty() || !col_chunks.empty();
     };
+    // The border's edges beside those that share a tile with them; what has no room apart.
+    auto offer_dealt = [&](std::vector<Chunk> chunks) {
+      const auto col_left = deal(graph, parts.cols, false, &chunks);
+      const auto row_left = deal(graph, parts.rows, true, &chunks);
+      const auto row_chunks = strips(graph, row_left, rows.place, 1, true);
+      const auto col_chunks = strips(graph, col_left, cols.place, 1, false);
+      chunks.insert(chunks.end(), row_chunks.begin(), row_chunks.end());
+      chunks.insert(chunks.end(), col_chunks.begin(), col_chunks.end());
+      offer(chunks, true);
+    };
     // The border's chunks in all sizes: those larger than the others make every step longer.
     const auto whole = cores(kMaxOutputs);
+    for (const std::vector<Chunk>& chunks : whole) offer_dealt(chunks);
     for (size_t most = kGradTiles; most >= kGradTiles / 2; --most) {
       if (!offer_with_border(whole, most, kMaxOutputs)) break;
     }

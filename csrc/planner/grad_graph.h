@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <set>
 #include <vector>
 
 #include "pixelfly/grad_spans.h"
@@ -22,6 +23,16 @@ struct Graph {
 };
 
 using Chunk = std::vector<int32_t>;  // indices of edges
+
+// The distinct tiles that a chunk's products need, as vertices: rows, then columns.
+inline std::set<int32_t> tiles_of(const Graph& graph, const Chunk& chunk) {
+  std::set<int32_t> tiles;
+  for (const int32_t e : chunk) {
+    tiles.insert(graph.edges[static_cast<size_t>(e)].row);
+    tiles.insert(graph.rows() + graph.edges[static_cast<size_t>(e)].col);
+  }
+  return tiles;
+}
 
 // What the model of the kernel's time takes of a cut.
 GradLoad load_of(const Graph& graph, const std::vector<Chunk>& chunks);
