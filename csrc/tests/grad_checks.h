@@ -113,4 +113,26 @@ inline void check_grad_choice() {
   }
 }
 
+// du and dv, or a dense row and column, in chunks of their own would take a second turn of the
+// multiprocessors: they lie in those that load their other tile anyway.
+inline void check_grad_border() {
+  g_case = "chunks with the border";
+  const auto global = [](int32_t i, int32_t j) { return i == 0 || j == 0 || butterfly(i, j); };
+  for (const Plan& plan :
+       {Plan(make(128, 128, 64, 64, 0, butterfly)), Plan(make(128, 128, 64, 0, 0, global))}) {
+    const GradCut cut = choose_grad_cut(plan.header, kGradFewSteps, 132);
+    expect(cut.spans == 1 && cut.list->num_chunks <= 128, "one turn");
+    const auto* chunks = plan.at<GradChunk>(cut.list->chunks_offset);
+    const bool is_low_rank = plan.header.rank > 0;
+    int rows = 0, cols = 0;
+    for (int32_t c = 0; c < cut.list->num_chunks; ++c) {
+      const int32_t* end = chunks[c].tile + chunks[c].num_tiles;
+      rows += std::find(chunks[c].tile, end, is_low_rank ? kGradS : kGradDz) != end;
+      cols += std::find(chunks[c].tile, end, is_low_rank ? kGradT : kGradX) != end;
+    }
+    expect(cols == cut.list->num_chunks, "every chunk loads t, or the dense column's x");
+    expect(10 * rows > 9 * cols, "most load s, or the dense row's dz");
+  }
+}
+
 }  // namespace pixelfly

@@ -331,6 +331,7 @@ int main() {
   check_dense_row();
   check_whole_tiles();
   check_grad_choice();
+  check_grad_border();
   check_bad_layouts();
   if (g_failures) {
     std::printf("%d checks failed\n", g_failures);
