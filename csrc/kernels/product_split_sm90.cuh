@@ -40,8 +40,8 @@ constexpr int kSplitTokens = 64;  // of a warpgroup
 constexpr int kMostSplitWarpgroups = 2;
 constexpr int kMostSplitStages = 6;
 constexpr int kMostSplitThreads = kMostSplitWarpgroups * 128 + 32;
-// Two thread blocks fit a multiprocessor; where there are no more of them than multiprocessors,
-// each asks for memory that leaves no room for a second (csrc/README.md).
+// Two thread blocks fit a multiprocessor; where there are no more of them than multiprocessors, and
+// no large clusters, each asks for memory that leaves no room for a second (csrc/README.md).
 constexpr int kSplitSharedTiles = 13;
 constexpr int kSplitSharedBytes = kSplitSharedTiles * kGroupTileBytes + 1024;
 constexpr int kSplitSharedBytesAlone = 120 * 1024;

@@ -73,7 +73,8 @@ Status launch_product_split_sm90(const ProductParams& p, const SplitTile& tile,
                   static_cast<unsigned>((p.tokens + tokens - 1) / tokens),
                   static_cast<unsigned>(tile.cluster));
   const int threads = tile.warpgroups * 128 + 32;
-  const bool alone = int64_t{grid.x} * grid.y * grid.z <= device.num_sms;
+  // Larger clusters do not fill every group of multiprocessors, and were not tried.
+  const bool alone = tile.cluster <= 2 && int64_t{grid.x} * grid.y * grid.z <= device.num_sms;
   const int shared_bytes = alone ? kSplitSharedBytesAlone : kSplitSharedBytes;
   return p.dtype == DType::kBFloat16
              ? launch<__nv_bfloat16>(maps, args, grid, threads, shared_bytes, stream)

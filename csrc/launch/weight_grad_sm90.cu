@@ -46,14 +46,13 @@ Status launch_reduction(const GradKernelArgs& args, Stream stream) {
 }
 
 template <typename T>
-Status launch(const GradMaps& maps, const GradKernelArgs& args, Stream stream) {
-  constexpr int kManyChunks = 25;  // for which thread blocks of two slices fill a GPU
+Status launch(const GradMaps& maps, const GradKernelArgs& args, int outputs, Stream stream) {
   const auto grid = static_cast<unsigned>(args.num_chunks * args.spans);
   PIXELFLY_RETURN_IF_ERROR(launch_dependent_kernel(weight_grad_sm90<T>, grid, kGradThreads,
                                                    kGradSharedBytes, stream, maps, args));
   if (args.spans == 1) return Status::success();
-  return args.num_chunks < kManyChunks ? launch_reduction<T, 1>(args, stream)
-                                       : launch_reduction<T, 2>(args, stream);
+  return outputs < kGradManyOutputs ? launch_reduction<T, 1>(args, stream)
+                                    : launch_reduction<T, 2>(args, stream);
 }
 
 }  // namespace
@@ -79,6 +78,7 @@ size_t weight_grad_workspace_sm90(const WeightGradParams& p, const DeviceInfo& d
 Status launch_weight_grad_sm90(const WeightGradParams& p, const DeviceInfo& device, Stream stream) {
   const GradKernelArgs args = make_args(p, device);
   const int64_t rank = p.header->rank;
+  const int outputs = p.header->grad.num_outputs;
   const int64_t dz_features = p.out_features / (p.dz_others.given() ? 3 : 1);
   GradMaps maps;
   // An operand that is not there (its gradient is not wanted) is replaced by dz: read, never
@@ -99,8 +99,8 @@ Status launch_weight_grad_sm90(const WeightGradParams& p, const DeviceInfo& devi
   PIXELFLY_RETURN_IF_ERROR(map(&maps.of[kGradX], p.x, p.in_features, p.x_stride));
   PIXELFLY_RETURN_IF_ERROR(map(&maps.of[kGradT], p.t, rank, p.t_stride));
   PIXELFLY_RETURN_IF_ERROR(map(&maps.of[kGradS], p.s, rank, p.s_stride));
-  return p.dtype == DType::kBFloat16 ? launch<__nv_bfloat16>(maps, args, stream)
-                                     : launch<__half>(maps, args, stream);
+  return p.dtype == DType::kBFloat16 ? launch<__nv_bfloat16>(maps, args, outputs, stream)
+                                     : launch<__half>(maps, args, outputs, stream);
 }
 
 }  // namespace pixelfly

@@ -1,6 +1,6 @@
 // Tiles of one side with far more partners than the others, s or t and dense rows or columns: the
-// border of the weight gradients' graph. In the strips of grad_cuts.cpp its edges would make chunks
-// too large: they get chunks of their own, or go to those that load their other tile anyway.
+// border of the weight gradients' graph. In the strips of grad_cuts.cpp its edges may make chunks
+// too large: they can get chunks of their own, or go to those that load their other tile anyway.
 #pragma once
 
 #include <cstddef>
@@ -10,8 +10,6 @@
 #include "planner/grad_graph.h"
 
 namespace pixelfly::grad {
-
-constexpr size_t kMaxOutputs = 2 * kGradOutputs;  // of a chunk
 
 struct Border {
   std::vector<int32_t> place;  // of a tile: its number among the border's, or -1
@@ -26,8 +24,8 @@ struct Parts {
 Parts part(const Graph& graph, const Border& rows, const Border& cols);
 
 // Deals edges of the border, of its rows or of its columns, to chunks that load their other tile:
-// each to the one with the fewest edges, of several to the first, which has room for it. Returns
-// those that none has room for.
+// each to the one with the fewest edges among those that have room, of several to the first.
+// Returns the edges that none has room for.
 std::vector<int32_t> deal(const Graph& graph, const std::vector<int32_t>& edges, bool of_rows,
                           std::vector<Chunk>* chunks);
 

@@ -320,13 +320,15 @@ Cuts best_cuts(const Graph& graph, int thread_blocks) {
       }
       return cuts;
     };
+    constexpr int32_t kWidest = 2;
+    const int32_t row_width = std::min(rows.tiles, kWidest);
+    const int32_t col_width = std::min(cols.tiles, kWidest);
     auto offer_with_border = [&](const std::vector<std::vector<Chunk>>& cuts, size_t most_tiles,
                                  size_t most_outputs) {
-      constexpr int32_t kWidest = 2;
-      const auto row_chunks = strips(graph, parts.rows, rows.place, std::min(rows.tiles, kWidest),
-                                     true, most_tiles, most_outputs);
-      const auto col_chunks = strips(graph, parts.cols, cols.place, std::min(cols.tiles, kWidest),
-                                     false, most_tiles, most_outputs);
+      const auto row_chunks =
+          strips(graph, parts.rows, rows.place, row_width, true, most_tiles, most_outputs);
+      const auto col_chunks =
+          strips(graph, parts.cols, cols.place, col_width, false, most_tiles, most_outputs);
       for (std::vector<Chunk> chunks : cuts) {
         chunks.insert(chunks.end(), row_chunks.begin(), row_chunks.end());
         chunks.insert(chunks.end(), col_chunks.begin(), col_chunks.end());
@@ -338,15 +340,17 @@ Cuts best_cuts(const Graph& graph, int thread_blocks) {
     auto offer_dealt = [&](std::vector<Chunk> chunks) {
       const auto col_left = deal(graph, parts.cols, false, &chunks);
       const auto row_left = deal(graph, parts.rows, true, &chunks);
-      const auto row_chunks = strips(graph, row_left, rows.place, 1, true);
-      const auto col_chunks = strips(graph, col_left, cols.place, 1, false);
+      const auto row_chunks = strips(graph, row_left, rows.place, row_width, true);
+      const auto col_chunks = strips(graph, col_left, cols.place, col_width, false);
       chunks.insert(chunks.end(), row_chunks.begin(), row_chunks.end());
       chunks.insert(chunks.end(), col_chunks.begin(), col_chunks.end());
       offer(chunks, true);
     };
     // The border's chunks in all sizes: those larger than the others make every step longer.
     const auto whole = cores(kMaxOutputs);
-    for (const std::vector<Chunk>& chunks : whole) offer_dealt(chunks);
+    if (!parts.rows.empty() || !parts.cols.empty()) {
+      for (const std::vector<Chunk>& chunks : whole) offer_dealt(chunks);
+    }
     for (size_t most = kGradTiles; most >= kGradTiles / 2; --most) {
       if (!offer_with_border(whole, most, kMaxOutputs)) break;
     }

@@ -1,6 +1,7 @@
 // What the weight-gradient kernel computes, as a graph: see grad_chunks.cpp.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <set>
 #include <vector>
@@ -22,7 +23,8 @@ struct Graph {
   int32_t vertices() const { return rows() + x_tiles + rank_tiles; }
 };
 
-using Chunk = std::vector<int32_t>;  // indices of edges
+using Chunk = std::vector<int32_t>;               // indices of edges
+constexpr size_t kMaxOutputs = 2 * kGradOutputs;  // of a chunk
 
 // The distinct tiles that a chunk's products need, as vertices: rows, then columns.
 inline std::set<int32_t> tiles_of(const Graph& graph, const Chunk& chunk) {

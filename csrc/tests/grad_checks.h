@@ -118,8 +118,10 @@ inline void check_grad_choice() {
 inline void check_grad_border() {
   g_case = "chunks with the border";
   const auto global = [](int32_t i, int32_t j) { return i == 0 || j == 0 || butterfly(i, j); };
-  for (const Plan& plan :
-       {Plan(make(128, 128, 64, 64, 0, butterfly)), Plan(make(128, 128, 64, 0, 0, global))}) {
+  for (const LayoutView& layout :
+       {make(128, 128, 64, 64, 0, butterfly), make(128, 128, 64, 0, 0, global)}) {
+    const Plan plan(layout);
+    check_grad(layout, plan);
     const GradCut cut = choose_grad_cut(plan.header, kGradFewSteps, 132);
     expect(cut.spans == 1 && cut.list->num_chunks <= 128, "one turn");
     const auto* chunks = plan.at<GradChunk>(cut.list->chunks_offset);

@@ -304,6 +304,7 @@ int main() {
         run("wide", 4, 16, [](int32_t i, int32_t j) { return butterfly(i, j / 4); });
         run("tall", 16, 4, [](int32_t i, int32_t j) { return butterfly(i / 4, j); });
         run("global", 16, 16, [](int32_t i, int32_t j) { return !i || !j || butterfly(i, j); });
+        run("global 40", 40, 40, [](int32_t i, int32_t j) { return !i || !j || butterfly(i, j); });
         run("dense", 5, 7, [](int32_t, int32_t) { return true; });
         run("empty", 3, 5, [](int32_t, int32_t) { return false; });
         run("single", 1, 1, [](int32_t, int32_t) { return true; });

@@ -76,6 +76,10 @@ inline double grad_few_time_ns(const GradLoad& load, int steps, int spans, int n
 
 constexpr int kGradFewSteps = 256;  // fewer than 8192 tokens
 
+// From so many outputs on, the sums of spans are added two slices of an output in a thread block:
+// fitted (operator_experiments_h200.json, "reduction").
+constexpr int kGradManyOutputs = 200;
+
 inline double grad_time_ns(const GradLoad& load, int steps, int spans, int num_sms) {
   return steps < kGradFewSteps ? grad_few_time_ns(load, steps, spans, num_sms)
                                : grad_many_time_ns(load, steps, spans, num_sms);
