@@ -203,7 +203,7 @@ def trained(kind: str, task: str, feed: SequenceFeed, seed: int, args: argparse.
     """One kind's test accuracy, curve, step time and peak memory (the data's is not counted)."""
     size = SIZES[task]
     torch.manual_seed(seed)
-    model = build(kind, size, args.density, args.attention_block)
+    model = build(kind, size, args.density, args.attention_block, args.dropout)
     settings = loop.Settings(
         steps=args.steps,
         batch=args.batch or size.batch,
@@ -239,7 +239,7 @@ def accuracy(
     feed = SequenceFeed(data.train, data.test, torch.device(args.device))
     samples = {"train_samples": len(data.train[1]), "test_samples": len(data.test[1])}
     options = {"data": name, "data_seed": args.data_seed, "lr": args.lr}
-    options["weight_decay"] = args.weight_decay
+    options |= {"weight_decay": args.weight_decay, "dropout": args.dropout}
     for seed in args.seeds:
         row = described(task, SIZES[task], args) | options | samples | {"seed": seed}
         record = record_of(row, records)
@@ -283,6 +283,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--batch", type=int, default=None, help="default: the task's")
     add("--lr", type=float, default=1e-3)
     add("--weight-decay", type=float, default=0.05)
+    add("--dropout", type=float, default=0.0, help="train: of embeddings, attention and MLPs")
     add("--density", type=float, default=0.5, help="of the linear layers")
     add("--attention-block", type=int, default=64, help="tokens; on a GPU 64 or 128")
     add("--compile", action="store_true", help="torch.compile every model, with its autotuner")
@@ -303,6 +304,10 @@ def main(argv: list[str] | None = None) -> None:
         raise SystemExit("benchmarks/lra.py: torch sees no CUDA device; use --device cpu")
     if args.graph and (args.device == "cpu" or args.mode != "speed"):
         parser.error("--graph needs --mode speed and --device cuda")
+    if not 0 <= args.dropout < 1:
+        parser.error(f"--dropout: expected at least 0 and less than 1, got {args.dropout:g}")
+    if args.mode == "speed" and args.dropout:
+        parser.error("--dropout needs --mode train: steps are timed without it")
     if args.mode == "speed" and not kinds_of(args):
         parser.error("--kinds scores_eager needs --compile: without it that is scores")
     if args.mode == "train" and "scores_eager" in (args.kinds or []):

@@ -66,33 +66,35 @@ class DenseAttention(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm: attention, then an MLP of two layers."""
+    """Pre-norm: attention, then an MLP of two layers; dropout of what each adds."""
 
-    def __init__(self, size: Size, attention: nn.Module, linear) -> None:
+    def __init__(self, size: Size, attention: nn.Module, linear, dropout: float) -> None:
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(size.width), nn.LayerNorm(size.width)
         self.attention = attention
         self.fc1 = linear(size.width, size.hidden, True)
         self.fc2 = linear(size.hidden, size.width, True)
+        self.drop = nn.Dropout(dropout)
 
     def forward(self, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-        x = x + self.attention(self.norm1(x), mask)
-        return x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
+        x = x + self.drop(self.attention(self.norm1(x), mask))
+        return x + self.drop(self.fc2(F.gelu(self.fc1(self.norm2(x)))))
 
 
 class Encoder(nn.Module):
     """Embeddings, blocks, the mean over the tokens and a classifier; token ids to logits."""
 
-    def __init__(self, size: Size, blocks: list[nn.Module]) -> None:
+    def __init__(self, size: Size, blocks: list[nn.Module], dropout: float) -> None:
         super().__init__()
         self.padded = size.padded
         self.tokens = nn.Embedding(size.vocabulary, size.width)
         self.places = nn.Parameter(torch.randn(size.length, size.width) * 0.02)
+        self.drop = nn.Dropout(dropout)
         self.blocks = nn.ModuleList(blocks)
         self.norm, self.head = nn.LayerNorm(size.width), nn.Linear(size.width, size.classes)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        x = self.tokens(ids) + self.places[: ids.shape[1]]
+        x = self.drop(self.tokens(ids) + self.places[: ids.shape[1]])
         seen = ids != 0 if self.padded else None
         mask = None if seen is None else seen[:, None, None]
         for block in self.blocks:
@@ -104,9 +106,12 @@ class Encoder(nn.Module):
         return self.head((x * weight).sum(1) / weight.sum(1).clamp(min=1))
 
 
-def build(kind: str, size: Size, density: float, attention_block: int) -> Encoder:
+def build(
+    kind: str, size: Size, density: float, attention_block: int, dropout: float = 0.0
+) -> Encoder:
     """A model of one kind: one of `DenseAttention`'s; or "pixelfly", with sparse attention and,
-    where the model is wide enough, linear layers of butterfly + global blocks.
+    where the model is wide enough, linear layers of butterfly + global blocks. Dropout is of the
+    embeddings and of what attention and MLPs add, not of attention's weights.
 
     Raises:
         ValueError: no layer of this density and block size exists; the message names the nearest.
@@ -125,4 +130,5 @@ def build(kind: str, size: Size, density: float, attention_block: int) -> Encode
             return PixelflySelfAttention(size.width, size.heads, attention=config, linear=linear)
         return DenseAttention(size.width, size.heads, kind)
 
-    return Encoder(size, [Block(size, attention(), linear) for _ in range(size.layers)])
+    blocks = [Block(size, attention(), linear, dropout) for _ in range(size.layers)]
+    return Encoder(size, blocks, dropout)

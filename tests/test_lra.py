@@ -211,6 +211,25 @@ def test_training_goes_on_where_it_was_stopped(tmp_path, capsys):
         lra.main([*options.split(), str(out), "--kinds", "scores_eager"])
 
 
+def test_dropout_is_in_training_alone(tmp_path, capsys):
+    model = build("pixelfly", SIZES["toy"], 0.5, 16, dropout=0.5)
+    ids = torch.randint(1, 16, (3, 96))
+    assert not torch.equal(model(ids), model(ids))
+    assert torch.equal(model.eval()(ids), model(ids))
+    out = tmp_path / "lra.json"
+    train = f"--mode train --tasks toy --device cpu --steps 2 --attention-block 16 --out {out}"
+    lra.main([*train.split(), "--dropout", "0.1"])
+    (record,) = json.loads(out.read_text())["records"]
+    assert record["dropout"] == 0.1 and record["kinds"].keys() == {"sdpa", "pixelfly"}
+    for options, message in (
+        (f"{train} --dropout 1", "expected at least 0 and less than 1, got 1"),
+        ("--tasks toy --device cpu --dropout 0.1", "--dropout needs --mode train"),
+    ):
+        with pytest.raises(SystemExit):
+            lra.main(options.split())
+        assert message in capsys.readouterr().err
+
+
 def test_sequences_that_validate_do_not_train():
     x = torch.arange(40).repeat(3, 1).T
     feed = SequenceFeed((x, x[:, 0] % 7), (x[:5], x[:5, 0]), torch.device("cpu"))
