@@ -131,9 +131,8 @@ def test_pathfinder_set_is_seeded():
 
 def test_generated_data_is_kept(tmp_path, monkeypatch):
     made, name = lra_data.load("listops", tmp_path, 3, 2, 4)
-    monkeypatch.setitem(
-        lra_data.GENERATED, "listops", (None, name, "listops")
-    )  # would raise if called again
+    # A generator that would raise if called again.
+    monkeypatch.setitem(lra_data.GENERATED, "listops", (None, name, "listops"))
     kept, _ = lra_data.load("listops", tmp_path, 3, 2, 4)
     assert kept.classes == made.classes and len(kept.train[1]) == 3 and len(kept.test[1]) == 2
     for a, b in zip((*made.train, *made.test), (*kept.train, *kept.test), strict=True):

@@ -320,30 +320,32 @@ Cuts best_cuts(const Graph& graph, int thread_blocks) {
       }
       return cuts;
     };
-    constexpr int32_t kWidest = 2;
-    const int32_t row_width = std::min(rows.tiles, kWidest);
-    const int32_t col_width = std::min(cols.tiles, kWidest);
+    // Chunks of the border's own, of some of its edges.
+    auto apart = [&](const std::vector<int32_t>& row_edges, const std::vector<int32_t>& col_edges,
+                     size_t most_tiles, size_t most_outputs) {
+      constexpr int32_t kWidest = 2;
+      auto chunks = strips(graph, row_edges, rows.place, std::min(rows.tiles, kWidest), true,
+                           most_tiles, most_outputs);
+      const auto col_chunks = strips(graph, col_edges, cols.place, std::min(cols.tiles, kWidest),
+                                     false, most_tiles, most_outputs);
+      chunks.insert(chunks.end(), col_chunks.begin(), col_chunks.end());
+      return chunks;
+    };
     auto offer_with_border = [&](const std::vector<std::vector<Chunk>>& cuts, size_t most_tiles,
                                  size_t most_outputs) {
-      const auto row_chunks =
-          strips(graph, parts.rows, rows.place, row_width, true, most_tiles, most_outputs);
-      const auto col_chunks =
-          strips(graph, parts.cols, cols.place, col_width, false, most_tiles, most_outputs);
+      const auto border = apart(parts.rows, parts.cols, most_tiles, most_outputs);
       for (std::vector<Chunk> chunks : cuts) {
-        chunks.insert(chunks.end(), row_chunks.begin(), row_chunks.end());
-        chunks.insert(chunks.end(), col_chunks.begin(), col_chunks.end());
+        chunks.insert(chunks.end(), border.begin(), border.end());
         offer(chunks, most_outputs == kMaxOutputs);
       }
-      return !row_chunks.empty() || !col_chunks.empty();
+      return !border.empty();
     };
     // The border's edges beside those that share a tile with them; what has no room apart.
     auto offer_dealt = [&](std::vector<Chunk> chunks) {
       const auto col_left = deal(graph, parts.cols, false, &chunks);
       const auto row_left = deal(graph, parts.rows, true, &chunks);
-      const auto row_chunks = strips(graph, row_left, rows.place, row_width, true);
-      const auto col_chunks = strips(graph, col_left, cols.place, col_width, false);
-      chunks.insert(chunks.end(), row_chunks.begin(), row_chunks.end());
-      chunks.insert(chunks.end(), col_chunks.begin(), col_chunks.end());
+      const auto border = apart(row_left, col_left, kGradTiles, kMaxOutputs);
+      chunks.insert(chunks.end(), border.begin(), border.end());
       offer(chunks, true);
     };
     // The border's chunks in all sizes: those larger than the others make every step longer.

@@ -128,6 +128,7 @@ inline void check_grad_border() {
     const bool is_low_rank = plan.header.rank > 0;
     int rows = 0, cols = 0;
     for (int32_t c = 0; c < cut.list->num_chunks; ++c) {
+      // Tile 0 of a source is the source's own number.
       const int32_t* end = chunks[c].tile + chunks[c].num_tiles;
       rows += std::find(chunks[c].tile, end, is_low_rank ? kGradS : kGradDz) != end;
       cols += std::find(chunks[c].tile, end, is_low_rank ? kGradT : kGradX) != end;

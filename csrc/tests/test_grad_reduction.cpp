@@ -15,7 +15,8 @@ namespace {
 
 constexpr int kChunks = 3, kSpans = 3, kBlocks = 2 * 6 + 1 + 5;  // that the chunks below have
 
-// Warpgroups of six outputs, of none, of one; blocks of 64 in order, and dz tile c of chunk c.
+// Warpgroups of six, six, one, no, no and five outputs: blocks of 64 in order. Chunk c sums tile c
+// of dz, in either warpgroup.
 std::vector<GradChunk> make_chunks() {
   const int outputs[kChunks][2] = {{6, 6}, {1, 0}, {0, 5}};
   std::vector<GradChunk> chunks(kChunks);
