@@ -1,13 +1,13 @@
 // t = x · vᵀ, and s = dz · u: a thin product, bound by reading x once; Hopper (sm_90a).
 //
-// A thread block makes 64 tokens x 64 ranks and walks all features; two or three share an SM, which
-// keeps 130-190 KB in flight. Where there are fewer of them than SMs, each of which loads some
-// 110 GB/s, a cluster's thread blocks (gridDim.z) share the features, and add their sums in each
-// other's shared memory. The factor tile is wgmma's A (M = 64 ranks; transposed descriptors for u,
-// whose rows are features), tokens are N; the accumulator holds tᵀ and leaves through
-// stmatrix.trans and one TMA store, staged in the first ring stage.
+// A thread block makes 64 tokens x 64 ranks and walks all features. An SM should have 130-190 KB in
+// flight, so a ring is the longer, the fewer thread blocks share one. Where there are fewer than
+// SMs, each of which loads some 110 GB/s, a cluster's thread blocks (gridDim.z) share the features,
+// and add their sums in each other's shared memory. The factor tile is wgmma's A (M = 64 ranks;
+// transposed descriptors for u, whose rows are features), tokens are N; the accumulator holds tᵀ
+// and leaves through stmatrix.trans and one TMA store, staged in the first ring stage.
 //
-//   shared memory: ring [kLowRankStages] of x tile [64 tokens][64] + factor tile (16 KB)
+//   shared memory: ring [stages] of x tile [64 tokens][64] + factor tile (16 KB)
 //   roles: warps 0-3 multiply, one thread of warp 4 loads, after the kernel before this one has
 //   ended: a dependent launch
 //   sums of a cluster: where the ring was
@@ -25,6 +25,7 @@
 #include "device/shared_memory.cuh"
 #include "device/tma.cuh"
 #include "device/wgmma.cuh"
+#include "kernels/product_sm90_work.cuh"
 #include "kernels/thirds.cuh"
 #include "kernels/tile_sm90.cuh"
 
@@ -32,9 +33,9 @@ namespace pixelfly {
 
 constexpr int kLowRankTile = 64;
 constexpr int kLowRankTileBytes = kLowRankTile * kLowRankTile * 2;
-constexpr int kLowRankStages = 4;
+constexpr int kLowRankMaxStages = 8;
 constexpr int kLowRankThreads = 160;
-constexpr int kLowRankSharedBytes = kLowRankStages * 2 * kLowRankTileBytes + 1024;
+constexpr int low_rank_shared_bytes(int stages) { return stages * 2 * kLowRankTileBytes + 1024; }
 
 struct LowRankMaps {
   CUtensorMap x[3];    // [T, features]; kThirds: three thirds of it, else one map
@@ -44,37 +45,44 @@ struct LowRankMaps {
   // 64 / gridDim.z x 64.
 };
 
+struct LowRankArgs {
+  int32_t num_tiles;  // of features
+  int32_t stages;
+  bool early_start;  // the next kernel may be placed meanwhile
+};
+
 template <typename T, bool kTransposed, bool kThirds>
 __global__ void __launch_bounds__(kLowRankThreads)
-    low_rank_sm90(const __grid_constant__ LowRankMaps maps, int num_tiles, bool early_start) {
+    low_rank_sm90(const __grid_constant__ LowRankMaps maps, const LowRankArgs args) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  __shared__ uint64_t barriers[2 * kLowRankStages];
+  __shared__ uint64_t barriers[2 * kLowRankMaxStages];
   const uint32_t base = (device::smem_address(device::dynamic_shared()) + 1023) & ~1023u;
-  const uint32_t full = device::smem_address(barriers), empty = full + 8 * kLowRankStages;
+  const uint32_t full = device::smem_address(barriers), empty = full + 8 * kLowRankMaxStages;
   const int token = blockIdx.x * kLowRankTile, rank = blockIdx.y * kLowRankTile;
   const int blocks = gridDim.z, part = blockIdx.z;
-  const int first = part * num_tiles / blocks, steps = (part + 1) * num_tiles / blocks - first;
+  const int first = part * args.num_tiles / blocks;
+  const int steps = (part + 1) * args.num_tiles / blocks - first;
   if (threadIdx.x == 0) {
-    for (int s = 0; s < kLowRankStages; ++s) {
+    for (int s = 0; s < args.stages; ++s) {
       device::mbarrier_init(full + 8 * s, 1);
       device::mbarrier_init(empty + 8 * s, 4);
     }
     device::mbarrier_init_fence();
   }
   __syncthreads();
-  if (early_start) device::allow_dependent_launch();
+  if (args.early_start) device::allow_dependent_launch();
 
   if (threadIdx.x >= 128) {
     if (threadIdx.x != 128) return;
     device::wait_for_previous_kernel();
-    for (int i = 0; i < steps; ++i) {
-      const int s = i % kLowRankStages;
-      const uint32_t x = base + s * 2 * kLowRankTileBytes, bar = full + 8 * s;
-      device::mbarrier_wait(empty + 8 * s, (i / kLowRankStages & 1) ^ 1);
+    groups::Ring ring{args.stages};
+    for (int i = 0; i < steps; ++i, ring.advance()) {
+      const uint32_t x = base + ring.stage * 2 * kLowRankTileBytes, bar = full + 8 * ring.stage;
+      device::mbarrier_wait(empty + 8 * ring.stage, ring.phase ^ 1);
       device::mbarrier_expect_tx(bar, 2 * kLowRankTileBytes);
       const int tile = first + i, feature = tile * kLowRankTile;
       TilePlace place{0, tile};
-      if constexpr (kThirds) place = place_of_tile(tile, num_tiles / 3);
+      if constexpr (kThirds) place = place_of_tile(tile, args.num_tiles / 3);
       device::tma_load_2d(x, &maps.x[place.matrix], bar, place.tile * kLowRankTile, token);
       device::tma_load_2d(x + kLowRankTileBytes, &maps.factor, bar, kTransposed ? rank : feature,
                           kTransposed ? feature : rank);
@@ -83,16 +91,16 @@ __global__ void __launch_bounds__(kLowRankThreads)
   }
 
   float acc[32];
-  for (int i = 0; i < steps; ++i) {
-    const int s = i % kLowRankStages;
-    const uint32_t x = base + s * 2 * kLowRankTileBytes;
+  groups::Ring ring{args.stages};
+  for (int i = 0; i < steps; ++i, ring.advance()) {
+    const uint32_t x = base + ring.stage * 2 * kLowRankTileBytes;
     const uint64_t a = weight_descriptor<kTransposed>(x + kLowRankTileBytes);
     const uint64_t b = device::descriptor_k_major(x);
-    device::mbarrier_wait(full + 8 * s, i / kLowRankStages & 1);
+    device::mbarrier_wait(full + 8 * ring.stage, ring.phase);
     multiply_by_weights<T, kTransposed>(acc, a, b, i);
     device::wgmma_wait<1>();
     if (i > 0 && threadIdx.x % 32 == 0) {
-      device::mbarrier_arrive(empty + 8 * ((i - 1) % kLowRankStages));
+      device::mbarrier_arrive(empty + 8 * ring.before(1));
     }
   }
   device::wgmma_wait<0>();

@@ -16,19 +16,33 @@ namespace {
 
 int tiles(int64_t n) { return static_cast<int>((n + kLowRankTile - 1) / kLowRankTile); }
 
+// As many as leave room for the thread blocks that have to share a multiprocessor: one, two or
+// three. Clusters of four or eight cannot be placed on all multiprocessors (on 120 of an H200's
+// 132), should each thread block need its own.
+int stages_for(const dim3& grid, int num_sms) {
+  const auto thread_blocks = int64_t{grid.x} * grid.y * grid.z;
+  const int alone = grid.z <= 2 ? num_sms : num_sms * 3 / 4;
+  if (thread_blocks <= alone) return kLowRankMaxStages;
+  return thread_blocks <= 2 * num_sms ? 6 : 4;
+}
+
 template <typename T, bool kTransposed, bool kThirds = false>
-Status launch(const LowRankMaps& maps, const LowRankParams& p, int cluster, Stream stream) {
+Status launch(const LowRankMaps& maps, const LowRankParams& p, int cluster, int num_sms,
+              Stream stream) {
   const dim3 grid(tiles(p.tokens), tiles(p.rank), cluster);
+  const LowRankArgs args{tiles(p.features), stages_for(grid, num_sms),
+                         p.tokens <= kEarlyStartTokens};
   return launch_dependent_cluster(low_rank_sm90<T, kTransposed, kThirds>, grid, cluster,
-                                  kLowRankThreads, kLowRankSharedBytes, stream, maps,
-                                  tiles(p.features), p.tokens <= kEarlyStartTokens);
+                                  kLowRankThreads, low_rank_shared_bytes(args.stages), stream, maps,
+                                  args);
 }
 
 template <typename T>
-Status launch(const LowRankMaps& maps, const LowRankParams& p, int cluster, Stream stream) {
-  if (p.x_others.given()) return launch<T, true, true>(maps, p, cluster, stream);
-  return p.transposed ? launch<T, true>(maps, p, cluster, stream)
-                      : launch<T, false>(maps, p, cluster, stream);
+Status launch(const LowRankMaps& maps, const LowRankParams& p, int cluster, int num_sms,
+              Stream stream) {
+  if (p.x_others.given()) return launch<T, true, true>(maps, p, cluster, num_sms, stream);
+  return p.transposed ? launch<T, true>(maps, p, cluster, num_sms, stream)
+                      : launch<T, false>(maps, p, cluster, num_sms, stream);
 }
 
 template <typename T>
@@ -87,8 +101,9 @@ Status launch_low_rank_sm90(const LowRankParams& p, const DeviceInfo& device, St
   const int cluster = low_rank_cluster(p, device);
   LowRankMaps maps;
   PIXELFLY_RETURN_IF_ERROR(encode(maps, p, kLowRankTile, kLowRankTile / cluster));
-  return p.dtype == DType::kBFloat16 ? launch<__nv_bfloat16>(maps, p, cluster, stream)
-                                     : launch<__half>(maps, p, cluster, stream);
+  return p.dtype == DType::kBFloat16
+             ? launch<__nv_bfloat16>(maps, p, cluster, device.num_sms, stream)
+             : launch<__half>(maps, p, cluster, device.num_sms, stream);
 }
 
 Status launch_low_rank_ahead_sm90(const LowRankParams& p, const DeviceInfo& device,

@@ -47,6 +47,9 @@ inline std::vector<Case> cases() {
       {"rank 72 b128", 2, 1, 128, 8, 24, everything, 150, 72, kRelu, false, true},
       {"holes b32", 6, 4, 32, 0, 0, holes, 300, 0, kGelu, false, true},
       {"one token b64", 2, 2, 64, 0, 0, everything, 1, 8},
+      // Two thread blocks of the thin product on a multiprocessor: rings of six stages.
+      {"two t a multiprocessor b64", 2, 20, 64, 0, 40, one_dense, 130, 72, kRelu, false, false, 90,
+       4},
   };
   // Thin products that clusters share; two tiles of ranks are never formed beside the product.
   const std::pair<Case, int> clusters[] = {
