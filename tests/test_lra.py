@@ -9,6 +9,7 @@ import random
 import lra
 import lra_data
 import numpy as np
+import pathfinder
 import pytest
 import torch
 from feeds import SequenceFeed
@@ -62,64 +63,89 @@ def test_listops_set():
         assert lra_data.listops_value(tokens) == value
 
 
+def along(snake: pathfinder.Snake) -> np.ndarray:
+    """Where a snake's dashes begin and end, unrounded: `[dashes, 2, (y, x)]`, first end first."""
+    ends = []
+    for i, ((y, x), angle) in enumerate(snake.dashes):
+        other = (y + pathfinder.DASH * math.sin(angle), x + pathfinder.DASH * math.cos(angle))
+        ends.append([(y, x), other] if i == 0 else [other, (y, x)])  # drawn from the far end on
+    return np.array(ends)
+
+
 def test_pathfinder_keeps_the_rules():
-    draw, p = random.Random(0), lra_data.Paths()
-    labels = []
-    for _ in range(40):
-        snakes, markers, label = lra_data.path_example(draw, p)
-        labels.append(label)
-        assert snakes[0].shape == snakes[1].shape == (p.dashes, 2, 2)
+    draw, p = random.Random(0), pathfinder.Paths()
+    labels, all_gaps = [], []
+    for _ in range(20):
+        example = pathfinder.example(draw, p)
+        labels.append(example.label)
         # Hand check of the label: which snake does each marker lie on the end of?
-        on = [
-            next(i for i in (0, 1) if any(np.allclose(m, e) for e in (snakes[i][0, 0],
-                 snakes[i][-1, 1])))
-            for m in markers
-        ]  # fmt: skip
-        assert (on[0] == on[1]) == bool(label)
-        for i, a in enumerate(snakes):
-            assert a.min() >= p.padding and a.max() <= p.size - p.padding
-            lengths = np.linalg.norm(a[:, 1] - a[:, 0], axis=-1)
-            gaps = np.linalg.norm(a[1:, 0] - a[:-1, 1], axis=-1)
-            assert np.allclose(lengths, p.dash) and np.allclose(gaps, p.gap)
-            for b in snakes[:i]:
-                between = lra_data._points(a)[:, None] - lra_data._points(b)[None]
-                assert np.linalg.norm(between, axis=-1).min() >= p.gap + p.thickness - 1e-9
-    assert 8 < sum(labels) < 32
-
-
-def told_by_distance(p: lra_data.Paths) -> float:
-    """Of pictures whose markers are on two snakes, the part that are not as far apart as those of
-    nine in ten on one."""
-    draw = random.Random(1)
-    apart: dict[int, list[float]] = {0: [], 1: []}
-    for _ in range(200):
-        _, (a, b), label = lra_data.path_example(draw, p)
-        apart[label].append(np.linalg.norm(a - b))
-    low, high = np.quantile(apart[1], [0.05, 0.95])
-    return 1 - np.mean([low <= distance <= high for distance in apart[0]])
+        on = [next(i for i in (0, 1) if m in example.snakes[i].ends()) for m in example.markers]
+        assert (on[0] == on[1]) == bool(example.label)
+        assert example.markers[0] == example.snakes[on[0]].dashes[0][0]
+        assert example.markers[1] == example.snakes[on[1]].dashes[-1][0]
+        first, second = (snake.dashes[0][0] for snake in example.snakes)
+        assert math.dist(first, second) == pytest.approx(p.seed_distance, abs=1)
+        # Where the dash lies, a pixel beside it, is what the rule keeps from the border.
+        beside = pathfinder.DASH + pathfinder.MARGIN + 1
+        low, high = 2 * p.seed_distance - beside, p.size - 2 * p.seed_distance + beside
+        assert all(low <= v < high for v in first)
+        assert [len(snake.dashes) for snake in example.snakes] == [p.dashes] * 2
+        assert all(len(snake.dashes) == p.distractor_dashes for snake in example.distractors)
+        for snake in (*example.snakes, *example.distractors):
+            ends = along(snake)
+            gaps = np.linalg.norm(ends[1:, 0] - ends[:-1, 1], axis=-1)
+            # Twice the margin but for bends, and that pivots follow each other and are rounded up.
+            assert gaps.min() > 0 and gaps.max() < 5
+            all_gaps += gaps.tolist()
+            turns = np.diff([a if i == 0 else pathfinder.reversed_angle(a)
+                             for i, (_, a) in enumerate(snake.dashes)])  # fmt: skip
+            assert np.abs((turns + math.pi) % (2 * math.pi) - math.pi).max() < math.pi / 2
+    assert 4 < sum(labels) < 16 and np.mean(all_gaps) == pytest.approx(1.7, abs=0.2)
 
 
 def test_the_distance_of_pathfinders_markers_does_not_tell_the_label():
-    assert told_by_distance(lra_data.Paths()) < 0.2
-    straight = {"dashes": 6, "gap": 1.2, "continuity": 1.8, "seed_distance": 8.0}
-    assert told_by_distance(lra_data.Paths(**straight)) > 0.6
+    draw, p = random.Random(1), pathfinder.Paths()
+    apart: dict[int, list[float]] = {0: [], 1: []}
+    for _ in range(300):
+        example = pathfinder.example(draw, p)
+        apart[example.label].append(math.dist(*example.markers))
+    low, high = np.quantile(apart[1], [0.05, 0.95])
+    told = 1 - np.mean([low <= distance <= high for distance in apart[0]])
+    assert told < 0.25
 
 
 def test_turns_follow_the_cosine_law():
-    draw = random.Random(0)
-    turns = np.array([lra_data.turn(draw, 1.8) for _ in range(4000)])
-    assert np.abs(turns).max() <= math.pi / 3.6
-    # Half of cos**2 on [-pi/2, pi/2] and its first lobe: (1/2 + 1/pi) of the mass is within pi/4.
-    within = np.mean(np.abs(1.8 * turns) < math.pi / 4)
-    assert within == pytest.approx(0.5 + 1 / math.pi, abs=0.03)
+    weights = pathfinder.turn_weights(0.0, 1.0)
+    for angle, weight in zip(pathfinder.ANGLES, weights, strict=True):
+        ahead = abs(angle) < math.pi / 2
+        assert weight == pytest.approx(math.cos(angle) ** 2 if ahead else 0, abs=1e-12)
+    # Ends of the next dash surround the pivot, coordinates rounded down.
+    assert np.abs(pathfinder.ENDS).max() == pathfinder.REACH
+    assert (np.linalg.norm(pathfinder.ENDS, axis=1) <= pathfinder.REACH + 2**0.5).all()
 
 
-def test_a_dash_and_a_marker_are_drawn_where_they_are():
-    p = lra_data.Paths(size=8, thickness=1.0, marker_radius=1.0)
-    dash = np.array([[[2.5, 1.5], [2.5, 4.5]]])
-    image = lra_data.draw_picture([dash], [np.array([6.5, 6.5])], p)
-    assert image[2, 1:5].tolist() == [1.0] * 4 and image[2, 5] == 0 and image[4].max() == 0
-    assert image[6, 6] == 1 and image[6, 5] == pytest.approx(0.5) and image[6, 4] == 0
+def test_stamps_and_markers_of_pathfinder():
+    # By hand, on the fine grid: five points to the right of the middle, four of them on pixels.
+    fine = pathfinder.line((8, 12), 17)
+    assert list(zip(*fine.nonzero(), strict=True)) == [(8, x) for x in range(8, 13)]
+    slanted = pathfinder.line((6, 12), 17)
+    assert list(zip(*slanted.nonzero(), strict=True)) == [(6, 11), (6, 12), (7, 9), (7, 10), (8, 8)]
+    dash, room = pathfinder.stamp(0.0)
+    assert dash.shape == room.shape == (9, 9)
+    assert dash[4, 4:7].min() > 0.3 and dash[:3].max() < 0.1 and dash[4, :3].max() < 0.1
+    assert room[3:6, 4:7].min() > 0.6 and room[4, 3] > 0.6 and room[4, 0] < 0.1  # a pixel around
+    snake = pathfinder.Snake((0, 0), 0.0, [((16, 16), 0.0)])
+    far = pathfinder.Snake((0, 0), 0.0, [((25, 8), 0.0)])
+    p = pathfinder.Paths()
+    picture = pathfinder.picture([snake], [far], [(8, 8)], p).astype(float)
+    dash = dash[4, 5]
+    assert picture[25, 9] == 255
+    assert picture[16, 17] == pytest.approx(255 * p.brightness / p.distractor_brightness, abs=1)
+    assert picture[8, 8] == pytest.approx(255 / (p.distractor_brightness * dash), abs=1)
+
+
+def test_lanczos_keeps_what_is_even():
+    assert (pathfinder.lanczos(np.full((17, 17), 200.0), 9) == 200).all()
 
 
 def test_pathfinder_set_is_seeded():
