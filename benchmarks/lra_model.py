@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 
 import torch
 import torch.nn.functional as F
@@ -27,14 +28,15 @@ class Size:
     batch: int
     linear_block: int | None  # b of the sparse linear layers; None: too narrow to gain, all dense
     padded: bool = False  # token 0 is padding, which nobody attends to
+    picture: bool = False  # tokens are the pixels of a square, row by row
 
 
 SIZES = {
     "listops": Size(2000, 512, 8, 4, 1024, 16, 10, 32, 64, padded=True),
     "text": Size(1000, 256, 4, 4, 1024, 256, 2, 32, 32, padded=True),
     "retrieval": Size(4000, 64, 2, 2, 128, 256, 2, 32, None, padded=True),  # one of the two towers
-    "image": Size(1024, 128, 8, 1, 128, 256, 10, 256, None),
-    "pathfinder": Size(1024, 64, 2, 2, 128, 256, 2, 512, None),
+    "image": Size(1024, 128, 8, 1, 128, 256, 10, 256, None, picture=True),
+    "pathfinder": Size(1024, 64, 2, 2, 128, 256, 2, 512, None, picture=True),
     "toy": Size(96, 32, 2, 1, 64, 16, 10, 4, 16, padded=True),
 }
 KINDS = ("scores", "sdpa", "sdpa_cudnn", "pixelfly")
@@ -81,14 +83,29 @@ class Block(nn.Module):
         return x + self.drop(self.fc2(F.gelu(self.fc1(self.norm2(x)))))
 
 
+def sinusoids(length: int, width: int) -> torch.Tensor:
+    """Places of a square picture's pixels, `[length, width]`, of mean square 1: half of the
+    features tell the row, half the column, as sines and cosines of 2 pi to 200 pi pixels."""
+    side = math.isqrt(length)
+    periods = 100.0 ** (torch.arange(width // 4) / (width // 4))
+    angles = torch.arange(side)[:, None] / periods
+    line = math.sqrt(2) * torch.cat([angles.sin(), angles.cos()], 1)
+    return torch.cat([line.repeat_interleave(side, 0), line.repeat(side, 1)], 1)
+
+
 class Encoder(nn.Module):
-    """Embeddings, blocks, the mean over the tokens and a classifier; token ids to logits."""
+    """Embeddings, blocks, the mean over the tokens and a classifier; token ids to logits.
+
+    Places are learned. A picture's begin as sinusoids, as large as the embeddings of tokens: small
+    random ones do not tell a small model which pixels are neighbours.
+    """
 
     def __init__(self, size: Size, blocks: list[nn.Module], dropout: float) -> None:
         super().__init__()
         self.padded = size.padded
         self.tokens = nn.Embedding(size.vocabulary, size.width)
-        self.places = nn.Parameter(torch.randn(size.length, size.width) * 0.02)
+        small = torch.randn(size.length, size.width) * 0.02
+        self.places = nn.Parameter(sinusoids(size.length, size.width) if size.picture else small)
         self.drop = nn.Dropout(dropout)
         self.blocks = nn.ModuleList(blocks)
         self.norm, self.head = nn.LayerNorm(size.width), nn.Linear(size.width, size.classes)

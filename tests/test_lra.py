@@ -13,7 +13,7 @@ import pathfinder
 import pytest
 import torch
 from feeds import SequenceFeed
-from lra_model import SIZES, build
+from lra_model import SIZES, build, sinusoids
 
 
 @pytest.mark.parametrize(
@@ -164,6 +164,18 @@ def test_generated_data_is_kept(tmp_path, monkeypatch):
     for a, b in zip((*made.train, *made.test), (*kept.train, *kept.test), strict=True):
         assert torch.equal(a, b)
     assert [p.name for p in (tmp_path / "lra").iterdir()] == ["listops-3-2-4.npz"]
+
+
+def test_places_of_pixels():
+    places = sinusoids(1024, 64)
+    assert places.square().mean() == pytest.approx(1)
+    near = places @ places.T
+    by_row = near[32 * 10 + 10].view(32, 32)
+    assert by_row.argmax() == 32 * 10 + 10
+    assert (
+        by_row[10, 11] == pytest.approx(by_row[11, 10].item()) and by_row[10, 11] > by_row[10, 13]
+    )
+    assert torch.equal(build("sdpa", SIZES["pathfinder"], 0.5, 64).places, places)
 
 
 def test_kinds_agree_where_all_scores_are_kept():
