@@ -85,8 +85,13 @@ class Block(nn.Module):
 
 def sinusoids(length: int, width: int) -> torch.Tensor:
     """Places of a square picture's pixels, `[length, width]`, of mean square 1: half of the
-    features tell the row, half the column, as sines and cosines of 2 pi to 200 pi pixels."""
+    features tell the row, half the column, as sines and cosines; periods begin at 2 pi pixels and
+    stay below 200 pi."""
     side = math.isqrt(length)
+    if side**2 != length or width % 4:
+        raise ValueError(
+            f"expected a square number of pixels and width in fours: {length}, {width}"
+        )
     periods = 100.0 ** (torch.arange(width // 4) / (width // 4))
     angles = torch.arange(side)[:, None] / periods
     line = math.sqrt(2) * torch.cat([angles.sin(), angles.cos()], 1)
@@ -96,8 +101,8 @@ def sinusoids(length: int, width: int) -> torch.Tensor:
 class Encoder(nn.Module):
     """Embeddings, blocks, the mean over the tokens and a classifier; token ids to logits.
 
-    Places are learned. A picture's begin as sinusoids, as large as the embeddings of tokens: small
-    random ones do not tell a small model which pixels are neighbours.
+    Places are learned. A picture's begin as sinusoids, as large as the embeddings of tokens: with
+    small ones Pathfinder was not learned.
     """
 
     def __init__(self, size: Size, blocks: list[nn.Module], dropout: float) -> None:

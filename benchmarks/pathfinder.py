@@ -5,7 +5,7 @@ snakes to distract. The rules are those of the generator that the benchmark name
 drewlinsley/pathfinder, with the benchmark's parameters: ends of dashes lie on pixels, a dash is
 one of a few stamps (a line on a grid twice as fine, brought to pixels by a Lanczos filter), turns
 have weights, and brightness differs: distractors 2, dashes of the two snakes 1.5, markers 1, then
-all is scaled to 255. Differences: another random generator, and the stamps' roundings.
+all is scaled to 255. The difference is another random generator.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import math
 import multiprocessing
 import os
 import random
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 
 import numpy as np
@@ -36,7 +37,7 @@ class Paths:
     padding: int = 1
     dashes: int = 14  # of each of the two snakes that may be marked: 14 is the hard set
     distractor_dashes: int = 4
-    distractors: int = 5
+    distractors: int = 5  # at most: on average one finds room
     continuity: float = 1.0  # a turn of t radians has weight cos(min(continuity t, pi / 2))**2
     seed_distance: int = 7  # between the two snakes' first ends; twice that from the border
     marker_radius: float = 1.5
@@ -120,7 +121,8 @@ def _stamp(end: Pixel) -> tuple[np.ndarray, np.ndarray]:
     side = 2 * HALF * FINE + 1
     fine = line(end, side)
     room = dilated(fine, disc(MARGIN * FINE, 2 * MARGIN * FINE + 1))
-    return tuple(lanczos(image, 2 * HALF + 1) / 255 for image in (fine, room))
+    # Single precision, as in the published generator: it decides whether two masks reach FULL.
+    return tuple((lanczos(image, 2 * HALF + 1) / 255).astype(np.float32) for image in (fine, room))
 
 
 def stamp(angle: float) -> tuple[np.ndarray, np.ndarray]:
@@ -154,7 +156,7 @@ class Mask:
 
     def __init__(self, p: Paths) -> None:
         self.p, self.side = p, p.size + 2 * EDGE
-        self.values = np.zeros((self.side, self.side))
+        self.values = np.zeros((self.side, self.side), np.float32)
         inner = self.inner()
         inner[:] = 1
         inner[p.padding : -p.padding, p.padding : -p.padding] = 0
@@ -271,19 +273,27 @@ def degrees(draw: random.Random) -> float:
     return math.radians(draw.randrange(-180, 180))
 
 
+def begin_anywhere(
+    draw: random.Random, mask: Mask, pixels: Callable[[float], np.ndarray]
+) -> Snake | None:
+    """A snake's first dash at one of the pixels for a random angle, or None: there are none, or the
+    dash lies outside, every time."""
+    for _ in range(mask.p.retrials + 1):
+        angle = degrees(draw)
+        places = pixels(angle)
+        if len(places) == 0:
+            return None
+        snake = begin(mask, chosen(draw, places), angle)
+        if snake is not None:
+            return snake
+    return None
+
+
 def two_snakes(draw: random.Random, p: Paths) -> tuple[Mask, Snake, Snake] | None:
     """The two snakes that may be marked, or None if one of them runs into something."""
     mask = Mask(p)
-    first = second = None
-    for _ in range(p.retrials + 1):
-        angle = degrees(draw)
-        pixels = first_pixels(p, angle)
-        if len(pixels) == 0:
-            return None
-        first = begin(mask, chosen(draw, pixels), angle)
-        if first is not None:
-            break
-    else:
+    first = begin_anywhere(draw, mask, lambda angle: first_pixels(p, angle))
+    if first is None:
         return None
     for _ in range(p.retrials + 1):
         angle, around = degrees(draw), math.radians(draw.randrange(360))
@@ -304,16 +314,10 @@ def two_snakes(draw: random.Random, p: Paths) -> tuple[Mask, Snake, Snake] | Non
 def distractor(draw: random.Random, mask: Mask) -> tuple[Mask, Snake] | None:
     """One more short snake and the mask with it, or None if it has no room."""
     p, mask = mask.p, mask.copy()
-    snake = None
-    for _ in range(p.retrials + 1):
-        angle = degrees(draw)
-        pixels = free_pixels(mask, angle, 1)
-        if len(pixels) == 0 or (mask.inner() <= 0.3).mean() < 0.01:
-            return None
-        snake = begin(mask, chosen(draw, pixels), angle)
-        if snake is not None:
-            break
-    else:
+    if (mask.inner() <= 0.3).mean() < 0.01:
+        return None
+    snake = begin_anywhere(draw, mask, lambda angle: free_pixels(mask, angle, 1))
+    if snake is None:
         return None
     for _ in range(p.distractor_dashes - 1):
         if not extend(draw, mask, snake):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import random
@@ -103,15 +104,58 @@ def test_pathfinder_keeps_the_rules():
     assert 4 < sum(labels) < 16 and np.mean(all_gaps) == pytest.approx(1.7, abs=0.2)
 
 
-def test_the_distance_of_pathfinders_markers_does_not_tell_the_label():
-    draw, p = random.Random(1), pathfinder.Paths()
+def test_pathfinder_follows_the_published_generator():
+    # Given the same random numbers, that draws the same picture.
+    example = pathfinder.example(random.Random(1), pathfinder.Paths())
+    assert example.label == 1 and example.markers == [(14, 14), (23, 13)]
+    dashes = [[at for at, _ in s.dashes] for s in (*example.snakes, *example.distractors)]
+    assert dashes == [
+        [(14, 14), (10, 12), (7, 11), (5, 8), (7, 5), (10, 5), (14, 4), (18, 5), (22, 6), (26, 7),
+         (29, 10), (29, 14), (26, 16), (23, 13)],
+        [(12, 7), (10, 12), (7, 13), (5, 15), (4, 19), (2, 23), (2, 26), (4, 29), (8, 29), (12, 29),
+         (16, 29), (20, 28), (24, 27), (28, 26)],
+        [(24, 19), (20, 18), (18, 20), (18, 25)],
+    ]  # fmt: skip
+
+
+def test_dashes_of_pathfinder_do_not_touch():
+    draw, p = random.Random(2), pathfinder.Paths()
+
+    def room(dash) -> np.ndarray:
+        mask = pathfinder.Mask(p)
+        mask.values[:] = 0
+        mask.keep_free(dash[0], pathfinder.stamp(dash[1])[1])
+        return mask.values
+
+    distractors = 0
+    for _ in range(6):
+        example = pathfinder.example(draw, p)
+        distractors += len(example.distractors)
+        first, second = ([room(d) for d in snake.dashes] for snake in example.snakes)
+        for a, b in ((first, first), (second, second), (first, second)):
+            for i, j in itertools.product(range(p.dashes), repeat=2):
+                if abs(i - j) >= 2:  # the last dash of a snake is not yet in the mask
+                    assert (a[i] + b[j]).max() < pathfinder.FULL
+        for dash in (d for snake in example.distractors for d in snake.dashes[1:]):
+            assert all((room(dash) + other).max() < pathfinder.FULL for other in second)
+    assert distractors > 2
+
+
+def told_by_distance(p: pathfinder.Paths) -> float:
+    """Of pictures whose markers are on two snakes, the part that are not as far apart as those of
+    nine in ten on one."""
+    draw = random.Random(1)
     apart: dict[int, list[float]] = {0: [], 1: []}
     for _ in range(300):
         example = pathfinder.example(draw, p)
         apart[example.label].append(math.dist(*example.markers))
     low, high = np.quantile(apart[1], [0.05, 0.95])
-    told = 1 - np.mean([low <= distance <= high for distance in apart[0]])
-    assert told < 0.25
+    return 1 - np.mean([low <= distance <= high for distance in apart[0]])
+
+
+def test_the_distance_of_pathfinders_markers_does_not_tell_the_label():
+    assert told_by_distance(pathfinder.Paths()) < 0.25
+    assert told_by_distance(pathfinder.Paths(dashes=3, continuity=2.5)) > 0.5  # short and straight
 
 
 def test_turns_follow_the_cosine_law():
@@ -122,6 +166,17 @@ def test_turns_follow_the_cosine_law():
     # Ends of the next dash surround the pivot, coordinates rounded down.
     assert np.abs(pathfinder.ENDS).max() == pathfinder.REACH
     assert (np.linalg.norm(pathfinder.ENDS, axis=1) <= pathfinder.REACH + 2**0.5).all()
+    # Drawn in the middle of an empty picture.
+    draw, p, count = random.Random(0), pathfinder.Paths(), 3000
+    drawn = []
+    for _ in range(count):
+        snake = pathfinder.begin(pathfinder.Mask(p), (16, 12), 0.0)
+        assert pathfinder.extend(draw, pathfinder.Mask(p), snake)
+        drawn.append(snake.angle)
+    for angle in set(pathfinder.ANGLES):  # two ends may lie at the same
+        part = weights[pathfinder.ANGLES == angle].sum() / weights.sum()
+        spread = math.sqrt(part * (1 - part) / count)
+        assert np.mean(np.isclose(drawn, angle)) == pytest.approx(part, abs=4 * spread + 1e-9)
 
 
 def test_stamps_and_markers_of_pathfinder():

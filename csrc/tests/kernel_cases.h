@@ -61,6 +61,10 @@ inline std::vector<Case> cases() {
       {{"s by clusters of 4 b64", 18, 3, 64, 56, 0, lines, 70, 8, kRelu, false, false, 90, 16}, 4},
       {{"t by clusters of 2 b32", 5, 32, 32, 0, 24, butterfly, 100, 72, kSilu, true, false, 90, 8},
        2},
+      // Rings of eight stages that go round more than twice.
+      {{"long t by clusters of 2 b64", 2, 40, 64, 0, 40, one_dense, 60, 72, kRelu, false, true, 90,
+        5},
+       2},
   };
   for (const auto& [c, cluster] : clusters) {
     all.push_back(c);
