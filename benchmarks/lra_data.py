@@ -106,10 +106,9 @@ def listops(
     return Sequences((x[:num_train], y[:num_train]), (x[num_train:], y[num_train:]), 10)
 
 
-def pathfinder(num_train: int, num_test: int, seed: int, paths: Paths | None = None) -> Sequences:
+def pathfinder(num_train: int, num_test: int, seed: int) -> Sequences:
     """Pictures as sequences of grey values; label 1: the markers are the ends of one snake."""
-    arrays = pictures(num_train + num_test, seed, paths or Paths())
-    x, y = (torch.from_numpy(a) for a in arrays)
+    x, y = (torch.from_numpy(a) for a in pictures(num_train + num_test, seed, Paths()))
     return Sequences((x[:num_train], y[:num_train]), (x[num_train:], y[num_train:]), 2)
 
 

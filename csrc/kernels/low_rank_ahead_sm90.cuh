@@ -73,7 +73,7 @@ struct Layout {
 // One thread.
 template <bool kTransposed, bool kThirds>
 __device__ void load(const LowRankMaps& maps, const AheadArgs& args, const Layout& layout) {
-  groups::Ring ring{args.stages};
+  Ring ring{args.stages};
   bool load_factor = true;
   for (int tile = blockIdx.x; tile < args.token_tiles; tile += gridDim.x) {
     for (int i = 0; i < args.num_tiles; ++i) {
@@ -112,7 +112,7 @@ inline __device__ void store(const LowRankMaps& maps, const AheadArgs& args, con
 // One warpgroup.
 template <typename T, bool kTransposed>
 __device__ void multiply(const AheadArgs& args, const Layout& layout) {
-  groups::Ring ring{args.stages};
+  Ring ring{args.stages};
   uint32_t phase = 0;
   auto leader_arrives = [&](uint32_t barrier) {
     if (threadIdx.x % 32 == 0) device::mbarrier_arrive(barrier);

@@ -25,7 +25,7 @@
 #include "device/shared_memory.cuh"
 #include "device/tma.cuh"
 #include "device/wgmma.cuh"
-#include "kernels/product_sm90_work.cuh"
+#include "kernels/ring.cuh"
 #include "kernels/thirds.cuh"
 #include "kernels/tile_sm90.cuh"
 
@@ -75,7 +75,7 @@ __global__ void __launch_bounds__(kLowRankThreads)
   if (threadIdx.x >= 128) {
     if (threadIdx.x != 128) return;
     device::wait_for_previous_kernel();
-    groups::Ring ring{args.stages};
+    Ring ring{args.stages};
     for (int i = 0; i < steps; ++i, ring.advance()) {
       const uint32_t x = base + ring.stage * 2 * kLowRankTileBytes, bar = full + 8 * ring.stage;
       device::mbarrier_wait(empty + 8 * ring.stage, ring.phase ^ 1);
@@ -91,7 +91,7 @@ __global__ void __launch_bounds__(kLowRankThreads)
   }
 
   float acc[32];
-  groups::Ring ring{args.stages};
+  Ring ring{args.stages};
   for (int i = 0; i < steps; ++i, ring.advance()) {
     const uint32_t x = base + ring.stage * 2 * kLowRankTileBytes;
     const uint64_t a = weight_descriptor<kTransposed>(x + kLowRankTileBytes);

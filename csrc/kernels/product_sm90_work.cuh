@@ -5,6 +5,7 @@
 #include <cuda_runtime.h>
 
 #include "device/shared_memory.cuh"
+#include "kernels/ring.cuh"
 #include "pixelfly/params.h"
 
 namespace pixelfly {
@@ -114,26 +115,6 @@ struct Layout {
   __device__ uint32_t full(int s) const { return barriers + s * 8; }
   __device__ uint32_t empty(int s) const { return barriers + (kMaxGroupStages + s) * 8; }
   __device__ uint32_t weights_free() const { return barriers + 2 * kMaxGroupStages * 8; }
-};
-
-// Walks the ring: stage index and the parity of the phase that its next use completes.
-struct Ring {
-  int stages;
-  int stage = 0;
-  uint32_t phase = 0;
-  __device__ void advance() {
-    if (++stage == stages) {
-      stage = 0;
-      phase ^= 1;
-    }
-  }
-  __device__ void skip(int n) {
-    stage += n;
-    const int rounds = stage / stages;
-    stage -= rounds * stages;
-    phase ^= rounds & 1;
-  }
-  __device__ int before(int n) const { return stage >= n ? stage - n : stage - n + stages; }
 };
 
 // A unit of work (schedule.h) with its group's rows and steps; its token tiles are those from

@@ -119,7 +119,7 @@ template <bool kTransposed>
 __device__ void produce(const SplitMaps& maps, const SplitArgs& args, const Steps& steps, int row,
                         int token, uint32_t base, int stage_bytes, uint32_t full, uint32_t empty) {
   const int lane = threadIdx.x % 32;
-  groups::Ring ring{args.stages};
+  Ring ring{args.stages};
   for (int begin = 0; begin < steps.count; begin += 32) {
     Place mine{};
     if (begin + lane < steps.count) {
@@ -211,7 +211,7 @@ __global__ void __launch_bounds__(kMostSplitThreads, 2)
   }
 
   float acc[32] = {};
-  groups::Ring ring{args.stages};
+  Ring ring{args.stages};
   int previous = -1;
   for (int i = 0; i < steps.count; ++i) {
     const uint32_t at = base + ring.stage * stage_bytes;

@@ -26,23 +26,14 @@ int stages_for(const dim3& grid, int num_sms) {
   return thread_blocks <= 2 * num_sms ? 6 : 4;
 }
 
-template <typename T, bool kTransposed, bool kThirds = false>
-Status launch(const LowRankMaps& maps, const LowRankParams& p, int cluster, int num_sms,
-              Stream stream) {
-  const dim3 grid(tiles(p.tokens), tiles(p.rank), cluster);
-  const LowRankArgs args{tiles(p.features), stages_for(grid, num_sms),
-                         p.tokens <= kEarlyStartTokens};
-  return launch_dependent_cluster(low_rank_sm90<T, kTransposed, kThirds>, grid, cluster,
-                                  kLowRankThreads, low_rank_shared_bytes(args.stages), stream, maps,
-                                  args);
-}
-
 template <typename T>
-Status launch(const LowRankMaps& maps, const LowRankParams& p, int cluster, int num_sms,
+Status launch(const LowRankMaps& maps, const LowRankParams& p, const LowRankArgs& args, dim3 grid,
               Stream stream) {
-  if (p.x_others.given()) return launch<T, true, true>(maps, p, cluster, num_sms, stream);
-  return p.transposed ? launch<T, true>(maps, p, cluster, num_sms, stream)
-                      : launch<T, false>(maps, p, cluster, num_sms, stream);
+  const auto kernel = p.x_others.given() ? low_rank_sm90<T, true, true>
+                      : p.transposed     ? low_rank_sm90<T, true, false>
+                                         : low_rank_sm90<T, false, false>;
+  return launch_dependent_cluster(kernel, grid, static_cast<int>(grid.z), kLowRankThreads,
+                                  low_rank_shared_bytes(args.stages), stream, maps, args);
 }
 
 template <typename T>
@@ -101,9 +92,11 @@ Status launch_low_rank_sm90(const LowRankParams& p, const DeviceInfo& device, St
   const int cluster = low_rank_cluster(p, device);
   LowRankMaps maps;
   PIXELFLY_RETURN_IF_ERROR(encode(maps, p, kLowRankTile, kLowRankTile / cluster));
-  return p.dtype == DType::kBFloat16
-             ? launch<__nv_bfloat16>(maps, p, cluster, device.num_sms, stream)
-             : launch<__half>(maps, p, cluster, device.num_sms, stream);
+  const dim3 grid(tiles(p.tokens), tiles(p.rank), cluster);
+  const LowRankArgs args{tiles(p.features), stages_for(grid, device.num_sms),
+                         p.tokens <= kEarlyStartTokens};
+  return p.dtype == DType::kBFloat16 ? launch<__nv_bfloat16>(maps, p, args, grid, stream)
+                                     : launch<__half>(maps, p, args, grid, stream);
 }
 
 Status launch_low_rank_ahead_sm90(const LowRankParams& p, const DeviceInfo& device,
