@@ -32,7 +32,7 @@ Parts part(const Graph& graph, const Border& rows, const Border& cols) {
 }
 
 std::vector<int32_t> deal(const Graph& graph, const std::vector<int32_t>& edges, bool of_rows,
-                          std::vector<Chunk>* chunks) {
+                          size_t most_outputs, std::vector<Chunk>* chunks) {
   std::vector<std::set<int32_t>> tiles;  // of each chunk
   std::vector<std::vector<size_t>> loading(static_cast<size_t>(graph.vertices()));
   for (size_t c = 0; c < chunks->size(); ++c) {
@@ -48,7 +48,7 @@ std::vector<int32_t> deal(const Graph& graph, const std::vector<int32_t>& edges,
     std::set<int32_t>* best_tiles = nullptr;
     for (const size_t c : loading[static_cast<size_t>(other)]) {
       Chunk& chunk = (*chunks)[c];
-      const bool fits = chunk.size() < kMaxOutputs &&
+      const bool fits = chunk.size() < most_outputs &&
                         (tiles[c].count(own) > 0 || tiles[c].size() < size_t{kGradTiles});
       if (!fits || (best != nullptr && chunk.size() >= best->size())) continue;
       best = &chunk;

@@ -24,9 +24,10 @@ struct Parts {
 Parts part(const Graph& graph, const Border& rows, const Border& cols);
 
 // Deals edges of the border, of its rows or of its columns, to chunks that load their other tile:
-// each to the one with the fewest edges among those that have room, of several to the first.
+// each to the one with the fewest edges among those that have room (most_outputs edges, kGradTiles
+// tiles), of several to the first.
 // Returns the edges that none has room for.
 std::vector<int32_t> deal(const Graph& graph, const std::vector<int32_t>& edges, bool of_rows,
-                          std::vector<Chunk>* chunks);
+                          size_t most_outputs, std::vector<Chunk>* chunks);
 
 }  // namespace pixelfly::grad

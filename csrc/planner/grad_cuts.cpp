@@ -20,7 +20,7 @@ namespace {
 
 constexpr int kManySteps[] = {256, 512, 1024};  // 8192, 16384 and 32768 tokens
 constexpr int kFewSteps[] = {16, 32, 64, 128};  // 512 to 4096 tokens
-constexpr int32_t kGrownTiles = 96;
+constexpr int32_t kGrownTiles = 160;
 
 size_t up(size_t n, size_t d) { return (n + d - 1) / d; }
 
@@ -182,7 +182,7 @@ GradLoad load_of(const Graph& graph, const std::vector<Chunk>& chunks) {
   load.chunks = static_cast<int32_t>(chunks.size());
   load.outputs = static_cast<int32_t>(graph.edges.size());
   load.tiles = graph.vertices();
-  double tiles_squared = 0, outputs_squared = 0;
+  double outputs_squared = 0;
   std::vector<int32_t> times(static_cast<size_t>(graph.vertices()), 0);  // a tile is loaded
   for (const Chunk& chunk : chunks) {
     const std::set<int32_t> distinct = tiles_of(graph, chunk);
@@ -193,19 +193,13 @@ GradLoad load_of(const Graph& graph, const std::vector<Chunk>& chunks) {
     load.most_tiles = std::max(load.most_tiles, tiles);
     load.most_outputs = std::max(load.most_outputs, static_cast<int32_t>(chunk.size()));
     load.step_ns = std::max(load.step_ns, grad_step_ns(tiles, outputs));
-    tiles_squared += static_cast<double>(tiles) * tiles;
     outputs_squared += outputs * outputs;
   }
   if (chunks.empty()) return load;
-  // Standard deviation over mean.
-  auto variation = [&](double sum, double squared) {
-    const double n = static_cast<double>(chunks.size());
-    return std::sqrt(std::max(0., n * squared / (sum * sum) - 1));
-  };
+  const auto count = static_cast<double>(chunks.size()), sum = static_cast<double>(load.outputs);
+  const double variation = std::sqrt(std::max(0., count * outputs_squared / (sum * sum) - 1));
   const auto own = static_cast<double>(std::count(times.begin(), times.end(), 1));
-  load.spread =
-      grad_spread(variation(load.loads, tiles_squared), variation(load.outputs, outputs_squared),
-                  own / static_cast<double>(chunks.size()));
+  load.spread = grad_spread(variation, own / count);
   return load;
 }
 
@@ -297,9 +291,9 @@ class Best {
 Cuts best_cuts(const Graph& graph, int thread_blocks) {
   Best many(std::begin(kManySteps), std::end(kManySteps), thread_blocks);
   Best few(std::begin(kFewSteps), std::end(kFewSteps), thread_blocks);
-  auto offer = [&](const std::vector<Chunk>& chunks, bool to_many) {
+  auto offer = [&](const std::vector<Chunk>& chunks) {
     const GradLoad load = load_of(graph, chunks);
-    if (to_many) many.offer(chunks, load);
+    many.offer(chunks, load);
     few.offer(chunks, load);
   };
   std::vector<int32_t> numbers(static_cast<size_t>(graph.vertices()));
@@ -336,30 +330,32 @@ Cuts best_cuts(const Graph& graph, int thread_blocks) {
       const auto border = apart(parts.rows, parts.cols, most_tiles, most_outputs);
       for (std::vector<Chunk> chunks : cuts) {
         chunks.insert(chunks.end(), border.begin(), border.end());
-        offer(chunks, most_outputs == kMaxOutputs);
+        offer(chunks);
       }
       return !border.empty();
     };
     // The border's edges beside those that share a tile with them; what has no room apart.
-    auto offer_dealt = [&](std::vector<Chunk> chunks) {
-      const auto col_left = deal(graph, parts.cols, false, &chunks);
-      const auto row_left = deal(graph, parts.rows, true, &chunks);
-      const auto border = apart(row_left, col_left, kGradTiles, kMaxOutputs);
+    auto offer_dealt = [&](std::vector<Chunk> chunks, size_t most_outputs) {
+      const auto col_left = deal(graph, parts.cols, false, most_outputs, &chunks);
+      const auto row_left = deal(graph, parts.rows, true, most_outputs, &chunks);
+      const auto border = apart(row_left, col_left, kGradTiles, most_outputs);
       chunks.insert(chunks.end(), border.begin(), border.end());
-      offer(chunks, true);
+      offer(chunks);
     };
-    // The border's chunks in all sizes: those larger than the others make every step longer.
-    const auto whole = cores(kMaxOutputs);
-    if (!parts.rows.empty() || !parts.cols.empty()) {
-      for (const std::vector<Chunk>& chunks : whole) offer_dealt(chunks);
-    }
-    for (size_t most = kGradTiles; most >= kGradTiles / 2; --most) {
-      if (!offer_with_border(whole, most, kMaxOutputs)) break;
-    }
-    // Smaller ones, as long as no multiprocessor has more than two to do.
-    for (const size_t most : {8, 6, 5, 4, 3, 2}) {
-      if (graph.edges.size() > 2 * static_cast<size_t>(thread_blocks) * most) break;
-      offer_with_border(cores(most), most + 2, most);
+    // Smaller chunks than the largest, as long as no multiprocessor has more than two to do.
+    for (size_t most = kMaxOutputs; most >= 2; --most) {
+      if (most < kMaxOutputs &&
+          graph.edges.size() > 2 * static_cast<size_t>(thread_blocks) * most) {
+        break;
+      }
+      const auto cut = cores(most);
+      if (!parts.rows.empty() || !parts.cols.empty()) {
+        for (const std::vector<Chunk>& chunks : cut) offer_dealt(chunks, most);
+      }
+      // The border's chunks in all sizes: those larger than the others make every step longer.
+      for (size_t tiles = kGradTiles; tiles >= kGradTiles / 2; --tiles) {
+        if (!offer_with_border(cut, tiles, most)) break;
+      }
     }
   }
   // Grown chunks share tiles on both sides, and on large layouts drift too far apart: they took up
@@ -367,7 +363,7 @@ Cuts best_cuts(const Graph& graph, int thread_blocks) {
   if (graph.vertices() <= kGrownTiles) {
     for (int32_t max_edges = kMaxOutputs; max_edges >= 2; --max_edges) {
       for (int32_t max_tiles = std::min(kGradTiles, max_edges + 3); max_tiles >= 3; --max_tiles) {
-        offer(Grower(graph, max_edges, max_tiles).grow(), true);
+        offer(Grower(graph, max_edges, max_tiles).grow());
       }
     }
   }

@@ -52,8 +52,6 @@ std::vector<double> tile_times(const std::vector<GroupWork>& groups, bool saves_
   return times;
 }
 
-constexpr ListTokens kAnyTokens = kGroupTokenLists[kGroupLists - 1];
-
 // Token tiles of the longest of `lanes` lanes.
 double lane_tiles(ListTokens tokens, int32_t lanes) {
   const double share = static_cast<double>(tokens.tiles) / lanes;
@@ -102,6 +100,12 @@ double longest(const ThreadBlocks& blocks) {
   return most;
 }
 
+double mean_of(const ThreadBlocks& blocks) {
+  double sum = 0;
+  for (const ThreadBlock& b : blocks) sum += b.busy;
+  return sum / static_cast<double>(blocks.size());
+}
+
 // Deals the lanes to the thread blocks, the longest first to the one that is free first.
 void deal_lanes(ThreadBlocks& blocks, const std::vector<GroupWork>& groups,
                 const std::vector<double>& times, ListTokens tokens, const Index& lanes,
@@ -126,47 +130,55 @@ void deal_lanes(ThreadBlocks& blocks, const std::vector<GroupWork>& groups,
   }
 }
 
+struct Balanced {
+  ThreadBlocks blocks;
+  double turning;  // what turns after the first cost
+};
+
 // Spreads the groups' token tiles over the thread blocks so that these finish together: one lane
 // for each, or a few shorter ones. Thread blocks that serve several groups in turn drift apart, and
 // then no longer load the same x at the same moment: only a much better balance is worth that.
-ThreadBlocks balance(const ThreadBlocks& before, const std::vector<GroupWork>& groups,
-                     ListTokens tokens, int32_t first_group, bool saves_slopes) {
-  // Of a thread block's share of the work. Where all weights are streamed, x is the lesser part.
+Balanced balance(const ThreadBlocks& before, const std::vector<GroupWork>& groups,
+                 ListTokens tokens, int32_t first_group, bool saves_slopes) {
+  // A turn costs part of a thread block's share of the work; where weights stay and groups share
+  // what they read of x, little more than loading other weights.
+  constexpr double kReload = 35;
   const bool any_stays =
       std::any_of(groups.begin(), groups.end(), [](const GroupWork& g) { return g.resident; });
-  const double turn_cost = any_stays ? 0.3 : 0.2;
   const std::vector<double> times = tile_times(groups, saves_slopes);
   const auto count = static_cast<int32_t>(groups.size());
   const auto thread_blocks = static_cast<int32_t>(before.size());
   const double share =
       tokens.tiles * std::accumulate(times.begin(), times.end(), 0.0) / thread_blocks;
+  const double turn_cost = !any_stays ? 0.2 * share : share_x(groups) ? kReload : 0.17 * share;
   const int32_t fewest = (count + thread_blocks - 1) / thread_blocks;
-  ThreadBlocks best;
+  Balanced best{};
   double least = 0;
-  for (int32_t turns = fewest; turns < fewest + 3; ++turns) {
+  for (int32_t turns = fewest; turns < fewest + 4; ++turns) {
     ThreadBlocks trial = before;
     const Index lanes = cut_lanes(times, tokens, turns * thread_blocks);
     deal_lanes(trial, groups, times, tokens, lanes, first_group);
-    const double cost = longest(trial) + turn_cost * share * turns;
-    if (best.empty() || cost < least) {
+    const double turning = turn_cost * (turns - 1), cost = longest(trial) + turning;
+    if (best.blocks.empty() || cost < least) {
       least = cost;
-      best = std::move(trial);
+      best = {std::move(trial), turning};
     }
   }
   return best;
 }
 
-ThreadBlocks spread(const std::vector<GroupWork>& groups, size_t together, int thread_blocks,
-                    ListTokens tokens, bool saves_slopes) {
-  ThreadBlocks blocks(static_cast<size_t>(thread_blocks));
+Balanced spread(const std::vector<GroupWork>& groups, size_t together, int thread_blocks,
+                ListTokens tokens, bool saves_slopes) {
+  Balanced all{ThreadBlocks(static_cast<size_t>(thread_blocks)), 0};
   for (size_t begin = 0; begin < groups.size(); begin += together) {
     const size_t end = std::min(groups.size(), begin + together);
-    blocks = balance(blocks,
-                     {groups.begin() + static_cast<std::ptrdiff_t>(begin),
-                      groups.begin() + static_cast<std::ptrdiff_t>(end)},
-                     tokens, static_cast<int32_t>(begin), saves_slopes);
+    Balanced part = balance(all.blocks,
+                            {groups.begin() + static_cast<std::ptrdiff_t>(begin),
+                             groups.begin() + static_cast<std::ptrdiff_t>(end)},
+                            tokens, static_cast<int32_t>(begin), saves_slopes);
+    all = {std::move(part.blocks), all.turning + part.turning};
   }
-  return blocks;
+  return all;
 }
 
 // How long the slowest thread block is busy with so many token tiles, whatever they were dealt for.
@@ -282,18 +294,31 @@ void compare_groups(std::vector<GroupWork>& groups) {
   }
 }
 
+bool share_x(const std::vector<GroupWork>& groups) {
+  constexpr double kMost = 1.6;  // products for a tile of x
+  double weights = 0, x_tiles = 0;
+  for (const GroupWork& g : groups) {
+    if (g.dense) continue;
+    weights += g.weights;
+    x_tiles += g.x_tiles;
+  }
+  return weights > kMost * x_tiles;
+}
+
 Spread spread_groups(const std::vector<GroupWork>& groups, size_t together, int thread_blocks,
                      ListTokens tokens, bool saves_slopes) {
   constexpr double kWorthIt = .95;
-  ThreadBlocks blocks = spread(groups, together, thread_blocks, kAnyTokens, saves_slopes);
+  Balanced best = spread(groups, together, thread_blocks, kAnyTokens, saves_slopes);
+  const double busy = longest(best.blocks) + best.turning;
+  const double mean = mean_of(best.blocks);
   if (tokens.whole) {
-    ThreadBlocks own = spread(groups, together, thread_blocks, tokens, saves_slopes);
-    auto time = [&](const ThreadBlocks& b) {
-      return longest_with(b, groups, tokens, saves_slopes);
+    Balanced own = spread(groups, together, thread_blocks, tokens, saves_slopes);
+    auto time = [&](const Balanced& b) {
+      return longest_with(b.blocks, groups, tokens, saves_slopes);
     };
-    if (time(own) < kWorthIt * time(blocks)) blocks = std::move(own);
+    if (time(own) < kWorthIt * time(best)) best = std::move(own);
   }
-  return {make_units(in_token_order(blocks, groups.size()), groups), longest(blocks)};
+  return {make_units(in_token_order(best.blocks, groups.size()), groups), busy, mean};
 }
 
 int32_t choose_ahead_blocks(const std::vector<GroupWork>& groups, size_t together,
@@ -303,6 +328,9 @@ int32_t choose_ahead_blocks(const std::vector<GroupWork>& groups, size_t togethe
   // sees the first of t.
   constexpr double kRead = 3.75, kLaunch = 10, kTile = 1.24, kStart = 8;
   constexpr int32_t kFactorAndX = 3;  // 8 KB each, loaded for an x tile
+  // Where groups share x, as where a layer widens, t beside the product took up to 1.3 times as
+  // long as before it (product_sm90_plans_h200.json).
+  if (share_x(groups)) return 0;
   const int32_t most = thread_blocks / 3;
   constexpr double kWorthIt = .97;
   double bytes = 0;

@@ -73,13 +73,19 @@ GroupWork work_of(const std::vector<GroupStep>& steps, int32_t outputs, int32_t 
 // Sets `dense`, `resident` and `stages`, which depend on the other groups.
 void compare_groups(std::vector<GroupWork>& groups);
 
+// Whether most tiles of x serve both rows of a group.
+bool share_x(const std::vector<GroupWork>& groups);
+
 // The groups spread over thread blocks, `together` consecutive ones at a time, and how long the
-// slowest of these is busy, in products (with the last list's tokens, if its lanes serve). Lanes
-// cut for whole token tiles must be clearly better than those for any number.
+// slowest of these takes, changes of weights included, and how long they are busy in the mean, in
+// products with the last list's tokens. Lanes cut for whole token tiles must be clearly better than
+// those for any number.
 struct Spread {
   std::vector<GroupUnit> units;
   double longest;
+  double mean;
 };
+constexpr ListTokens kAnyTokens = kGroupTokenLists[kGroupLists - 1];
 Spread spread_groups(const std::vector<GroupWork>& groups, size_t together, int thread_blocks,
                      ListTokens tokens, bool saves_slopes = false);
 

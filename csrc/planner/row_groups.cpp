@@ -4,19 +4,13 @@
 #include <map>
 #include <vector>
 
+#include "planner/pair_rows.h"
 #include "planner/plan.h"
 
 namespace pixelfly {
 namespace {
 
 using Index = std::vector<int32_t>;
-
-// A nonzero 64x64 tile of an output row.
-struct Entry {
-  int32_t x_tile;
-  int32_t weight;
-};
-using Row = std::vector<Entry>;  // in ascending order of x_tile
 
 void sort_by_x(std::vector<Row>& rows) {
   for (auto& row : rows) {
@@ -64,81 +58,6 @@ std::vector<Row> tile_rows(const LayoutView& layout, bool transposed) {
   }
   sort_by_x(rows);
   return rows;
-}
-
-// Pairs rows with equal columns first, then each remaining row with the one that shares the most
-// columns with it (the nearest such row: its outputs lie close in memory). A row without a partner
-// gets -1. At most kCandidates rows are looked at per column, so the time stays near-linear in the
-// number of tiles.
-std::vector<std::pair<int32_t, int32_t>> pair_rows(const std::vector<Row>& rows, int32_t x_tiles) {
-  constexpr size_t kCandidates = 64;
-  const auto count = static_cast<int32_t>(rows.size());
-  std::vector<int32_t> partner(rows.size(), -1);
-  std::map<Index, int32_t> waiting;  // columns -> a row that has no partner so far
-  for (int32_t i = 0; i < count; ++i) {
-    Index columns;
-    for (const Entry& e : rows[static_cast<size_t>(i)]) columns.push_back(e.x_tile);
-    const auto [at, fresh] = waiting.try_emplace(std::move(columns), i);
-    if (fresh) continue;
-    partner[static_cast<size_t>(i)] = at->second;
-    partner[static_cast<size_t>(at->second)] = i;
-    waiting.erase(at);
-  }
-
-  std::vector<Index> users(static_cast<size_t>(x_tiles));  // rows without partner, by column
-  for (int32_t i = count - 1; i >= 0; --i) {
-    if (partner[static_cast<size_t>(i)] >= 0) continue;
-    for (const Entry& e : rows[static_cast<size_t>(i)]) {
-      users[static_cast<size_t>(e.x_tile)].push_back(i);
-    }
-  }
-  Index shared(rows.size(), 0), touched;
-  for (int32_t i = 0; i < count; ++i) {
-    if (partner[static_cast<size_t>(i)] >= 0) continue;
-    touched.clear();
-    for (const Entry& e : rows[static_cast<size_t>(i)]) {
-      auto& list = users[static_cast<size_t>(e.x_tile)];  // descending: the nearest come last
-      while (!list.empty() &&
-             (list.back() <= i || partner[static_cast<size_t>(list.back())] >= 0)) {
-        list.pop_back();
-      }
-      const size_t first = list.size() > kCandidates ? list.size() - kCandidates : 0;
-      for (size_t k = first; k < list.size(); ++k) {
-        if (partner[static_cast<size_t>(list[k])] >= 0) continue;
-        if (shared[static_cast<size_t>(list[k])]++ == 0) touched.push_back(list[k]);
-      }
-    }
-    int32_t best = -1;
-    for (int32_t j : touched) {
-      const int32_t n = shared[static_cast<size_t>(j)];
-      const int32_t most = best < 0 ? 0 : shared[static_cast<size_t>(best)];
-      if (n > most || (n == most && j < best)) best = j;
-    }
-    for (int32_t j : touched) {
-      if (j != best) shared[static_cast<size_t>(j)] = 0;
-    }
-    if (best < 0) continue;
-    shared[static_cast<size_t>(best)] = 0;
-    partner[static_cast<size_t>(i)] = best;
-    partner[static_cast<size_t>(best)] = i;
-  }
-
-  // Rows that share nothing with anybody still halve the number of groups when put together.
-  std::vector<std::pair<int32_t, int32_t>> pairs;
-  int32_t single = -1;
-  for (int32_t i = 0; i < count; ++i) {
-    const int32_t other = partner[static_cast<size_t>(i)];
-    if (other > i) pairs.emplace_back(i, other);
-    if (other >= 0) continue;
-    if (single < 0) {
-      single = i;
-    } else {
-      pairs.emplace_back(single, i);
-      single = -1;
-    }
-  }
-  if (single >= 0) pairs.emplace_back(single, -1);
-  return pairs;
 }
 
 std::vector<GroupStep> merge(const Row* first, const Row* second) {
@@ -215,6 +134,49 @@ size_t side_by_side(const std::vector<GroupWork>& groups, size_t thread_blocks, 
   return std::min(thread_blocks, worth_it ? (groups.size() + parts - 1) / parts : groups.size());
 }
 
+// The groups of a section before they are spread over thread blocks.
+struct Grouping {
+  Pairs pairs;
+  std::vector<std::vector<GroupStep>> lists;  // without low rank
+  std::vector<GroupWork> work;
+  size_t together;  // consecutive groups side by side
+};
+
+Grouping make_groups(const std::vector<Row>& rows, const Pairs& pairs, const LayoutView& layout,
+                     int32_t x_tiles) {
+  Grouping g{pairs, {}, {}, 0};
+  for (const auto& [a, b] : pairs) {
+    g.lists.push_back(
+        merge(&rows[static_cast<size_t>(a)], b < 0 ? nullptr : &rows[static_cast<size_t>(b)]));
+    g.work.push_back(work_of(g.lists.back(), b < 0 ? 1 : 2, group_tiles(layout.rank)));
+  }
+  compare_groups(g.work);
+  g.together = side_by_side(g.work, static_cast<size_t>(layout.thread_blocks), x_tiles);
+  if (share_x(g.work)) return g;
+  // Groups that share little of x do better half of them at a time than all of them twice.
+  const Spread spread = spread_groups(g.work, g.together, layout.thread_blocks, kAnyTokens);
+  const size_t turns = spread.units.size() / static_cast<size_t>(layout.thread_blocks);
+  if (turns > 1) g.together = std::min(g.together, (g.work.size() + turns - 1) / turns);
+  return g;
+}
+
+// Rows in pairs; or some of them alone, where that is expected to be quicker and thread blocks are
+// as busy. Beside dense rows, of which the model knows little, rows stay in pairs.
+Grouping choose_groups(const std::vector<Row>& rows, const LayoutView& layout, int32_t x_tiles) {
+  const Pairs pairs = pair_rows(rows, x_tiles);
+  Grouping all = make_groups(rows, pairs, layout, x_tiles);
+  const Parted parted = part_pairs(rows, pairs, group_tiles(layout.rank));
+  const bool any_dense =
+      std::any_of(all.work.begin(), all.work.end(), [](const GroupWork& g) { return g.dense; });
+  if (any_dense || parted.pairs.size() == pairs.size()) return all;
+  Grouping some = make_groups(rows, parted.pairs, layout, x_tiles);
+  auto unevenness = [&](const Grouping& g) {
+    const Spread s = spread_groups(g.work, g.together, layout.thread_blocks, kAnyTokens);
+    return s.longest / s.mean;
+  };
+  return parted.time * unevenness(some) < parted.time_of_pairs * unevenness(all) ? some : all;
+}
+
 }  // namespace
 
 GroupSection append_row_groups(PlanBuilder& builder, const LayoutView& layout, bool transposed) {
@@ -224,21 +186,13 @@ GroupSection append_row_groups(PlanBuilder& builder, const LayoutView& layout, b
   const int32_t x_tiles = group_tiles(transposed ? layout.out_features : layout.in_features);
   std::vector<GroupQuad> quads;
   const auto rows = b == 32 ? quad_rows(layout, transposed, quads) : tile_rows(layout, transposed);
-  const auto pairs = pair_rows(rows, x_tiles);
-
-  std::vector<std::vector<GroupStep>> lists;
-  std::vector<GroupWork> work;
-  for (const auto& [a, b] : pairs) {
-    lists.push_back(
-        merge(&rows[static_cast<size_t>(a)], b < 0 ? nullptr : &rows[static_cast<size_t>(b)]));
-    work.push_back(work_of(lists.back(), b < 0 ? 1 : 2, group_tiles(layout.rank)));
-  }
-  compare_groups(work);
-  const size_t together = side_by_side(work, static_cast<size_t>(layout.thread_blocks), x_tiles);
-  for (size_t begin = 0; begin < lists.size(); begin += together) {
+  auto [pairs, lists, work, together] = choose_groups(rows, layout, x_tiles);
+  // Of few tiles of x, L2 serves any order alike; so it does where each row has a thread block.
+  constexpr int32_t kFewTiles = 24;
+  for (size_t begin = 0; begin < lists.size() && x_tiles > kFewTiles; begin += together) {
     std::vector<std::vector<GroupStep>*> part;
     for (size_t g = begin; g < std::min(lists.size(), begin + together); ++g) {
-      part.push_back(&lists[g]);
+      if (pairs[g].second >= 0) part.push_back(&lists[g]);
     }
     order_in_phase(std::move(part), x_tiles);
   }

@@ -264,6 +264,37 @@ void check_whole_tiles() {
   expect(lanes_of(even, 32) == lanes_of(even, 33), "groups alike");
 }
 
+// Rows that share few tiles of x have thread blocks of their own, if these are as busy as those of
+// pairs; where a layer widens, rows with the same tiles stay together and may take turns.
+void check_pairs() {
+  const auto wide = [](int32_t i, int32_t j) { return butterfly(i / 4, j); };
+  const auto groups = [](const char* name, int32_t rows, int32_t cols, int32_t rank, auto keep) {
+    g_case = name;
+    return Plan(make(rows, cols, 64, rank, 0, keep)).header.forward;
+  };
+  const auto turns = [](const GroupSection& s) {
+    return s.num_units[kGroupLists - 1] / (kUsualThreadBlocks - s.ahead_blocks);
+  };
+  const GroupSection square = groups("square", 64, 64, 0, butterfly);
+  expect(square.num_groups == 64 && square.max_weights == 7, "rows alone");
+  const GroupSection uneven = groups("48 rows, 24 pairs", 48, 48, 0, butterfly);
+  expect(uneven.num_groups == 24, "in pairs, as 48 lanes on 132 thread blocks are uneven");
+  const GroupSection border = groups("dense row", 64, 64, 0, [](int32_t i, int32_t j) {
+    return i == 0 || j == 0 || butterfly(i, j);
+  });
+  expect(border.num_groups == 32 && turns(border) == 1, "in pairs beside a dense row");
+  expect(groups("low rank", 64, 64, 64, butterfly).num_groups == 32, "in pairs, which share t");
+  const GroupSection large = groups("large", 128, 128, 0, [](int32_t i, int32_t j) {
+    return i == 0 || j == 0 || butterfly(i, j);
+  });
+  expect(large.num_groups == 64 && turns(large) == 2, "half of the pairs at a time");
+  const GroupSection wider = groups("wide", 64, 16, 0, wide);
+  expect(wider.num_groups == 32 && turns(wider) == 1, "pairs of the same columns");
+  const GroupSection tied = groups("wide, 48 pairs", 96, 24, 64, wide);
+  expect(tied.num_groups == 48 && turns(tied) == 2, "in turns, as 48 pairs are uneven");
+  expect(tied.ahead_blocks == 0, "t before the product");
+}
+
 void check_bad_layouts() {
   const auto rejected = [](const std::string& name, const LayoutView& layout) {
     g_case = name;
@@ -331,6 +362,7 @@ int main() {
   }
   check_dense_row();
   check_whole_tiles();
+  check_pairs();
   check_grad_choice();
   check_grad_border();
   check_bad_layouts();

@@ -1,10 +1,10 @@
 // How many spans of tokens the Hopper weight-gradient kernel cuts its work into, by models of its
 // time. The planner asks them too, to compare work lists.
 //
-// For many tokens the constants are fitted to 1,603 timings of 30 layouts on one H100, 19 of them
-// cut in many ways (benchmarks/results/weight_grad_sm90_cuts_h100.json): on those the cut that the
-// model prefers was on average 3 % slower than the fastest measured, at most 12 %. For few tokens,
-// to 348 timings of 45 layouts on one H200 (few_tokens_h200.json): 4 % off on average.
+// For many tokens the constants are fitted to 2,893 timings of 85 layouts on one H200, 33 of whose
+// cuts were timed of most (weight_grad_sm90_cuts_h200.json): of those cuts the model prefers one
+// that is on average 2 % slower than the fastest, at most 13 %. For few tokens, to 348 timings of
+// 45 layouts on one H200 (few_tokens_h200.json): 4 % off on average.
 #pragma once
 
 #include <algorithm>
@@ -31,32 +31,29 @@ struct GradLoad {
 // A stage of a chunk that loads `tiles` tiles and holds `outputs` products: loads, or shared memory
 // (written by loads, read by wgmma) with the products.
 inline double grad_step_ns(double tiles, double outputs) {
-  const double loads = 34 * tiles, products = tiles + 30.5 * outputs;
-  return std::max(loads, products) + 0.03 * std::min(loads, products);
+  return std::max(44 * tiles, tiles + 39.5 * outputs);
 }
 
-// How chunks that pass through a span drift apart, from the standard deviations of their tiles and
-// outputs relative to the means, and the tiles that a chunk loads and no other does. Those come
-// from memory at every stage, which keeps chunks together.
-inline double grad_spread(double tiles, double outputs, double own_tiles) {
-  return 0.055 * tiles + 0.046 * outputs + 0.009 * std::max(0., 1 - own_tiles);
+// How chunks that pass through a span drift apart, from the standard deviation of their outputs
+// relative to the mean, and the tiles that a chunk loads and no other does. Those come from memory
+// at every stage, which keeps chunks together.
+inline double grad_spread(double outputs, double own_tiles) {
+  return 0.082 * outputs + 0.0107 * std::max(0., 1 - own_tiles);
 }
 
 inline double grad_many_time_ns(const GradLoad& load, int steps, int spans, int num_sms) {
-  constexpr double kMemoryBytesPerNs = 3490, kL2Bytes = 25e6;
-  constexpr double kWaveNs = 3150, kReduceNs = 1740, kPartialNs = 10.3;
+  constexpr double kMemoryBytesPerNs = 3960, kL2Bytes = 25e6, kWaveNs = 2040, kPartialNs = 8.1;
   const int waves = (load.chunks * spans + num_sms - 1) / num_sms;
   const double loop = waves * ((steps + spans - 1) / spans) * load.step_ns;
   // L2 serves what several chunks load as long as they stay together; they drift apart the further
   // the more data there is.
   const double bytes = static_cast<double>(load.tiles) * kGradTileBytes * steps;
-  const double missed =
-      std::min(1., 0.04 + (load.spread + 0.0012 * (waves - 1)) * bytes / kL2Bytes);
+  const double missed = std::min(1., (load.spread + 0.0005 * (waves - 1)) * bytes / kL2Bytes);
   const double again = static_cast<double>(load.loads - load.tiles) * kGradTileBytes * steps;
   const double memory = (bytes + missed * again) / kMemoryBytesPerNs;
   // Sums of several spans are written, and added by a second kernel.
-  const double partial = spans > 1 ? kReduceNs + kPartialNs * spans * load.outputs : 0;
-  return std::max(loop, memory) + 0.44 * std::min(loop, memory) + waves * kWaveNs + partial;
+  const double partial = spans > 1 ? kPartialNs * spans * load.outputs : 0;
+  return std::max(loop, memory) + 0.34 * std::min(loop, memory) + waves * kWaveNs + partial;
 }
 
 // Where L2 holds all tokens: a stage takes what its handshakes, its chunk's loads or products, or
