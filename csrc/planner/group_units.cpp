@@ -150,11 +150,11 @@ Balanced balance(const ThreadBlocks& before, const std::vector<GroupWork>& group
   const auto thread_blocks = static_cast<int32_t>(before.size());
   const double share =
       tokens.tiles * std::accumulate(times.begin(), times.end(), 0.0) / thread_blocks;
-  const double turn_cost = !any_stays ? 0.2 * share : share_x(groups) ? kReload : 0.17 * share;
+  const double turn_cost = !any_stays ? 0.2 * share : share_x(groups) ? kReload : 0.3 * share;
   const int32_t fewest = (count + thread_blocks - 1) / thread_blocks;
   Balanced best{};
   double least = 0;
-  for (int32_t turns = fewest; turns < fewest + 4; ++turns) {
+  for (int32_t turns = fewest; turns < fewest + 3; ++turns) {
     ThreadBlocks trial = before;
     const Index lanes = cut_lanes(times, tokens, turns * thread_blocks);
     deal_lanes(trial, groups, times, tokens, lanes, first_group);

@@ -89,10 +89,12 @@ Pairs pair_rows(const std::vector<Row>& rows, int32_t x_tiles) {
 }
 
 Parted part_pairs(const std::vector<Row>& rows, const Pairs& pairs, int32_t rank_tiles) {
-  // Of a token tile, where weights stay in shared memory. A tile of x that only one of two rows
-  // uses takes longer than its product; fewer weights leave room for more tiles under way. Fitted
-  // to products of 14 layouts on an H200 (product_sm90_plans_h200.json).
-  constexpr double kOfOne = 0.45, kTurn = 1.5, kAlone = 1.35, kWorthIt = 0.98;
+  // Of a token tile, where weights stay in shared memory: two rows wait for tiles of x where their
+  // weights leave room for few. Fitted to steps of forward and backward on an H200
+  // (product_sm90_plans_h200.json). A forward alone, without a pause, is 3 to 7 % quicker with rows
+  // alone elsewhere too, as pairs draw more power; but not the steps.
+  constexpr double kTurn = 1.5, kLatency = 7.9, kAlone = 1.33, kWorthIt = 0.98;
+  constexpr size_t kRoom = kGroupSharedTiles - 2;  // beside a staging tile for either warpgroup
   Parted parted{};
   for (const auto& [a, b] : pairs) {
     const Row& first = rows[static_cast<size_t>(a)];
@@ -114,11 +116,14 @@ Parted part_pairs(const std::vector<Row>& rows, const Pairs& pairs, int32_t rank
       j += other <= x;
     }
     const size_t weights = first.size() + second.size() + 2 * static_cast<size_t>(rank_tiles);
-    const size_t of_one = first.size() + second.size() - 2 * of_both;
-    const double together =
-        static_cast<double>(weights) + kOfOne * static_cast<double>(of_one) + kTurn;
+    const size_t x_tiles = first.size() + second.size() - of_both + static_cast<size_t>(rank_tiles);
+    const bool resident = weights <= kGroupResidentTiles;
+    const double arrival = resident ? kLatency * static_cast<double>(x_tiles) /
+                                          static_cast<double>((kRoom - weights) / 2)
+                                    : 0;
+    const double together = std::max(static_cast<double>(weights) + kTurn, arrival);
     const double apart = alone(first) + alone(second);
-    const bool part = weights <= kGroupResidentTiles && apart < kWorthIt * together;
+    const bool part = apart < kWorthIt * arrival;
     parted.time += part ? apart : together;
     parted.time_of_pairs += together;
     parted.pairs.emplace_back(a, part ? -1 : b);

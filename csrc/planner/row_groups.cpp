@@ -134,6 +134,10 @@ size_t side_by_side(const std::vector<GroupWork>& groups, size_t thread_blocks, 
   return std::min(thread_blocks, worth_it ? (groups.size() + parts - 1) / parts : groups.size());
 }
 
+bool any_dense(const std::vector<GroupWork>& groups) {
+  return std::any_of(groups.begin(), groups.end(), [](const GroupWork& g) { return g.dense; });
+}
+
 // The groups of a section before they are spread over thread blocks.
 struct Grouping {
   Pairs pairs;
@@ -152,29 +156,35 @@ Grouping make_groups(const std::vector<Row>& rows, const Pairs& pairs, const Lay
   }
   compare_groups(g.work);
   g.together = side_by_side(g.work, static_cast<size_t>(layout.thread_blocks), x_tiles);
-  if (share_x(g.work)) return g;
-  // Groups that share little of x do better half of them at a time than all of them twice.
+  // Beside a dense row, groups that share little of x do better half of them at a time than all of
+  // them twice.
+  if (!any_dense(g.work) || share_x(g.work)) return g;
   const Spread spread = spread_groups(g.work, g.together, layout.thread_blocks, kAnyTokens);
   const size_t turns = spread.units.size() / static_cast<size_t>(layout.thread_blocks);
-  if (turns > 1) g.together = std::min(g.together, (g.work.size() + turns - 1) / turns);
+  if (turns == 2) g.together = std::min(g.together, (g.work.size() + 1) / 2);
   return g;
 }
 
-// Rows in pairs; or some of them alone, where that is expected to be quicker and thread blocks are
-// as busy. Beside dense rows, of which the model knows little, rows stay in pairs.
+// Rows in pairs; or most of them alone, where that is expected to be quicker and thread blocks are
+// as busy. What was measured are rows that have a thread block each, and no dense ones among them.
 Grouping choose_groups(const std::vector<Row>& rows, const LayoutView& layout, int32_t x_tiles) {
   const Pairs pairs = pair_rows(rows, x_tiles);
   Grouping all = make_groups(rows, pairs, layout, x_tiles);
   const Parted parted = part_pairs(rows, pairs, group_tiles(layout.rank));
-  const bool any_dense =
-      std::any_of(all.work.begin(), all.work.end(), [](const GroupWork& g) { return g.dense; });
-  if (any_dense || parted.pairs.size() == pairs.size()) return all;
+  const size_t alone = 2 * (parted.pairs.size() - pairs.size());
+  if (4 * alone < 3 * rows.size() || any_dense(all.work) ||
+      parted.pairs.size() > static_cast<size_t>(layout.thread_blocks)) {
+    return all;
+  }
   Grouping some = make_groups(rows, parted.pairs, layout, x_tiles);
-  auto unevenness = [&](const Grouping& g) {
-    const Spread s = spread_groups(g.work, g.together, layout.thread_blocks, kAnyTokens);
-    return s.longest / s.mean;
+  auto spread = [&](const Grouping& g) {
+    return spread_groups(g.work, g.together, layout.thread_blocks, kAnyTokens);
   };
-  return parted.time * unevenness(some) < parted.time_of_pairs * unevenness(all) ? some : all;
+  const Spread of_some = spread(some), of_all = spread(all);
+  if (of_some.units.size() > static_cast<size_t>(layout.thread_blocks)) return all;  // in turns
+  const bool quicker = parted.time * of_some.longest / of_some.mean <
+                       parted.time_of_pairs * of_all.longest / of_all.mean;
+  return quicker ? some : all;
 }
 
 }  // namespace
@@ -187,7 +197,7 @@ GroupSection append_row_groups(PlanBuilder& builder, const LayoutView& layout, b
   std::vector<GroupQuad> quads;
   const auto rows = b == 32 ? quad_rows(layout, transposed, quads) : tile_rows(layout, transposed);
   auto [pairs, lists, work, together] = choose_groups(rows, layout, x_tiles);
-  // Of few tiles of x, L2 serves any order alike; so it does where each row has a thread block.
+  // Of few tiles of x, L2 serves any order alike; so it does where rows are alone.
   constexpr int32_t kFewTiles = 24;
   for (size_t begin = 0; begin < lists.size() && x_tiles > kFewTiles; begin += together) {
     std::vector<std::vector<GroupStep>*> part;

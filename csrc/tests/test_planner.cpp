@@ -264,8 +264,9 @@ void check_whole_tiles() {
   expect(lanes_of(even, 32) == lanes_of(even, 33), "groups alike");
 }
 
-// Rows that share few tiles of x have thread blocks of their own, if these are as busy as those of
-// pairs; where a layer widens, rows with the same tiles stay together and may take turns.
+// Rows that share few tiles of x have thread blocks of their own where weights of two leave little
+// room for x, if thread blocks are as busy; where a layer widens, rows with the same tiles stay
+// together and may take turns.
 void check_pairs() {
   const auto wide = [](int32_t i, int32_t j) { return butterfly(i / 4, j); };
   const auto groups = [](const char* name, int32_t rows, int32_t cols, int32_t rank, auto keep) {
@@ -275,15 +276,15 @@ void check_pairs() {
   const auto turns = [](const GroupSection& s) {
     return s.num_units[kGroupLists - 1] / (kUsualThreadBlocks - s.ahead_blocks);
   };
-  const GroupSection square = groups("square", 64, 64, 0, butterfly);
-  expect(square.num_groups == 64 && square.max_weights == 7, "rows alone");
-  const GroupSection uneven = groups("48 rows, 24 pairs", 48, 48, 0, butterfly);
-  expect(uneven.num_groups == 24, "in pairs, as 48 lanes on 132 thread blocks are uneven");
+  const GroupSection square = groups("square", 128, 128, 0, butterfly);
+  expect(square.num_groups == 128 && square.max_weights == 8, "rows alone");
+  expect(groups("smaller", 64, 64, 0, butterfly).num_groups == 32, "in pairs, for which is room");
+  const GroupSection uneven = groups("96 rows, 48 pairs", 96, 96, 64, butterfly);
+  expect(uneven.num_groups == 48, "in pairs, as 96 rows on 132 thread blocks are uneven");
   const GroupSection border = groups("dense row", 64, 64, 0, [](int32_t i, int32_t j) {
     return i == 0 || j == 0 || butterfly(i, j);
   });
   expect(border.num_groups == 32 && turns(border) == 1, "in pairs beside a dense row");
-  expect(groups("low rank", 64, 64, 64, butterfly).num_groups == 32, "in pairs, which share t");
   const GroupSection large = groups("large", 128, 128, 0, [](int32_t i, int32_t j) {
     return i == 0 || j == 0 || butterfly(i, j);
   });
