@@ -328,9 +328,10 @@ int32_t choose_ahead_blocks(const std::vector<GroupWork>& groups, size_t togethe
   // sees the first of t.
   constexpr double kRead = 3.75, kLaunch = 10, kTile = 1.24, kStart = 8;
   constexpr int32_t kFactorAndX = 3;  // 8 KB each, loaded for an x tile
-  // Where groups share x, as where a layer widens, t beside the product took up to 1.3 times as
-  // long as before it (product_sm90_plans_h200.json).
-  if (share_x(groups)) return 0;
+  // Where a wide layer widens, forming t beside the product took up to 1.3 times as long as before
+  // it (product_sm90_plans_h200.json).
+  constexpr int32_t kNarrow = 16;
+  if (share_x(groups) && x_tiles > kNarrow) return 0;
   const int32_t most = thread_blocks / 3;
   constexpr double kWorthIt = .97;
   double bytes = 0;

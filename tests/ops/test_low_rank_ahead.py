@@ -29,7 +29,7 @@ def call_ahead(k: int, n: int, *, tokens: int, rank: int, dtype=torch.bfloat16, 
 @pytest.mark.parametrize("tokens", [65, 129, 1000, 9000])
 @pytest.mark.parametrize(
     ("k", "n", "rank", "block_size"),
-    [(768, 768, 64, 64), (1024, 1280, 64, 64), (1000, 1000, 24, 64), (512, 512, 8, 32)],
+    [(768, 768, 64, 64), (1024, 3072, 64, 64), (1000, 1000, 24, 64), (512, 512, 8, 32)],
 )
 def test_against_the_oracle(k, n, rank, block_size, tokens, dtype, monkeypatch):
     monkeypatch.setenv("PIXELFLY_KERNEL", "sm90")  # up to 256 tokens others would be chosen
