@@ -36,8 +36,9 @@ std::vector<int32_t> deal(const Graph& graph, const std::vector<int32_t>& edges,
   std::vector<std::set<int32_t>> tiles;  // of each chunk
   std::vector<std::vector<size_t>> loading(static_cast<size_t>(graph.vertices()));
   for (size_t c = 0; c < chunks->size(); ++c) {
-    tiles.push_back(tiles_of(graph, (*chunks)[c]));
-    for (const int32_t tile : tiles[c]) loading[static_cast<size_t>(tile)].push_back(c);
+    const std::vector<int32_t> own = tiles_of(graph, (*chunks)[c]);
+    tiles.emplace_back(own.begin(), own.end());
+    for (const int32_t tile : own) loading[static_cast<size_t>(tile)].push_back(c);
   }
   std::vector<int32_t> left;
   for (const int32_t e : edges) {

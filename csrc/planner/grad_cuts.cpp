@@ -185,7 +185,7 @@ GradLoad load_of(const Graph& graph, const std::vector<Chunk>& chunks) {
   double outputs_squared = 0;
   std::vector<int32_t> times(static_cast<size_t>(graph.vertices()), 0);  // a tile is loaded
   for (const Chunk& chunk : chunks) {
-    const std::set<int32_t> distinct = tiles_of(graph, chunk);
+    const std::vector<int32_t> distinct = tiles_of(graph, chunk);
     for (const int32_t v : distinct) ++times[static_cast<size_t>(v)];
     const auto tiles = static_cast<int32_t>(distinct.size());
     const double outputs = static_cast<double>(chunk.size());
@@ -352,10 +352,10 @@ Cuts best_cuts(const Graph& graph, int thread_blocks) {
       if (!parts.rows.empty() || !parts.cols.empty()) {
         for (const std::vector<Chunk>& chunks : cut) offer_dealt(chunks, most);
       }
-      // The border's chunks in all sizes: those larger than the others make every step longer.
-      for (size_t tiles = kGradTiles; tiles >= kGradTiles / 2; --tiles) {
-        if (!offer_with_border(cut, tiles, most)) break;
-      }
+      // The border's chunks in all sizes: those larger than the others make every step longer. More
+      // than two tiles beside one for each output are never loaded.
+      size_t tiles = std::min<size_t>(kGradTiles, most + 2);
+      while (offer_with_border(cut, tiles, most) && tiles > kGradTiles / 2) --tiles;
     }
   }
   // Grown chunks share tiles on both sides, and on large layouts drift too far apart: they took up

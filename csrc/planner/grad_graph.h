@@ -1,9 +1,9 @@
 // What the weight-gradient kernel computes, as a graph: see grad_chunks.cpp.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
-#include <set>
 #include <vector>
 
 #include "pixelfly/grad_spans.h"
@@ -26,13 +26,16 @@ struct Graph {
 using Chunk = std::vector<int32_t>;               // indices of edges
 constexpr size_t kMaxOutputs = 2 * kGradOutputs;  // of a chunk
 
-// The distinct tiles that a chunk's products need, as vertices: rows, then columns.
-inline std::set<int32_t> tiles_of(const Graph& graph, const Chunk& chunk) {
-  std::set<int32_t> tiles;
+// The distinct tiles that a chunk's products need, as vertices in ascending order: rows, then
+// columns.
+inline std::vector<int32_t> tiles_of(const Graph& graph, const Chunk& chunk) {
+  std::vector<int32_t> tiles;
   for (const int32_t e : chunk) {
-    tiles.insert(graph.edges[static_cast<size_t>(e)].row);
-    tiles.insert(graph.rows() + graph.edges[static_cast<size_t>(e)].col);
+    tiles.push_back(graph.edges[static_cast<size_t>(e)].row);
+    tiles.push_back(graph.rows() + graph.edges[static_cast<size_t>(e)].col);
   }
+  std::sort(tiles.begin(), tiles.end());
+  tiles.erase(std::unique(tiles.begin(), tiles.end()), tiles.end());
   return tiles;
 }
 

@@ -100,6 +100,12 @@ double longest(const ThreadBlocks& blocks) {
   return most;
 }
 
+size_t turns_of(const ThreadBlocks& blocks) {
+  size_t turns = 0;
+  for (const ThreadBlock& b : blocks) turns = std::max(turns, b.groups.size());
+  return turns;
+}
+
 double mean_of(const ThreadBlocks& blocks) {
   double sum = 0;
   for (const ThreadBlock& b : blocks) sum += b.busy;
@@ -140,9 +146,9 @@ struct Balanced {
 // then no longer load the same x at the same moment: only a much better balance is worth that.
 Balanced balance(const ThreadBlocks& before, const std::vector<GroupWork>& groups,
                  ListTokens tokens, int32_t first_group, bool saves_slopes) {
-  // A turn costs part of a thread block's share of the work; where weights stay and groups share
-  // what they read of x, little more than loading other weights.
-  constexpr double kReload = 35;
+  // A turn costs part of a thread block's share of the work, as x is read again; where weights stay
+  // and groups share what they read of x, 7 us whatever the share.
+  constexpr double kTurn = 35;
   const bool any_stays =
       std::any_of(groups.begin(), groups.end(), [](const GroupWork& g) { return g.resident; });
   const std::vector<double> times = tile_times(groups, saves_slopes);
@@ -150,7 +156,7 @@ Balanced balance(const ThreadBlocks& before, const std::vector<GroupWork>& group
   const auto thread_blocks = static_cast<int32_t>(before.size());
   const double share =
       tokens.tiles * std::accumulate(times.begin(), times.end(), 0.0) / thread_blocks;
-  const double turn_cost = !any_stays ? 0.2 * share : share_x(groups) ? kReload : 0.3 * share;
+  const double turn_cost = !any_stays ? 0.2 * share : share_x(groups) ? kTurn : 0.3 * share;
   const int32_t fewest = (count + thread_blocks - 1) / thread_blocks;
   Balanced best{};
   double least = 0;
@@ -232,8 +238,7 @@ ThreadBlocks in_token_order(const ThreadBlocks& blocks, size_t groups) {
 // turn all thread blocks then sweep about the same tokens, and x comes from memory once.
 std::vector<GroupUnit> make_units(const ThreadBlocks& blocks,
                                   const std::vector<GroupWork>& groups) {
-  size_t turns = 0;
-  for (const ThreadBlock& b : blocks) turns = std::max(turns, b.groups.size());
+  const size_t turns = turns_of(blocks);
   Index all(groups.size(), 0);  // lanes of each group
   for (const ThreadBlock& b : blocks) {
     for (int32_t g : b.groups) ++all[static_cast<size_t>(g)];
@@ -314,9 +319,11 @@ Spread spread_groups(const std::vector<GroupWork>& groups, size_t together, int 
   if (tokens.whole) {
     Balanced own = spread(groups, together, thread_blocks, tokens, saves_slopes);
     auto time = [&](const Balanced& b) {
-      return longest_with(b.blocks, groups, tokens, saves_slopes);
+      return longest_with(b.blocks, groups, tokens, saves_slopes) + b.turning;
     };
-    if (time(own) < kWorthIt * time(best)) best = std::move(own);
+    if (turns_of(own.blocks) <= turns_of(best.blocks) + 1 && time(own) < kWorthIt * time(best)) {
+      best = std::move(own);
+    }
   }
   return {make_units(in_token_order(best.blocks, groups.size()), groups), busy, mean};
 }
@@ -328,8 +335,8 @@ int32_t choose_ahead_blocks(const std::vector<GroupWork>& groups, size_t togethe
   // sees the first of t.
   constexpr double kRead = 3.75, kLaunch = 10, kTile = 1.24, kStart = 8;
   constexpr int32_t kFactorAndX = 3;  // 8 KB each, loaded for an x tile
-  // Where a wide layer widens, forming t beside the product took up to 1.3 times as long as before
-  // it (product_sm90_plans_h200.json).
+  // Where 20 tiles of x widen, t beside the product took 1.3 times as long as before it
+  // (product_sm90_plans_h200.json, "rules"); where 16 do, up to 4 % less ("steps").
   constexpr int32_t kNarrow = 16;
   if (share_x(groups) && x_tiles > kNarrow) return 0;
   const int32_t most = thread_blocks / 3;

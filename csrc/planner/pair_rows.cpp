@@ -90,9 +90,9 @@ Pairs pair_rows(const std::vector<Row>& rows, int32_t x_tiles) {
 
 Parted part_pairs(const std::vector<Row>& rows, const Pairs& pairs, int32_t rank_tiles) {
   // Of a token tile, where weights stay in shared memory: two rows wait for tiles of x where their
-  // weights leave room for few. Fitted to steps of forward and backward on an H200
-  // (product_sm90_plans_h200.json). A forward alone, without a pause, is 3 to 7 % quicker with rows
-  // alone elsewhere too, as pairs draw more power; but not the steps.
+  // weights leave room for few. Fitted to steps of forward and backward of square layers on an H200
+  // (product_sm90_plans_h200.json, "steps"). Blocks alone in a forward that is repeated without a
+  // pause are 1 to 7 % quicker with rows alone at other sizes too; the steps are not.
   constexpr double kTurn = 1.5, kLatency = 7.9, kAlone = 1.33, kWorthIt = 0.98;
   constexpr size_t kRoom = kGroupSharedTiles - 2;  // beside a staging tile for either warpgroup
   Parted parted{};
@@ -129,7 +129,6 @@ Parted part_pairs(const std::vector<Row>& rows, const Pairs& pairs, int32_t rank
     parted.pairs.emplace_back(a, part ? -1 : b);
     if (part) parted.pairs.emplace_back(b, -1);
   }
-  std::sort(parted.pairs.begin(), parted.pairs.end());
   return parted;
 }
 

@@ -76,10 +76,10 @@ void compare_groups(std::vector<GroupWork>& groups);
 // Whether most tiles of x serve both rows of a group.
 bool share_x(const std::vector<GroupWork>& groups);
 
-// The groups spread over thread blocks, `together` consecutive ones at a time, and how long the
-// slowest of these takes, changes of weights included, and how long they are busy in the mean, in
-// products with the last list's tokens. Lanes cut for whole token tiles must be clearly better than
-// those for any number.
+// The groups spread over thread blocks, `together` consecutive ones at a time; how long the slowest
+// of these is busy, with what turns cost, and how long they are busy in the mean, in products with
+// the last list's tokens. Lanes cut for whole token tiles must be clearly better than those for any
+// number.
 struct Spread {
   std::vector<GroupUnit> units;
   double longest;

@@ -146,6 +146,14 @@ struct Grouping {
   size_t together;  // consecutive groups side by side
 };
 
+Spread spread(const Grouping& g, const LayoutView& layout) {
+  return spread_groups(g.work, g.together, layout.thread_blocks, kAnyTokens);
+}
+
+size_t turns_of(const Grouping& g, const LayoutView& layout) {
+  return spread(g, layout).units.size() / static_cast<size_t>(layout.thread_blocks);
+}
+
 Grouping make_groups(const std::vector<Row>& rows, const Pairs& pairs, const LayoutView& layout,
                      int32_t x_tiles) {
   Grouping g{pairs, {}, {}, 0};
@@ -157,12 +165,11 @@ Grouping make_groups(const std::vector<Row>& rows, const Pairs& pairs, const Lay
   compare_groups(g.work);
   g.together = side_by_side(g.work, static_cast<size_t>(layout.thread_blocks), x_tiles);
   // Beside a dense row, groups that share little of x do better half of them at a time than all of
-  // them twice.
-  if (!any_dense(g.work) || share_x(g.work)) return g;
-  const Spread spread = spread_groups(g.work, g.together, layout.thread_blocks, kAnyTokens);
-  const size_t turns = spread.units.size() / static_cast<size_t>(layout.thread_blocks);
-  if (turns == 2) g.together = std::min(g.together, (g.work.size() + 1) / 2);
-  return g;
+  // them in two turns.
+  if (!any_dense(g.work) || share_x(g.work) || turns_of(g, layout) != 2) return g;
+  Grouping halves = g;
+  halves.together = (g.work.size() + 1) / 2;
+  return halves.together < g.together && turns_of(halves, layout) == 2 ? halves : g;
 }
 
 // Rows in pairs; or most of them alone, where that is expected to be quicker and thread blocks are
@@ -172,16 +179,10 @@ Grouping choose_groups(const std::vector<Row>& rows, const LayoutView& layout, i
   Grouping all = make_groups(rows, pairs, layout, x_tiles);
   const Parted parted = part_pairs(rows, pairs, group_tiles(layout.rank));
   const size_t alone = 2 * (parted.pairs.size() - pairs.size());
-  if (4 * alone < 3 * rows.size() || any_dense(all.work) ||
-      parted.pairs.size() > static_cast<size_t>(layout.thread_blocks)) {
-    return all;
-  }
-  Grouping some = make_groups(rows, parted.pairs, layout, x_tiles);
-  auto spread = [&](const Grouping& g) {
-    return spread_groups(g.work, g.together, layout.thread_blocks, kAnyTokens);
-  };
-  const Spread of_some = spread(some), of_all = spread(all);
-  if (of_some.units.size() > static_cast<size_t>(layout.thread_blocks)) return all;  // in turns
+  if (4 * alone < 3 * rows.size() || any_dense(all.work)) return all;
+  const Grouping some = make_groups(rows, parted.pairs, layout, x_tiles);
+  if (turns_of(some, layout) > 1) return all;
+  const Spread of_some = spread(some, layout), of_all = spread(all, layout);
   const bool quicker = parted.time * of_some.longest / of_some.mean <
                        parted.time_of_pairs * of_all.longest / of_all.mean;
   return quicker ? some : all;
@@ -197,7 +198,7 @@ GroupSection append_row_groups(PlanBuilder& builder, const LayoutView& layout, b
   std::vector<GroupQuad> quads;
   const auto rows = b == 32 ? quad_rows(layout, transposed, quads) : tile_rows(layout, transposed);
   auto [pairs, lists, work, together] = choose_groups(rows, layout, x_tiles);
-  // Of few tiles of x, L2 serves any order alike; so it does where rows are alone.
+  // Of few tiles of x, L2 serves any order alike; of rows alone it serves the ascending one.
   constexpr int32_t kFewTiles = 24;
   for (size_t begin = 0; begin < lists.size() && x_tiles > kFewTiles; begin += together) {
     std::vector<std::vector<GroupStep>*> part;

@@ -105,7 +105,7 @@ std::vector<GroupUnitList> unit_lists(const GroupSection& s, bool transposed) {
   for (const bool saves : {false, true}) {
     if (saves && transposed) continue;
     for (const ListTokens& tokens : kGroupTokenLists) {
-      lists.push_back(unit_list(s, tokens.whole ? tokens.tiles : 1, saves));
+      lists.push_back(unit_list(s, tokens.tiles, saves));
     }
   }
   return lists;
@@ -264,36 +264,89 @@ void check_whole_tiles() {
   expect(lanes_of(even, 32) == lanes_of(even, 33), "groups alike");
 }
 
+int32_t turns_of(const GroupSection& s, int64_t token_tiles, int32_t thread_blocks) {
+  return unit_list(s, token_tiles, false).count / (thread_blocks - s.ahead_blocks);
+}
+
 // Rows that share few tiles of x have thread blocks of their own where weights of two leave little
-// room for x, if thread blocks are as busy; where a layer widens, rows with the same tiles stay
-// together and may take turns.
+// room for x, if thread blocks are as busy.
 void check_pairs() {
-  const auto wide = [](int32_t i, int32_t j) { return butterfly(i / 4, j); };
-  const auto groups = [](const char* name, int32_t rows, int32_t cols, int32_t rank, auto keep) {
+  const auto global = [](int32_t i, int32_t j) { return i == 0 || j == 0 || butterfly(i, j); };
+  const auto groups = [](const char* name, int32_t rows, int32_t rank, auto keep) {
     g_case = name;
+    return Plan(make(rows, rows, 64, rank, 0, keep)).header.forward;
+  };
+  const GroupSection square = groups("square", 128, 0, butterfly);
+  expect(square.num_groups == 128 && square.max_weights == 8, "rows alone");
+  expect(groups("smaller", 64, 0, butterfly).num_groups == 32, "in pairs, for which is room");
+  expect(groups("with a dense row", 128, 0, global).num_groups == 64, "in pairs");
+  const auto nine = [&](const char* name, int32_t rows) {  // of each row, at random
+    std::mt19937 random(9);
+    std::vector<std::set<int32_t>> columns(static_cast<size_t>(rows));
+    for (auto& of_row : columns) {
+      while (of_row.size() < 9) of_row.insert(static_cast<int32_t>(random() % 64));
+    }
+    g_case = name;
+    const auto keep = [&](int32_t i, int32_t j) {
+      return columns[static_cast<size_t>(i)].count(j) > 0;
+    };
+    return Plan(make(rows, 64, 64, 0, 0, keep)).header.forward.num_groups;
+  };
+  expect(nine("64 rows of nine", 64) == 64, "rows alone");
+  expect(nine("70 rows of nine", 70) == 35, "in pairs, as 70 rows leave thread blocks idle");
+  expect(nine("140 rows of nine", 140) == 70, "in pairs, not in turns");
+}
+
+// Where a layer widens, rows with the same tiles stay together, and may take turns if there are
+// tokens enough to pay for them; t is beside the product only of narrow ones. Beside a dense row
+// half of the groups run at a time, if that takes two turns too.
+void check_turns() {
+  const auto wide = [](int32_t i, int32_t j) { return butterfly(i / 4, j); };
+  const auto global = [](int32_t i, int32_t j) { return i == 0 || j == 0 || butterfly(i, j); };
+  const auto forward = [](int32_t rows, int32_t cols, int32_t rank, auto keep) {
     return Plan(make(rows, cols, 64, rank, 0, keep)).header.forward;
   };
-  const auto turns = [](const GroupSection& s) {
-    return s.num_units[kGroupLists - 1] / (kUsualThreadBlocks - s.ahead_blocks);
-  };
-  const GroupSection square = groups("square", 128, 128, 0, butterfly);
-  expect(square.num_groups == 128 && square.max_weights == 8, "rows alone");
-  expect(groups("smaller", 64, 64, 0, butterfly).num_groups == 32, "in pairs, for which is room");
-  const GroupSection uneven = groups("96 rows, 48 pairs", 96, 96, 64, butterfly);
-  expect(uneven.num_groups == 48, "in pairs, as 96 rows on 132 thread blocks are uneven");
-  const GroupSection border = groups("dense row", 64, 64, 0, [](int32_t i, int32_t j) {
-    return i == 0 || j == 0 || butterfly(i, j);
-  });
-  expect(border.num_groups == 32 && turns(border) == 1, "in pairs beside a dense row");
-  const GroupSection large = groups("large", 128, 128, 0, [](int32_t i, int32_t j) {
-    return i == 0 || j == 0 || butterfly(i, j);
-  });
-  expect(large.num_groups == 64 && turns(large) == 2, "half of the pairs at a time");
-  const GroupSection wider = groups("wide", 64, 16, 0, wide);
-  expect(wider.num_groups == 32 && turns(wider) == 1, "pairs of the same columns");
-  const GroupSection tied = groups("wide, 48 pairs", 96, 24, 64, wide);
-  expect(tied.num_groups == 48 && turns(tied) == 2, "in turns, as 48 pairs are uneven");
-  expect(tied.ahead_blocks == 0, "t before the product");
+  g_case = "wide";
+  const GroupSection even = forward(64, 16, 0, wide);
+  expect(even.num_groups == 32 && turns_of(even, 128, 132) == 1, "pairs of the same columns");
+  const GroupSection uneven = forward(96, 24, 64, wide);
+  expect(uneven.num_groups == 48 && turns_of(uneven, 128, 132) == 2, "two turns for 48 pairs");
+  expect(turns_of(uneven, 8, 132) == 1, "one turn of few tokens");
+  expect(uneven.ahead_blocks == 0, "t before the product");
+  const auto third = [](int32_t i, int32_t j) { return butterfly(i / 3, j); };
+  expect(forward(48, 16, 64, third).ahead_blocks > 0, "t beside the product of a narrow layer");
+  g_case = "dense row";
+  expect(turns_of(forward(64, 64, 0, global), 128, 132) == 1, "no turns for 32 pairs");
+  const Plan plan(make(128, 128, 64, 0, 0, global));
+  const GroupSection& halves = plan.header.forward;
+  const GroupUnit* units = plan.at<GroupUnit>(unit_list(halves, 128, false).offset);
+  int later = 0;  // units of the first turn that are of the second half
+  for (int i = 0; i < 132; ++i) later += units[i].group >= halves.num_groups / 2;
+  expect(turns_of(halves, 128, 132) == 2 && later < 10, "half of the groups at a time");
+  for (const int32_t rows : {140, 188, 192, 200}) {
+    const GroupSection s = forward(rows, rows, 0, global);
+    for (const int32_t token_tiles : {8, 32, 64, 128}) {
+      expect(turns_of(s, token_tiles, 132) <= 3, "one turn more than halves at most");
+    }
+  }
+}
+
+// Tiles of x in ascending order where there are few, and in phase where there are many.
+void check_order() {
+  for (const int32_t cols : {24, 32}) {
+    g_case = std::to_string(cols) + " tiles of x";
+    const Plan plan(make(cols, cols, 64, 0, 0, butterfly));
+    const GroupSection& s = plan.header.forward;
+    bool ascending = true;
+    for (int32_t g = 0; g < s.num_groups; ++g) {
+      const RowGroup& group = plan.at<RowGroup>(s.groups_offset)[g];
+      const GroupStep* steps = plan.at<GroupStep>(s.steps_offset);
+      for (int32_t i = group.step_begin + 1; i < group.step_end; ++i) {
+        ascending &= steps[i - 1].x_tile < steps[i].x_tile;
+      }
+    }
+    expect(ascending == (cols == 24), "the order of tiles");
+  }
 }
 
 void check_bad_layouts() {
@@ -364,6 +417,8 @@ int main() {
   check_dense_row();
   check_whole_tiles();
   check_pairs();
+  check_turns();
+  check_order();
   check_grad_choice();
   check_grad_border();
   check_bad_layouts();

@@ -20,8 +20,8 @@ namespace pixelfly {
 constexpr int32_t kPlanMagic = 0x70666c79;  // "pfly"
 // Goes up with every change of the plan or of the operators' schemas: torch keeps compiled programs
 // on disk, and the header, which has this number, is all that tells those of another build.
-constexpr int32_t kPlanVersion = 13;
-constexpr int kPlanHeaderSize = 67;
+constexpr int32_t kPlanVersion = 14;
+constexpr int kPlanHeaderSize = 71;
 
 // Multiprocessors that plans are made for unless the caller names another number: those of an H100
 // (SXM) and H200.
@@ -85,14 +85,14 @@ constexpr int kGroupResidentTiles = 18;
 constexpr int kGroupStreamedTiles = 1536;
 
 // Token tiles (of 128) that a list of units is balanced for; any number computes the same. Where
-// there are few it counts that lanes take whole tiles: two numbers that training uses much have
-// lists of their own, and the last one, as if tiles could be shared in any proportion, serves all
-// others.
+// there are few it counts that lanes take whole tiles: the first list serves all numbers below 32,
+// two numbers that training uses much have lists of their own, and the last one, as if tiles could
+// be shared in any proportion, serves all others.
 struct ListTokens {
   int32_t tiles;
   bool whole;
 };
-constexpr ListTokens kGroupTokenLists[] = {{32, true}, {64, true}, {128, false}};
+constexpr ListTokens kGroupTokenLists[] = {{16, true}, {32, true}, {64, true}, {128, false}};
 constexpr int kGroupLists = sizeof(kGroupTokenLists) / sizeof(ListTokens);
 
 // A set of row groups covering every output tile exactly once (rows with no blocks included).
@@ -119,8 +119,10 @@ struct GroupUnitList {
 inline GroupUnitList unit_list(const GroupSection& section, int64_t token_tiles,
                                bool saves_slopes) {
   constexpr int32_t kWords = sizeof(GroupUnit) / sizeof(int32_t);
-  int list = 0;
-  while (list + 1 < kGroupLists && token_tiles != kGroupTokenLists[list].tiles) ++list;
+  int list = token_tiles < kGroupTokenLists[1].tiles ? 0 : 1;
+  if (list > 0) {
+    while (list + 1 < kGroupLists && token_tiles != kGroupTokenLists[list].tiles) ++list;
+  }
   if (saves_slopes) list += kGroupLists;
   int32_t before = 0;
   for (int i = 0; i < list; ++i) before += section.num_units[i];
