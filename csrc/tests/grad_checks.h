@@ -111,6 +111,20 @@ inline void check_grad_choice() {
     const GradCut cut = choose_grad_cut(plan.header, steps, 132);
     expect(cut.list == &s.many && cut.spans > 1, "spans of large chunks");
   }
+  // 400 products are four more than 33 chunks of twelve in four spans: of those, three spans would
+  // leave a quarter of the multiprocessors idle.
+  const Plan ranked(make(64, 16, 64, 64, 0, wide));
+  const GradCut cut = choose_grad_cut(ranked.header, 512, 132);
+  const int busy = cut.spans * cut.list->num_chunks;
+  expect(cut.list->most_outputs < 12 && busy > 120 && busy <= 132, "smaller chunks, all busy");
+  // Several spans take two turns of the multiprocessors at most.
+  for (const int32_t rows : {80, 96, 140}) {
+    const Plan large(make(rows, rows, 64, 0, 0, butterfly));
+    for (const int steps : {kGradFewSteps, 512, 1024}) {
+      const GradCut of = choose_grad_cut(large.header, steps, 132);
+      expect(of.spans == 1 || of.spans * of.list->num_chunks <= 2 * 132, "two turns at most");
+    }
+  }
 }
 
 // du and dv, or a dense row and column, in chunks of their own would take a second turn of the
