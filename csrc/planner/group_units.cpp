@@ -335,10 +335,6 @@ int32_t choose_ahead_blocks(const std::vector<GroupWork>& groups, size_t togethe
   // sees the first of t.
   constexpr double kRead = 3.75, kLaunch = 10, kTile = 1.24, kStart = 8;
   constexpr int32_t kFactorAndX = 3;  // 8 KB each, loaded for an x tile
-  // Where 20 tiles of x widen, t beside the product took 1.3 times as long as before it
-  // (product_sm90_plans_h200.json, "rules"); where 16 do, up to 4 % less ("steps").
-  constexpr int32_t kNarrow = 16;
-  if (share_x(groups) && x_tiles > kNarrow) return 0;
   const int32_t most = thread_blocks / 3;
   constexpr double kWorthIt = .97;
   double bytes = 0;
@@ -351,8 +347,11 @@ int32_t choose_ahead_blocks(const std::vector<GroupWork>& groups, size_t togethe
   int32_t best = 0;
   double least = kWorthIt * before;
   for (int32_t ahead = 1; ahead <= most; ++ahead) {
-    const double product =
-        slower * spread_groups(groups, together, thread_blocks - ahead, kAnyTokens).longest;
+    const Spread others = spread_groups(groups, together, thread_blocks - ahead, kAnyTokens);
+    // Beside a product in turns t took a quarter longer (product_sm90_plans_h200.json, "rules",
+    // v1).
+    if (others.units.size() > static_cast<size_t>(thread_blocks - ahead)) continue;
+    const double product = slower * others.longest;
     const double time = std::max(product, kAnyTokens.tiles * tile / ahead) + tile + kStart;
     if (time < least) {
       least = time;

@@ -298,8 +298,8 @@ void check_pairs() {
 }
 
 // Where a layer widens, rows with the same tiles stay together, and may take turns if there are
-// tokens enough to pay for them; t is beside the product only of narrow ones. Beside a dense row
-// half of the groups run at a time, if that takes two turns too.
+// tokens enough to pay for them; t is not beside a product in turns. Beside a dense row half of the
+// groups run at a time, if that takes two turns too.
 void check_turns() {
   const auto wide = [](int32_t i, int32_t j) { return butterfly(i / 4, j); };
   const auto global = [](int32_t i, int32_t j) { return i == 0 || j == 0 || butterfly(i, j); };
@@ -312,9 +312,9 @@ void check_turns() {
   const GroupSection uneven = forward(96, 24, 64, wide);
   expect(uneven.num_groups == 48 && turns_of(uneven, 128, 132) == 2, "two turns for 48 pairs");
   expect(turns_of(uneven, 8, 132) == 1, "one turn of few tokens");
-  expect(uneven.ahead_blocks == 0, "t before the product");
+  expect(uneven.ahead_blocks == 0, "t before a product in turns");
   const auto third = [](int32_t i, int32_t j) { return butterfly(i / 3, j); };
-  expect(forward(48, 16, 64, third).ahead_blocks > 0, "t beside the product of a narrow layer");
+  expect(forward(48, 16, 64, third).ahead_blocks > 0, "t beside the product of one turn");
   g_case = "dense row";
   expect(turns_of(forward(64, 64, 0, global), 128, 132) == 1, "no turns for 32 pairs");
   const Plan plan(make(128, 128, 64, 0, 0, global));
