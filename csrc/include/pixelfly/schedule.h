@@ -119,9 +119,9 @@ struct GroupUnitList {
 inline GroupUnitList unit_list(const GroupSection& section, int64_t token_tiles,
                                bool saves_slopes) {
   constexpr int32_t kWords = sizeof(GroupUnit) / sizeof(int32_t);
-  int list = token_tiles < kGroupTokenLists[1].tiles ? 0 : 1;
-  if (list > 0) {
-    while (list + 1 < kGroupLists && token_tiles != kGroupTokenLists[list].tiles) ++list;
+  int list = token_tiles < kGroupTokenLists[1].tiles ? 0 : kGroupLists - 1;
+  for (int i = 1; i < kGroupLists; ++i) {
+    if (token_tiles == kGroupTokenLists[i].tiles) list = i;
   }
   if (saves_slopes) list += kGroupLists;
   int32_t before = 0;
