@@ -33,9 +33,9 @@ bool bound_by_loads(const std::vector<GroupWork>& groups) {
 // are stages are under way at once.
 double time_of_loads(const GroupWork& g, double load) {
   constexpr double kLatency = 10;
-  constexpr int32_t kLeft = kGroupSharedTiles - 2;  // beside a staging tile for either warpgroup
   if (!g.dense) return load * g.loads();
-  const int32_t stages = std::min(g.stages, g.resident ? (kLeft - g.weights) / 2 : kLeft / 4);
+  const int32_t stages =
+      std::min(g.stages, g.resident ? (kGroupRoom - g.weights) / 2 : kGroupRoom / 4);
   return std::max(load * g.loads(), kLatency * g.x_tiles / stages);
 }
 
@@ -148,7 +148,7 @@ Balanced balance(const ThreadBlocks& before, const std::vector<GroupWork>& group
                  ListTokens tokens, int32_t first_group, bool saves_slopes) {
   // A turn costs part of a thread block's share of the work, as x is read again; where weights stay
   // and groups share what they read of x, 7 us whatever the share.
-  constexpr double kTurn = 35;
+  constexpr double kOfTurn = 35;
   const bool any_stays =
       std::any_of(groups.begin(), groups.end(), [](const GroupWork& g) { return g.resident; });
   const std::vector<double> times = tile_times(groups, saves_slopes);
@@ -156,7 +156,7 @@ Balanced balance(const ThreadBlocks& before, const std::vector<GroupWork>& group
   const auto thread_blocks = static_cast<int32_t>(before.size());
   const double share =
       tokens.tiles * std::accumulate(times.begin(), times.end(), 0.0) / thread_blocks;
-  const double turn_cost = !any_stays ? 0.2 * share : share_x(groups) ? kTurn : 0.3 * share;
+  const double turn_cost = !any_stays ? 0.2 * share : share_x(groups) ? kOfTurn : 0.3 * share;
   const int32_t fewest = (count + thread_blocks - 1) / thread_blocks;
   Balanced best{};
   double least = 0;
@@ -325,7 +325,8 @@ Spread spread_groups(const std::vector<GroupWork>& groups, size_t together, int 
       best = std::move(own);
     }
   }
-  return {make_units(in_token_order(best.blocks, groups.size()), groups), busy, mean};
+  return {make_units(in_token_order(best.blocks, groups.size()), groups), turns_of(best.blocks),
+          busy, mean};
 }
 
 int32_t choose_ahead_blocks(const std::vector<GroupWork>& groups, size_t together,
@@ -350,7 +351,7 @@ int32_t choose_ahead_blocks(const std::vector<GroupWork>& groups, size_t togethe
     const Spread others = spread_groups(groups, together, thread_blocks - ahead, kAnyTokens);
     // Beside a product in turns t took a quarter longer (product_sm90_plans_h200.json, "rules",
     // v1).
-    if (others.units.size() > static_cast<size_t>(thread_blocks - ahead)) continue;
+    if (others.turns > 1) continue;
     const double product = slower * others.longest;
     const double time = std::max(product, kAnyTokens.tiles * tile / ahead) + tile + kStart;
     if (time < least) {

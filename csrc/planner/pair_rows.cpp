@@ -4,6 +4,7 @@
 #include <map>
 
 #include "pixelfly/schedule.h"
+#include "planner/plan.h"
 
 namespace pixelfly {
 
@@ -94,7 +95,6 @@ Parted part_pairs(const std::vector<Row>& rows, const Pairs& pairs, int32_t rank
   // (product_sm90_plans_h200.json, "steps"). Blocks alone in a forward that is repeated without a
   // pause are 1 to 7 % quicker with rows alone at other sizes too; the steps are not.
   constexpr double kTurn = 1.5, kLatency = 7.9, kAlone = 1.33, kWorthIt = 0.98;
-  constexpr size_t kRoom = kGroupSharedTiles - 2;  // beside a staging tile for either warpgroup
   Parted parted{};
   for (const auto& [a, b] : pairs) {
     const Row& first = rows[static_cast<size_t>(a)];
@@ -117,10 +117,9 @@ Parted part_pairs(const std::vector<Row>& rows, const Pairs& pairs, int32_t rank
     }
     const size_t weights = first.size() + second.size() + 2 * static_cast<size_t>(rank_tiles);
     const size_t x_tiles = first.size() + second.size() - of_both + static_cast<size_t>(rank_tiles);
+    const int32_t stages = (kGroupRoom - static_cast<int32_t>(weights)) / 2;
     const bool resident = weights <= kGroupResidentTiles;
-    const double arrival = resident ? kLatency * static_cast<double>(x_tiles) /
-                                          static_cast<double>((kRoom - weights) / 2)
-                                    : 0;
+    const double arrival = resident ? kLatency * static_cast<double>(x_tiles) / stages : 0;
     const double together = std::max(static_cast<double>(weights) + kTurn, arrival);
     const double apart = alone(first) + alone(second);
     const bool part = apart < kWorthIt * arrival;

@@ -56,6 +56,9 @@ std::vector<int32_t> build_plan(const LayoutView& layout);
 // layout's block columns.
 GroupSection append_row_groups(PlanBuilder& builder, const LayoutView& layout, bool transposed);
 
+// Tiles of shared memory beside a staging tile for either warpgroup: for stages of x and weights.
+constexpr int32_t kGroupRoom = kGroupSharedTiles - 2;
+
 // What a row group asks of a thread block for each token tile.
 struct GroupWork {
   int32_t weights;  // products of a weight tile (64x64) with 128 tokens
@@ -76,12 +79,13 @@ void compare_groups(std::vector<GroupWork>& groups);
 // Whether most tiles of x serve both rows of a group.
 bool share_x(const std::vector<GroupWork>& groups);
 
-// The groups spread over thread blocks, `together` consecutive ones at a time; how long the slowest
-// of these is busy, with what turns cost, and how long they are busy in the mean, in products with
-// the last list's tokens. Lanes cut for whole token tiles must be clearly better than those for any
-// number.
+// The groups spread over thread blocks, `together` consecutive ones at a time; in how many turns;
+// how long the slowest of these is busy, with what turns cost, and how long they are busy in the
+// mean, in products with the last list's tokens. Lanes cut for whole token tiles must be clearly
+// better than those for any number.
 struct Spread {
   std::vector<GroupUnit> units;
+  size_t turns;
   double longest;
   double mean;
 };

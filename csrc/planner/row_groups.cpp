@@ -150,10 +150,6 @@ Spread spread(const Grouping& g, const LayoutView& layout) {
   return spread_groups(g.work, g.together, layout.thread_blocks, kAnyTokens);
 }
 
-size_t turns_of(const Grouping& g, const LayoutView& layout) {
-  return spread(g, layout).units.size() / static_cast<size_t>(layout.thread_blocks);
-}
-
 Grouping make_groups(const std::vector<Row>& rows, const Pairs& pairs, const LayoutView& layout,
                      int32_t x_tiles) {
   Grouping g{pairs, {}, {}, 0};
@@ -166,10 +162,10 @@ Grouping make_groups(const std::vector<Row>& rows, const Pairs& pairs, const Lay
   g.together = side_by_side(g.work, static_cast<size_t>(layout.thread_blocks), x_tiles);
   // Beside a dense row, groups that share little of x do better half of them at a time than all of
   // them in two turns.
-  if (!any_dense(g.work) || share_x(g.work) || turns_of(g, layout) != 2) return g;
+  if (!any_dense(g.work) || share_x(g.work) || spread(g, layout).turns != 2) return g;
   Grouping halves = g;
   halves.together = (g.work.size() + 1) / 2;
-  return halves.together < g.together && turns_of(halves, layout) == 2 ? halves : g;
+  return halves.together < g.together && spread(halves, layout).turns == 2 ? halves : g;
 }
 
 // Rows in pairs; or most of them alone, where that is expected to be quicker and thread blocks are
@@ -181,8 +177,8 @@ Grouping choose_groups(const std::vector<Row>& rows, const LayoutView& layout, i
   const size_t alone = 2 * (parted.pairs.size() - pairs.size());
   if (4 * alone < 3 * rows.size() || any_dense(all.work)) return all;
   const Grouping some = make_groups(rows, parted.pairs, layout, x_tiles);
-  if (turns_of(some, layout) > 1) return all;
   const Spread of_some = spread(some, layout), of_all = spread(all, layout);
+  if (of_some.turns > 1) return all;
   const bool quicker = parted.time * of_some.longest / of_some.mean <
                        parted.time_of_pairs * of_all.longest / of_all.mean;
   return quicker ? some : all;
