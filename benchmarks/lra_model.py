@@ -28,7 +28,7 @@ class Size:
     batch: int
     linear_block: int | None  # b of the sparse linear layers; None: too narrow to gain, all dense
     padded: bool = False  # token 0 is padding, which nobody attends to
-    picture: bool = False  # tokens are the pixels of a square, row by row
+    picture: bool = False  # tokens are the pixels of a square, given row by row
 
 
 SIZES = {
@@ -83,15 +83,29 @@ class Block(nn.Module):
         return x + self.drop(self.fc2(F.gelu(self.fc1(self.norm2(x)))))
 
 
+def z_order(length: int) -> torch.Tensor:
+    """The pixels of a square picture, numbered row by row, in Morton's order: 64 in succession are
+    a square of 8 x 8, 256 one of 16 x 16. `[length]`, int64."""
+    side = square_side(length)
+    line = torch.arange(side)
+    spread = sum((line >> bit & 1) << 2 * bit for bit in range(side.bit_length()))
+    return (2 * spread[:, None] + spread).flatten().argsort()
+
+
+def square_side(length: int) -> int:
+    side = math.isqrt(length)
+    if side**2 != length:
+        raise ValueError(f"expected a square number of pixels, got {length}")
+    return side
+
+
 def sinusoids(length: int, width: int) -> torch.Tensor:
     """Places of a square picture's pixels, `[length, width]`, of mean square 1: half of the
     features tell the row, half the column, as sines and cosines; periods begin at 2 pi pixels and
     stay below 200 pi."""
-    side = math.isqrt(length)
-    if side**2 != length or width % 4:
-        raise ValueError(
-            f"expected a square number of pixels and width in fours: {length}, {width}"
-        )
+    side = square_side(length)
+    if width % 4:
+        raise ValueError(f"expected a width in fours, got {width}")
     periods = 100.0 ** (torch.arange(width // 4) / (width // 4))
     angles = torch.arange(side)[:, None] / periods
     line = math.sqrt(2) * torch.cat([angles.sin(), angles.cos()], 1)
@@ -102,20 +116,28 @@ class Encoder(nn.Module):
     """Embeddings, blocks, the mean over the tokens and a classifier; token ids to logits.
 
     Places are learned. A picture's begin as sinusoids, as large as the embeddings of tokens: with
-    small ones Pathfinder was not learned.
+    small ones Pathfinder was not learned. Inside, its pixels are in Morton's order, so that blocks
+    of scores belong to square patches; to dense attention all orders are one.
     """
 
     def __init__(self, size: Size, blocks: list[nn.Module], dropout: float) -> None:
         super().__init__()
         self.padded = size.padded
         self.tokens = nn.Embedding(size.vocabulary, size.width)
-        small = torch.randn(size.length, size.width) * 0.02
-        self.places = nn.Parameter(sinusoids(size.length, size.width) if size.picture else small)
+        places = torch.randn(size.length, size.width) * 0.02
+        order = None
+        if size.picture:
+            order = z_order(size.length)
+            places = sinusoids(size.length, size.width)[order]
+        self.register_buffer("order", order, persistent=False)
+        self.places = nn.Parameter(places)
         self.drop = nn.Dropout(dropout)
         self.blocks = nn.ModuleList(blocks)
         self.norm, self.head = nn.LayerNorm(size.width), nn.Linear(size.width, size.classes)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        if self.order is not None:
+            ids = ids[:, self.order]
         x = self.drop(self.tokens(ids) + self.places[: ids.shape[1]])
         seen = ids != 0 if self.padded else None
         mask = None if seen is None else seen[:, None, None]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 
@@ -10,7 +11,7 @@ import lra_data
 import pytest
 import torch
 from feeds import SequenceFeed
-from lra_model import SIZES, build, sinusoids
+from lra_model import SIZES, build, sinusoids, z_order
 
 
 @pytest.mark.parametrize(
@@ -80,7 +81,28 @@ def test_places_of_pixels():
     assert (
         by_row[10, 11] == pytest.approx(by_row[11, 10].item()) and by_row[10, 11] > by_row[10, 13]
     )
-    assert torch.equal(build("sdpa", SIZES["pathfinder"], 0.5, 64).places, places)
+    model = build("sdpa", SIZES["pathfinder"], 0.5, 64)
+    assert torch.equal(model.places, places[z_order(1024)])
+
+
+def test_blocks_of_pixels_are_square():
+    order = z_order(1024)
+    assert torch.equal(order.sort().values, torch.arange(1024))
+    for block in order.view(16, 64):
+        y, x = block // 32, block % 32
+        assert y.max() - y.min() == 7 and x.max() - x.min() == 7
+    with pytest.raises(ValueError, match="square number of pixels, got 24"):
+        z_order(24)
+
+
+def test_order_of_pixels_is_nothing_to_dense_attention():
+    size = dataclasses.replace(SIZES["pathfinder"], length=64)
+    model = build("sdpa", size, 0.5, 16).eval()
+    ids = torch.randint(256, (2, 64))
+    expected = model(ids)
+    model.places.data = model.places[model.order.argsort()]
+    model.order = torch.arange(64)
+    torch.testing.assert_close(model(ids), expected)
 
 
 def test_kinds_agree_where_all_scores_are_kept():

@@ -133,6 +133,18 @@ def test_whole_token_tiles(tokens, rank, activation):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize(("rows", "columns", "full"), [(96, 24, False), (128, 32, True)])
+@pytest.mark.parametrize("tokens", [65, 200, 1000, 2500, 4000])
+def test_wide_layers(tokens, rows, columns, full):
+    """Layers whose plans list groups of rows in another way for fewer tokens than 4096."""
+    grid = xor_grid(rows, columns)
+    grid[0] |= full
+    grid[:, 0] |= full
+    layout = make_layout(grid, 64)
+    check_call(make_call(layout, tokens=tokens, rank=0, device="cuda", dtype=torch.bfloat16))
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("rows", [20, 40])
 @pytest.mark.parametrize("tokens", [1, 30, 47, 64, 130])
 def test_few_tokens_of_wide_layers(tokens, rows, monkeypatch):
