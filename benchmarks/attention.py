@@ -7,8 +7,9 @@
 Every length has as many tokens in all, so dense attention's work grows with the length. Baselines:
 torch's scaled_dot_product_attention by backend (cuDNN, flash) and FlexAttention with a sliding
 window of equal density. On a GPU the first length also tries every way to a kernel (`KERNELS`) with
-every block size, and records the time or the error's text. Writes attention_<device>.json to
-benchmarks/results after every row.
+every block size, and records the time or the error's text; and our faster one is timed eager too,
+call after call, which shows whether the host keeps up (the other times are of CUDA graphs). Writes
+attention_<device>.json to benchmarks/results after every row, and a plot beside it.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from timing import Timing, environment, results_path, time_all
+from display import pyplot
+from timing import Timing, environment, results_path, time_all, time_cuda
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pixelfly.masks import AttentionLayout, butterfly_attention_layout
@@ -37,6 +39,7 @@ KERNELS: dict[str, dict] = {
     "tiles of 64": {"autotune": False, "options": TILES | TILES_BACKWARD},
     "autotuned": {"autotune": True},
 }
+EAGER_CALLS = 50
 Call = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
@@ -140,6 +143,9 @@ def measure(length: int, features: int, direction: str, probe: bool, args) -> di
 
     baseline, ours = fastest(BACKENDS if args.device == "cuda" else ["sdpa"]), fastest(density)
     found = baseline is not None and ours is not None
+    eager = None
+    if args.device == "cuda" and ours is not None:
+        eager = time_cuda(functools.partial(runs[ours], 0), EAGER_CALLS)["ms"]
     return {
         "length": length,
         "batch": batch,
@@ -152,9 +158,36 @@ def measure(length: int, features: int, direction: str, probe: bool, args) -> di
         "dense_ms": ms.get(baseline),
         "ours": ours,
         "ours_ms": ms.get(ours),
+        "ours_eager_ms": eager,
         "ratio": ms[baseline] / ms[ours] if found else None,
         "peers": ms,
     }
+
+
+def plot(path: pathlib.Path, records: list[dict], device: str) -> None:
+    """Time over length, a panel for each direction and number of head features."""
+    panels: dict[tuple[int, str], dict[str, list[tuple[int, float]]]] = {}
+    for r in records:
+        lines = panels.setdefault((r["head_features"], r["direction"]), {})
+        for name, ms in r.get("peers", {}).items():
+            if isinstance(ms, float) and "," not in name:  # neither errors nor ways to a kernel
+                lines.setdefault(name, []).append((r["length"], ms))
+    plt = pyplot()
+    if plt is None:
+        return
+    size = (4.5 * len(panels), 3.6)
+    figure, axes = plt.subplots(1, len(panels), figsize=size, layout="constrained", squeeze=False)
+    for axis, ((features, direction), lines) in zip(axes[0], panels.items(), strict=True):
+        for name, points in lines.items():
+            dash = "o-" if name.startswith("butterfly") else "s--"
+            axis.plot(*zip(*sorted(points), strict=True), dash, label=name, markersize=4)
+        axis.set_xscale("log", base=2)
+        axis.set_yscale("log")
+        title = f"{direction.replace('_', ' + ')}, heads of {features}"
+        axis.set(title=title, xlabel=f"tokens of a sequence ({device})", ylabel="ms")
+        axis.legend(fontsize=7)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
 
 
 def main() -> None:
@@ -192,6 +225,7 @@ def main() -> None:
                 gc.collect()
                 if args.device == "cuda":
                     torch.cuda.empty_cache()
+    plot(out.with_suffix(".png"), records, meta["device"])
     print(f"wrote {out}")
 
 

@@ -6,11 +6,13 @@
 Starts itself under ncu, which replays each kernel with cold caches and leaves the clocks alone.
 Writes benchmarks/results/kernel_profile_<device>.json: time, bytes that left memory (DRAM), bytes
 that went from L2 to the multiprocessors, L2's hit rate, and how busy the tensor cores were.
+attention_profile.py does the same for attention.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import json
 import pathlib
@@ -18,6 +20,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import torch
 from cases import KINDS, TABLE, Case
@@ -27,7 +30,8 @@ from timing import environment, results_path
 DIRECTIONS = ("forward", "dx", "dw")
 MARK = "spin_kernel"  # torch.cuda._sleep: stands before each case's kernels
 OURS = "product_(sm90|split_sm90|sm80|few_sm80)|low_rank|weight_grad_(sm80|sm90)"
-METRICS = {  # name in the results: metric, and how many of its units are one of the results'
+Metrics = dict[str, tuple[str, float]]
+METRICS: Metrics = {  # name in the results: metric, how many of its units are one of the results'
     "us": ("gpu__time_duration.sum", 1e3),
     "dram_read_mb": ("dram__bytes_read.sum", 1e6),
     "dram_write_mb": ("dram__bytes_write.sum", 1e6),
@@ -40,24 +44,31 @@ METRICS = {  # name in the results: metric, and how many of its units are one of
 }
 
 
+@contextlib.contextmanager
+def recorded(record: bool = True) -> Iterator[None]:
+    """What runs inside is seen by the recorder, after a marker."""
+    torch.cuda.synchronize()
+    if record:
+        torch.cuda.profiler.start()
+        torch.cuda._sleep(1)
+    yield
+    torch.cuda.synchronize()
+    if record:
+        torch.cuda.profiler.stop()
+
+
 def run_case(layer: Layer, x: torch.Tensor, dy: torch.Tensor, direction: str, record: bool) -> None:
-    """One direction of a layer; the recorder sees its kernels alone, after a marker."""
+    """One direction of a layer; the recorder sees its kernels alone."""
     layer = layer.wanting(direction)
     x = x.detach().requires_grad_(direction == "dx")
     backward = direction != "forward"
     with torch.set_grad_enabled(backward):
         y = layer(x) if backward else None
-        torch.cuda.synchronize()
-        if record:
-            torch.cuda.profiler.start()
-            torch.cuda._sleep(1)
-        if backward:
-            torch.autograd.grad(y, layer.inputs(x, direction), dy)
-        else:
-            layer(x)
-        torch.cuda.synchronize()
-        if record:
-            torch.cuda.profiler.stop()
+        with recorded(record):
+            if backward:
+                torch.autograd.grad(y, layer.inputs(x, direction), dy)
+            else:
+                layer(x)
 
 
 def run_cases(cases: list[Case], directions: list[str]) -> None:
@@ -71,8 +82,8 @@ def run_cases(cases: list[Case], directions: list[str]) -> None:
                 run_case(layer, x, dy, direction, record)
 
 
-def parse(text: str) -> list[list[dict]]:
-    """ncu's raw CSV -> the kernels after each marker."""
+def parse(text: str, names: str, metrics: Metrics) -> list[list[dict]]:
+    """ncu's raw CSV -> the kernels after each marker, each named by what `names` finds."""
     lines = text.splitlines()
     start = next((i for i, line in enumerate(lines) if line.startswith('"ID"')), None)
     if start is None:
@@ -81,17 +92,31 @@ def parse(text: str) -> list[list[dict]]:
     rows = csv.DictReader(lines[start:])
     next(rows)  # the units; --print-units base makes them ns, bytes and percent
     for row in rows:
-        name = re.search(rf"\w*(?:{OURS}|{MARK})\w*", row["Kernel Name"])[0]
+        name = re.search(rf"\w*(?:{names}|{MARK})\w*", row["Kernel Name"])[0]
         if name == MARK:
             groups.append([])
             continue
         kernel: dict = {"kernel": name}
-        for key, (metric, unit) in METRICS.items():
+        for key, (metric, unit) in metrics.items():
             kernel[key] = float(row[metric].replace(",", "")) / unit
         groups[-1].append(kernel)
     if not all(groups):
-        raise SystemExit("ncu saw none of our kernels in a case: is one missing in OURS?")
+        raise SystemExit(f"ncu saw no kernel named {names} in a case")
     return groups
+
+
+def counters(child: list[str], names: str, metrics: Metrics) -> list[list[dict]]:
+    """Runs a Python script and its arguments under ncu; what `parse` makes of it."""
+    if shutil.which("ncu") is None:
+        raise SystemExit(f"{child[0]}: ncu (Nsight Compute) is not on PATH")
+    command = ["ncu", "--clock-control", "none", "--profile-from-start", "off", "--csv"]
+    command += ["--page", "raw", "--print-units", "base"]
+    command += ["--metrics", ",".join(metric for metric, _ in metrics.values())]
+    command += ["--kernel-name", f"regex:{names}|{MARK}", sys.executable, *child]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"ncu failed:\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
+    return parse(done.stdout, names, metrics)
 
 
 def main() -> None:
@@ -108,16 +133,8 @@ def main() -> None:
     cases = [Case(*map(int, s.split("x")), kind=kind) for s in args.shapes for kind in args.kinds]
     if args.child:
         return run_cases(cases, args.directions)
-    if shutil.which("ncu") is None:
-        raise SystemExit("benchmarks/kernel_profile.py: ncu (Nsight Compute) is not on PATH")
-    metrics = ",".join(metric for metric, _ in METRICS.values())
-    command = ["ncu", "--clock-control", "none", "--profile-from-start", "off", "--csv"]
-    command += ["--page", "raw", "--print-units", "base", "--metrics", metrics]
-    command += ["--kernel-name", f"regex:{OURS}|{MARK}", sys.executable, __file__, "--child"]
-    command += ["--shapes", *args.shapes, "--kinds", *args.kinds, "--directions", *args.directions]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"ncu failed:\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
+    child = [__file__, "--child", "--shapes", *args.shapes, "--kinds", *args.kinds]
+    groups = counters([*child, "--directions", *args.directions], OURS, METRICS)
     meta = environment("cuda")
     labels = [(case, direction) for case in cases for direction in args.directions]
     records = [
@@ -129,7 +146,7 @@ def main() -> None:
             "direction": direction,
             "kernels": kernels,
         }
-        for (case, direction), kernels in zip(labels, parse(done.stdout), strict=True)
+        for (case, direction), kernels in zip(labels, groups, strict=True)
     ]
     out = args.out or results_path("kernel_profile", meta["device"])
     out.write_text(json.dumps({"meta": meta, "metrics": METRICS, "records": records}, indent=1))

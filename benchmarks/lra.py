@@ -11,8 +11,8 @@ publications have it. A step of a small model is bound by the host: --graph also
 CUDA graph, and ratios are then those of the graphs. `train` gives fused
 dense and Pixelfly the same batches for the same number of steps and reports test accuracy, a row
 for each seed of weights and batches (--data-seed is the data's own); on a GPU its steps are always
-replays of a graph. Writes lra_<mode>_<device>.json to benchmarks/results after every kind, and
-prints a table.
+replays of a graph. Writes lra_<mode>_<device>.json to benchmarks/results after every kind, prints
+a table and draws a plot (lra_plots.py).
 """
 
 from __future__ import annotations
@@ -28,13 +28,14 @@ import time
 from collections.abc import Callable
 
 import loop
+import lra_plots
 import torch
 import torch._inductor.config
 from data import DataMissing
 from display import make_console, print_table
 from feeds import SequenceFeed
 from lra_data import Sequences, listops, load
-from lra_model import SIZES, Size, build
+from lra_model import SIZES, Size, build, z_order
 from timing import captured, earlier, environment, results_path, time_cuda
 from training import Learner, Settings
 
@@ -196,7 +197,9 @@ def speed(
 def task_data(task: str, args: argparse.Namespace) -> tuple[Sequences, str]:
     if task == "toy":
         return listops(64, 16, args.data_seed, SIZES[task].length, 8), "ListOps, short"
-    return load(task, args.data_dir, args.train_samples, args.test_samples, args.data_seed)
+    data, name = load(task, args.data_dir, args.train_samples, args.test_samples, args.data_seed)
+    size = SIZES[task]
+    return data.reordered(z_order(size.length)) if size.picture else data, name
 
 
 def trained(kind: str, task: str, feed: SequenceFeed, seed: int, args: argparse.Namespace) -> dict:
@@ -338,6 +341,7 @@ def run(args: argparse.Namespace) -> None:
         of = f"{mean['tasks']} tasks, {mean['graphed']} of them in graphs"
         print(f"{kind} / pixelfly: {mean['ratio']:.2f}x on average over {of}")
     print(f"wrote {out}")
+    lra_plots.plot(out.with_suffix(".png"), [{"meta": meta, "records": records}])
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ class Size:
     batch: int
     linear_block: int | None  # b of the sparse linear layers; None: too narrow to gain, all dense
     padded: bool = False  # token 0 is padding, which nobody attends to
-    picture: bool = False  # tokens are the pixels of a square, given row by row
+    picture: bool = False  # tokens are the pixels of a square, in z_order
 
 
 SIZES = {
@@ -85,7 +85,8 @@ class Block(nn.Module):
 
 def z_order(length: int) -> torch.Tensor:
     """The pixels of a square picture, numbered row by row, in Morton's order: 64 in succession are
-    a square of 8 x 8, 256 one of 16 x 16. `[length]`, int64."""
+    a square of 8 x 8, so that a block of scores belongs to two squares, where row by row it would
+    to two bands across the picture. To dense attention all orders are one. `[length]`, int64."""
     side = square_side(length)
     line = torch.arange(side)
     spread = sum((line >> bit & 1) << 2 * bit for bit in range(side.bit_length()))
@@ -116,8 +117,7 @@ class Encoder(nn.Module):
     """Embeddings, blocks, the mean over the tokens and a classifier; token ids to logits.
 
     Places are learned. A picture's begin as sinusoids, as large as the embeddings of tokens: with
-    small ones Pathfinder was not learned. Inside, its pixels are in Morton's order, so that blocks
-    of scores belong to square patches; to dense attention all orders are one.
+    small ones Pathfinder was not learned.
     """
 
     def __init__(self, size: Size, blocks: list[nn.Module], dropout: float) -> None:
@@ -125,19 +125,14 @@ class Encoder(nn.Module):
         self.padded = size.padded
         self.tokens = nn.Embedding(size.vocabulary, size.width)
         places = torch.randn(size.length, size.width) * 0.02
-        order = None
         if size.picture:
-            order = z_order(size.length)
-            places = sinusoids(size.length, size.width)[order]
-        self.register_buffer("order", order, persistent=False)
+            places = sinusoids(size.length, size.width)[z_order(size.length)]
         self.places = nn.Parameter(places)
         self.drop = nn.Dropout(dropout)
         self.blocks = nn.ModuleList(blocks)
         self.norm, self.head = nn.LayerNorm(size.width), nn.Linear(size.width, size.classes)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        if self.order is not None:
-            ids = ids[:, self.order]
         x = self.drop(self.tokens(ids) + self.places[: ids.shape[1]])
         seen = ids != 0 if self.padded else None
         mask = None if seen is None else seen[:, None, None]

@@ -8,6 +8,7 @@ import random
 
 import lra
 import lra_data
+import lra_plots
 import pytest
 import torch
 from feeds import SequenceFeed
@@ -96,12 +97,15 @@ def test_blocks_of_pixels_are_square():
 
 
 def test_order_of_pixels_is_nothing_to_dense_attention():
+    """Pictures row by row and their places in the same order give what those in z_order give."""
     size = dataclasses.replace(SIZES["pathfinder"], length=64)
+    ids, labels = torch.randint(256, (2, 64)), torch.zeros(2)
+    order = z_order(64)
+    data = lra_data.Sequences((ids, labels), (ids[:1], labels[:1]), 2).reordered(order)
+    assert torch.equal(data.train[0][:, order.argsort()], ids) and len(data.test[0]) == 1
     model = build("sdpa", size, 0.5, 16).eval()
-    ids = torch.randint(256, (2, 64))
-    expected = model(ids)
-    model.places.data = model.places[model.order.argsort()]
-    model.order = torch.arange(64)
+    expected = model(data.train[0])
+    model.places.data = sinusoids(64, 64)
     torch.testing.assert_close(model(ids), expected)
 
 
@@ -362,3 +366,37 @@ def test_graphs_need_a_gpu(capsys):
 def test_tasks_without_data_say_so():
     with pytest.raises(SystemExit, match="text: has no data here"):
         lra.main(["--mode", "train", "--tasks", "text", "--device", "cpu"])
+
+
+def test_plots_of_several_files(tmp_path, capsys):
+    files = []
+    for name, task, seeds in (("a", "image", (0, 1)), ("b", "pathfinder", (0,))):
+        curve = [{"step": 1, "val_accuracy": 0.5}, {"step": 2, "val_loss": 0.6}]
+        kinds = {"sdpa": {"ms": 2.0, "curve": curve}, "pixelfly": {"ms": 1.0, "peak_gb": 1.0}}
+        records = [{"task": task, "mode": "train", "seed": s, "kinds": kinds} for s in seeds]
+        files.append(tmp_path / f"{name}.json")
+        files[-1].write_text(json.dumps({"meta": {"device": "GPU X"}, "records": records}))
+    lra_plots.main([str(path) for path in files])
+    assert (tmp_path / "a.png").stat().st_size > 0
+    runs = lra_plots.merged([json.loads(path.read_text())["records"] for path in files], True)
+    assert list(runs) == ["image 0", "image 1", "pathfinder 0"]
+    data = json.loads(files[1].read_text())
+    data["records"][0]["mode"] = "speed"
+    files[1].write_text(json.dumps(data))
+    with pytest.raises(SystemExit, match="of one mode, got"):
+        lra_plots.main([str(path) for path in files])
+    (tmp_path / "a.png").unlink()
+    lra_plots.main([str(files[1])])
+    assert (tmp_path / "b.png").stat().st_size > 0
+    with pytest.raises(SystemExit):
+        lra_plots.main([])
+
+
+def test_what_could_not_be_measured_is_not_drawn():
+    error, found = {"error": "out of memory"}, {"ms": 3.0, "graph_ms": None}
+    record = {"task": "text", "kinds": {"scores": error, "sdpa": found}}
+    later = {"task": "text", "kinds": {"scores": {"ms": 5.0}, "sdpa": {"ms": 4.0}}}
+    merged = lra_plots.merged([[record], [later]], False)
+    assert merged == {"text": {"sdpa": found, "scores": {"ms": 5.0}}}
+    assert lra_plots.milliseconds(found) == 3.0
+    assert lra_plots.milliseconds(found | {"graph_ms": 2.0}) == 2.0

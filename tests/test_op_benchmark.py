@@ -80,19 +80,22 @@ def test_crossover():
     assert op_plots.crossover([(1, 1.5), (3, 2)]) is None
 
 
-def test_counters_of_ncu_are_told_apart_by_case(monkeypatch):
-    metrics = ["gpu__time_duration.sum", "dram__bytes_read.sum"]
-    units = dict(zip(("us", "dram_read_mb"), zip(metrics, (1e3, 1e6), strict=True), strict=True))
-    monkeypatch.setattr(kernel_profile, "METRICS", units)
+def test_counters_of_ncu_are_told_apart_by_case():
+    names = ["gpu__time_duration.sum", "dram__bytes_read.sum"]
+    metrics = dict(zip(("us", "dram_read_mb"), zip(names, (1e3, 1e6), strict=True), strict=True))
     mark = '"0","void at::cuda::spin_kernel(long)","900","0"'
     ours = '"1","void pixelfly::product_sm90<__nv_bfloat16, 0>(Args)","1,500","2,000,000"'
     other = '"2","void pixelfly::reduce_weight_grad_sm90<float>(Args)","500","0"'
-    header = '"ID","Kernel Name","' + '","'.join(metrics) + '"'
+    header = '"ID","Kernel Name","' + '","'.join(names) + '"'
     lines = ["==PROF== noise", header, '"","","ns","byte"', mark, ours, other, mark, ours]
+
+    def parse(*lines: str) -> list[list[dict]]:
+        return kernel_profile.parse("\n".join(lines), kernel_profile.OURS, metrics)
+
     product = {"kernel": "product_sm90", "us": 1.5, "dram_read_mb": 2}
     reduction = {"kernel": "reduce_weight_grad_sm90", "us": 0.5, "dram_read_mb": 0}
-    assert kernel_profile.parse("\n".join(lines)) == [[product, reduction], [product]]
-    with pytest.raises(SystemExit, match="none of our kernels"):
-        kernel_profile.parse("\n".join([*lines, mark]))
+    assert parse(*lines) == [[product, reduction], [product]]
+    with pytest.raises(SystemExit, match="no kernel named"):
+        parse(*lines, mark)
     with pytest.raises(SystemExit, match="no table"):
-        kernel_profile.parse("==ERROR== no permission")
+        parse("==ERROR== no permission")
