@@ -173,7 +173,7 @@ def plot(path: pathlib.Path, records: list[dict], device: str) -> None:
             if isinstance(ms, float) and "," not in name:  # neither errors nor ways to a kernel
                 lines.setdefault(name, []).append((r["length"], ms))
     plt = pyplot()
-    if plt is None:
+    if plt is None or not panels:
         return
     size = (4.5 * len(panels), 3.6)
     figure, axes = plt.subplots(1, len(panels), figsize=size, layout="constrained", squeeze=False)

@@ -13,15 +13,9 @@ import pathlib
 import sys
 
 from display import pyplot
+from report import LRA_KINDS
 
-NAMES = {
-    "scores_eager": "dense, scores in memory, eager",
-    "scores": "dense, scores in memory",
-    "sdpa": "dense, fused",
-    "sdpa_cudnn": "dense, cuDNN",
-    "pixelfly": "pixelfly",
-}
-COLORS = {kind: f"C{i}" for i, kind in enumerate(NAMES)}
+COLORS = {kind: f"C{i}" for i, kind in enumerate(LRA_KINDS)}
 Found = dict[str, dict[str, dict]]  # by task (and seed), then by kind: what was measured
 
 
@@ -43,13 +37,13 @@ def milliseconds(found: dict) -> float:
 
 def bars(axis, tasks: Found, height) -> None:
     """A bar for each kind of each task that has this height."""
-    kinds = [kind for kind in NAMES if any(kind in found for found in tasks.values())]
+    kinds = [kind for kind in LRA_KINDS if any(kind in found for found in tasks.values())]
     for i, kind in enumerate(kinds):
         values = [(at, height(f[kind])) for at, f in enumerate(tasks.values()) if kind in f]
         values = [(at + 0.8 * i / len(kinds), value) for at, value in values if value is not None]
         if values:
             places, heights = zip(*values, strict=True)
-            axis.bar(places, heights, 0.75 / len(kinds), label=NAMES[kind], color=COLORS[kind])
+            axis.bar(places, heights, 0.75 / len(kinds), label=LRA_KINDS[kind], color=COLORS[kind])
     middle = 0.4 * (len(kinds) - 1) / max(1, len(kinds))
     axis.set_xticks([at + middle for at in range(len(tasks))], list(tasks), fontsize=8)
     axis.set_yscale("log")
@@ -77,7 +71,7 @@ def plot_training(plt, runs: Found):
                 points = [(p["step"], p.get("val_accuracy")) for p in found.get("curve", [])]
                 points = [(step, 100 * right) for step, right in points if right is not None]
                 if points:
-                    label = f"{NAMES[kind]}, seed {run.split()[1]}"
+                    label = f"{LRA_KINDS[kind]}, seed {run.split()[1]}"
                     axis.plot(*zip(*points, strict=True), dash, color=COLORS[kind], label=label)
         axis.set(title=task, xlabel="steps", ylabel="validation accuracy, %")
         axis.legend(fontsize=7)
