@@ -26,7 +26,8 @@ from pixelfly.ops import butterfly_attention
 
 ENGINES = {"cudnn": None, "butterfly 128": 128, "butterfly 64": 64}  # blocks of the layout
 DIRECTIONS = ("forward", "backward")
-NAMES = "triton|cudnn|sdpa|flash|fmha"  # of both engines' kernels
+# Of both engines' kernels; the last two stand before and behind cuDNN's backward.
+NAMES = "triton|cudnn|sdpa|flash|fmha|compute_dot_do_o|convert_dq"
 PRODUCTS = {"forward": 2, "backward": 5}  # matrix products over the kept scores
 COUNTERS: Metrics = METRICS | {
     "warps_percent": ("sm__warps_active.avg.pct_of_peak_sustained_active", 1),
