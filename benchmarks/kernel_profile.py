@@ -45,16 +45,14 @@ METRICS: Metrics = {  # name in the results: metric, how many of its units are o
 
 
 @contextlib.contextmanager
-def recorded(record: bool = True) -> Iterator[None]:
+def recorded() -> Iterator[None]:
     """What runs inside is seen by the recorder, after a marker."""
     torch.cuda.synchronize()
-    if record:
-        torch.cuda.profiler.start()
-        torch.cuda._sleep(1)
+    torch.cuda.profiler.start()
+    torch.cuda._sleep(1)
     yield
     torch.cuda.synchronize()
-    if record:
-        torch.cuda.profiler.stop()
+    torch.cuda.profiler.stop()
 
 
 def run_case(layer: Layer, x: torch.Tensor, dy: torch.Tensor, direction: str, record: bool) -> None:
@@ -64,7 +62,7 @@ def run_case(layer: Layer, x: torch.Tensor, dy: torch.Tensor, direction: str, re
     backward = direction != "forward"
     with torch.set_grad_enabled(backward):
         y = layer(x) if backward else None
-        with recorded(record):
+        with recorded() if record else contextlib.nullcontext():
             if backward:
                 torch.autograd.grad(y, layer.inputs(x, direction), dy)
             else:

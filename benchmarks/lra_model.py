@@ -83,6 +83,13 @@ class Block(nn.Module):
         return x + self.drop(self.fc2(F.gelu(self.fc1(self.norm2(x)))))
 
 
+def square_side(length: int) -> int:
+    side = math.isqrt(length)
+    if side**2 != length:
+        raise ValueError(f"expected a square number of pixels, got {length}")
+    return side
+
+
 def z_order(length: int) -> torch.Tensor:
     """The pixels of a square picture, numbered row by row, in Morton's order: 64 in succession are
     a square of 8 x 8, so that a block of scores belongs to two squares, where row by row it would
@@ -91,13 +98,6 @@ def z_order(length: int) -> torch.Tensor:
     line = torch.arange(side)
     spread = sum((line >> bit & 1) << 2 * bit for bit in range(side.bit_length()))
     return (2 * spread[:, None] + spread).flatten().argsort()
-
-
-def square_side(length: int) -> int:
-    side = math.isqrt(length)
-    if side**2 != length:
-        raise ValueError(f"expected a square number of pixels, got {length}")
-    return side
 
 
 def sinusoids(length: int, width: int) -> torch.Tensor:

@@ -19,11 +19,11 @@ COLORS = {kind: f"C{i}" for i, kind in enumerate(LRA_KINDS)}
 Found = dict[str, dict[str, dict]]  # by task (and seed), then by kind: what was measured
 
 
-def merged(files: list[list[dict]], by_seed: bool) -> Found:
-    """What the files' records hold, the first of each."""
+def merged(records: list[dict]) -> Found:
+    """What the records hold, the first of each."""
     out: Found = {}
-    for r in (record for records in files for record in records):
-        key = f"{r['task']} {r['seed']}" if by_seed else r["task"]
+    for r in records:
+        key = f"{r['task']} {r['seed']}" if "seed" in r else r["task"]
         for kind, found in r["kinds"].items():
             if "error" not in found:
                 out.setdefault(key, {}).setdefault(kind, found)
@@ -80,16 +80,15 @@ def plot_training(plt, runs: Found):
 
 def plot(path: pathlib.Path, files: list[dict]) -> None:
     """Draws what the files hold, of one mode, into `path`."""
-    records = [data["records"] for data in files]
-    modes = {r["mode"] for some in records for r in some}
+    records = [record for data in files for record in data["records"]]
+    modes = {r["mode"] for r in records}
     if len(modes) != 1:
         raise SystemExit(f"lra_plots.py: expected files of one mode, got {sorted(modes)}")
     plt = pyplot()
     if plt is None:
         return
-    training = modes == {"train"}
-    draw = plot_training if training else plot_speed
-    figure = draw(plt, merged(records, training))
+    draw = plot_training if modes == {"train"} else plot_speed
+    figure = draw(plt, merged(records))
     devices = dict.fromkeys(data["meta"]["device"] for data in files)
     figure.suptitle(f"Long Range Arena on {', '.join(devices)}", fontsize=9)
     figure.savefig(path, dpi=120)

@@ -378,7 +378,7 @@ def test_plots_of_several_files(tmp_path, capsys):
         files[-1].write_text(json.dumps({"meta": {"device": "GPU X"}, "records": records}))
     lra_plots.main([str(path) for path in files])
     assert (tmp_path / "a.png").stat().st_size > 0
-    runs = lra_plots.merged([json.loads(path.read_text())["records"] for path in files], True)
+    runs = lra_plots.merged([r for path in files for r in json.loads(path.read_text())["records"]])
     assert list(runs) == ["image 0", "image 1", "pathfinder 0"]
     data = json.loads(files[1].read_text())
     data["records"][0]["mode"] = "speed"
@@ -396,7 +396,7 @@ def test_what_could_not_be_measured_is_not_drawn():
     error, found = {"error": "out of memory"}, {"ms": 3.0, "graph_ms": None}
     record = {"task": "text", "kinds": {"scores": error, "sdpa": found}}
     later = {"task": "text", "kinds": {"scores": {"ms": 5.0}, "sdpa": {"ms": 4.0}}}
-    merged = lra_plots.merged([[record], [later]], False)
+    merged = lra_plots.merged([record, later])
     assert merged == {"text": {"sdpa": found, "scores": {"ms": 5.0}}}
     assert lra_plots.milliseconds(found) == 3.0
     assert lra_plots.milliseconds(found | {"graph_ms": 2.0}) == 2.0

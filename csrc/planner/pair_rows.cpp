@@ -7,7 +7,6 @@
 #include "planner/plan.h"
 
 namespace pixelfly {
-
 namespace {
 
 using Index = std::vector<int32_t>;
