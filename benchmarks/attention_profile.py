@@ -45,19 +45,23 @@ def call_of(engine: str, length: int) -> tuple[Call, float]:
     return functools.partial(butterfly_attention, layout=layout), layout.density
 
 
-def shape_of(length: int, args: argparse.Namespace) -> tuple[int, int, int, int]:
-    return max(1, args.tokens // length), args.heads, length, args.head_features
+def shapes_of(args: argparse.Namespace) -> list[tuple[int, int, int, int]]:
+    """Batch, heads, length and features of a head of every case."""
+    return [
+        (max(1, args.tokens // length), args.heads, length, features)
+        for features in args.head_features
+        for length in args.lengths
+    ]
 
 
 def run_cases(args: argparse.Namespace) -> None:
     """The process under ncu: every case runs once to compile and once recorded."""
-    for length in args.lengths:
-        shape = shape_of(length, args)
+    for shape in shapes_of(args):
         make = {"device": "cuda", "dtype": torch.bfloat16}
         qkv = [torch.randn(shape, **make).requires_grad_() for _ in range(3)]
         dy = torch.randn(shape, **make)
         for engine in args.engines:
-            call, _ = call_of(engine, length)
+            call, _ = call_of(engine, shape[2])
             torch.autograd.grad(call(*qkv), qkv, dy)
             with torch.no_grad():
                 call(*qkv)
@@ -74,7 +78,7 @@ def main() -> None:
     )
     add = parser.add_argument
     add("--lengths", type=int, nargs="*", default=[1024, 4096, 16384])
-    add("--head-features", type=int, default=64)
+    add("--head-features", type=int, nargs="*", default=[64, 128])
     add("--heads", type=int, default=8)
     add("--tokens", type=int, default=65536, help="in all: batch x length")
     add("--engines", nargs="*", default=list(ENGINES), choices=ENGINES)
@@ -83,14 +87,14 @@ def main() -> None:
     args = parser.parse_args()
     if args.child:
         return run_cases(args)
-    child = [__file__, "--child", "--lengths", *map(str, args.lengths), "--engines", *args.engines]
-    for name in ("head_features", "heads", "tokens"):
-        child += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
+    child = [__file__, "--child", "--engines", *args.engines]
+    child += ["--heads", str(args.heads), "--tokens", str(args.tokens)]
+    child += ["--lengths", *map(str, args.lengths)]
+    child += ["--head-features", *map(str, args.head_features)]
     groups = iter(counters(child, NAMES, COUNTERS))
     records = []
-    for length in args.lengths:
+    for batch, heads, length, features in shapes_of(args):
         for engine in args.engines:
-            batch, heads, _, features = shape_of(length, args)
             density = call_of(engine, length)[1]
             for direction in DIRECTIONS:
                 kept = batch * heads * density * length**2
