@@ -14,26 +14,44 @@
 namespace pixelfly {
 namespace {
 
-int tiles(int64_t n) { return static_cast<int>((n + kLowRankTile - 1) / kLowRankTile); }
+// Thread blocks that share a multiprocessor, at most.
+constexpr int kMostShare = 3;
 
-// As many as leave room for the thread blocks that have to share a multiprocessor: one, two or
-// three. Clusters of four or eight cannot be placed on all multiprocessors (on 120 of an H200's
-// 132), should each thread block need its own.
-int stages_for(const dim3& grid, int num_sms) {
+int tiles(int64_t n, int tile = kLowRankTile) { return static_cast<int>((n + tile - 1) / tile); }
+
+// Tokens of a thread block.
+int tokens_of(const LowRankParams& p, const DeviceInfo& device) {
+  const int64_t blocks = int64_t{tiles(p.tokens)} * tiles(p.rank);
+  return blocks <= kMostShare * device.num_sms ? kLowRankTile : 2 * kLowRankTile;
+}
+
+// As many as leave room for the thread blocks that have to share a multiprocessor. Clusters of four
+// or eight cannot be placed on all multiprocessors (on 120 of an H200's 132), should each thread
+// block need its own.
+int stages_for(const dim3& grid, int tokens, int num_sms) {
   const auto thread_blocks = int64_t{grid.x} * grid.y * grid.z;
   const int alone = grid.z <= 2 ? num_sms : num_sms * 3 / 4;
   if (thread_blocks <= alone) return kLowRankMaxStages;
-  return thread_blocks <= 2 * num_sms ? 6 : 4;
+  const bool two_share = thread_blocks <= 2 * num_sms;
+  return tokens == kLowRankTile ? (two_share ? 6 : 4) : (two_share ? 4 : 3);
+}
+
+template <typename T, int kTokens>
+Status launch(const LowRankMaps& maps, const LowRankParams& p, const LowRankArgs& args, dim3 grid,
+              Stream stream) {
+  const auto kernel = p.x_others.given() ? low_rank_sm90<T, true, true, kTokens>
+                      : p.transposed     ? low_rank_sm90<T, true, false, kTokens>
+                                         : low_rank_sm90<T, false, false, kTokens>;
+  const int shared_bytes = args.stages * low_rank_stage_bytes(kTokens) + 1024;
+  return launch_dependent_cluster(kernel, grid, static_cast<int>(grid.z), kLowRankThreads,
+                                  shared_bytes, stream, maps, args);
 }
 
 template <typename T>
-Status launch(const LowRankMaps& maps, const LowRankParams& p, const LowRankArgs& args, dim3 grid,
-              Stream stream) {
-  const auto kernel = p.x_others.given() ? low_rank_sm90<T, true, true>
-                      : p.transposed     ? low_rank_sm90<T, true, false>
-                                         : low_rank_sm90<T, false, false>;
-  return launch_dependent_cluster(kernel, grid, static_cast<int>(grid.z), kLowRankThreads,
-                                  low_rank_shared_bytes(args.stages), stream, maps, args);
+Status launch(int tokens, const LowRankMaps& maps, const LowRankParams& p, const LowRankArgs& args,
+              dim3 grid, Stream stream) {
+  return tokens == kLowRankTile ? launch<T, kLowRankTile>(maps, p, args, grid, stream)
+                                : launch<T, 2 * kLowRankTile>(maps, p, args, grid, stream);
 }
 
 template <typename T>
@@ -89,14 +107,14 @@ int low_rank_cluster(const LowRankParams& p, const DeviceInfo& device) {
 }
 
 Status launch_low_rank_sm90(const LowRankParams& p, const DeviceInfo& device, Stream stream) {
-  const int cluster = low_rank_cluster(p, device);
+  const int tokens = tokens_of(p, device), cluster = low_rank_cluster(p, device);
   LowRankMaps maps;
-  PIXELFLY_RETURN_IF_ERROR(encode(maps, p, kLowRankTile, kLowRankTile / cluster));
-  const dim3 grid(tiles(p.tokens), tiles(p.rank), cluster);
-  const LowRankArgs args{tiles(p.features), stages_for(grid, device.num_sms),
+  PIXELFLY_RETURN_IF_ERROR(encode(maps, p, tokens, tokens / cluster));
+  const dim3 grid(tiles(p.tokens, tokens), tiles(p.rank), cluster);
+  const LowRankArgs args{tiles(p.features), stages_for(grid, tokens, device.num_sms),
                          p.tokens <= kEarlyStartTokens};
-  return p.dtype == DType::kBFloat16 ? launch<__nv_bfloat16>(maps, p, args, grid, stream)
-                                     : launch<__half>(maps, p, args, grid, stream);
+  return p.dtype == DType::kBFloat16 ? launch<__nv_bfloat16>(tokens, maps, p, args, grid, stream)
+                                     : launch<__half>(tokens, maps, p, args, grid, stream);
 }
 
 Status launch_low_rank_ahead_sm90(const LowRankParams& p, const DeviceInfo& device,
