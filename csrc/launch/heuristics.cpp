@@ -55,10 +55,11 @@ double split_time(const ProductParams& p, const SplitTile& tile, const DeviceInf
   return kStart + std::max(step * std::max(longest, share), loads) + sent / kAdded * turns;
 }
 
-// product_sm90's, whose thread blocks store two output tiles of 128 tokens.
-double pairs_time(const ProductParams& p, const DeviceInfo& device) {
+// product_sm90's, whose thread blocks store one or two output tiles of 128 tokens.
+double groups_time(const ProductParams& p, const DeviceInfo& device) {
   constexpr double kStart = 3840, kLoaded = 93.5, kLoadedByAll = 9600;
-  const GroupSection& section = p.transposed ? p.header->transposed : p.header->forward;
+  const int64_t token_tiles = ceil_div(p.tokens, 2 * kGroupTile);
+  const GroupSection& section = group_section(*p.header, p.transposed, token_tiles);
   const int most = 2 * section.max_steps + section.max_weights;  // tiles that a thread block loads
   const double all = static_cast<double>(tile_products(p, 2 * kGroupTile)) * most /
                      std::max(1, section.max_weights);
@@ -151,7 +152,7 @@ bool split_is_quick(const ProductParams& p, bool few, const DeviceInfo& device) 
   // In a training step up to 3 us of what it gains alone are lost (csrc/README.md).
   constexpr double kWorthIt = 4000;
   if (p.tokens <= kFewTokens || p.tokens > kMostTokens) return false;
-  const double other = few ? few_time(p) : pairs_time(p, device);
+  const double other = few ? few_time(p) : groups_time(p, device);
   return split_time(p, split_tile(p, device), device) < other - kWorthIt;
 }
 

@@ -19,8 +19,15 @@ struct Tile {
   bool plain;
 };
 
+// Where tokens are columns, those of an item of the batch begin with a tile of their own.
+int32_t token_tiles(const ProductParams& p) {
+  const auto tiles = [](int64_t n) { return (n + kGroupTokens - 1) / kGroupTokens; };
+  return static_cast<int32_t>(p.columns > 0 ? p.tokens / p.columns * tiles(p.columns)
+                                            : tiles(p.tokens));
+}
+
 const GroupSection& section_of(const ProductParams& p) {
-  return p.transposed ? p.header->transposed : p.header->forward;
+  return group_section(*p.header, p.transposed, token_tiles(p));
 }
 
 Tile choose_tile(const ProductParams& p) {
@@ -71,10 +78,6 @@ Kernel choose(const ProductParams& p, const Tile& tile) {
   return p.transposed
              ? (quads ? choose_one<T, true, true>(tile) : choose_one<T, true, false>(tile))
              : (quads ? choose_one<T, false, true>(tile) : choose_one<T, false, false>(tile));
-}
-
-int32_t token_tiles(const ProductParams& p) {
-  return static_cast<int32_t>((p.tokens + kGroupTokens - 1) / kGroupTokens);
 }
 
 }  // namespace
@@ -170,8 +173,7 @@ Status launch_product_sm90(const ProductParams& p, const DeviceInfo& device, Str
   args.plan = p.plan;
   args.bias = p.bias;
   args.column_tiles = (p.columns + kGroupTokens - 1) / kGroupTokens;
-  args.token_tiles =
-      static_cast<int32_t>(columns > 0 ? T / columns * args.column_tiles : token_tiles(p));
+  args.token_tiles = token_tiles(p);
   const GroupUnitList units = unit_list(args.section, args.token_tiles, p.slope_out != nullptr);
   args.units_offset = units.offset;
   args.num_units = units.count;

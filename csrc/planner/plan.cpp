@@ -89,8 +89,12 @@ std::vector<int32_t> build_plan(const LayoutView& layout) {
   header.max_row_blocks = longest(row_ptr);
   header.max_col_blocks = longest(col_ptr);
 
-  header.forward = append_row_groups(builder, layout, /*transposed=*/false);
-  header.transposed = append_row_groups(builder, layout, /*transposed=*/true);
+  const GroupSections forward = append_row_groups(builder, layout, /*transposed=*/false);
+  const GroupSections transposed = append_row_groups(builder, layout, /*transposed=*/true);
+  header.forward = forward.many;
+  header.forward_few = forward.few;
+  header.transposed = transposed.many;
+  header.transposed_few = transposed.few;
   header.grad = append_grad_chunks(builder, layout);
   return builder.finish(header);
 }

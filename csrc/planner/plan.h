@@ -54,7 +54,11 @@ std::vector<int32_t> build_plan(const LayoutView& layout);
 
 // Groups of output rows for the product kernels. `transposed` plans dx: output rows are the
 // layout's block columns.
-GroupSection append_row_groups(PlanBuilder& builder, const LayoutView& layout, bool transposed);
+struct GroupSections {
+  GroupSection many;
+  GroupSection few;  // no groups: `many` serves few tokens too
+};
+GroupSections append_row_groups(PlanBuilder& builder, const LayoutView& layout, bool transposed);
 
 // Tiles of shared memory beside a staging tile for either warpgroup: for stages of x and weights.
 constexpr int32_t kGroupRoom = kGroupSharedTiles - 2;

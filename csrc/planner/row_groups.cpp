@@ -184,16 +184,34 @@ Grouping choose_groups(const std::vector<Row>& rows, const LayoutView& layout, i
   return quicker ? some : all;
 }
 
-}  // namespace
+// Rows alone for few tokens, where a thread block has a few token tiles and waits at its start for
+// its weights: half as many. Empty where that is not expected to be quicker: weights do not stay,
+// rows share most of what they read of x, or thread blocks would serve several rows in turn.
+// product_sm90_plans_h200.json, "few".
+Grouping rows_for_few_tokens(const std::vector<Row>& rows, const Grouping& all,
+                             const LayoutView& layout, int32_t x_tiles) {
+  constexpr double kMostLoads = 1.45;  // of x, times those of the pairs
+  const bool stay = std::all_of(all.work.begin(), all.work.end(),
+                                [](const GroupWork& g) { return g.resident && !g.dense; });
+  if (!stay || all.pairs.size() == rows.size()) return {};
+  Pairs alone;
+  for (size_t i = 0; i < rows.size(); ++i) alone.emplace_back(static_cast<int32_t>(i), -1);
+  Grouping some = make_groups(rows, alone, layout, x_tiles);
+  const auto loads = [](const Grouping& g) {
+    double sum = 0;
+    for (const GroupWork& w : g.work) sum += w.x_tiles;
+    return sum;
+  };
+  if (loads(some) > kMostLoads * loads(all) || spread(some, layout).turns > 1) return {};
+  return some;
+}
 
-GroupSection append_row_groups(PlanBuilder& builder, const LayoutView& layout, bool transposed) {
+// Orders the groups' steps and deals the groups to thread blocks but for `ahead_blocks`.
+GroupSection append_section(PlanBuilder& builder, const LayoutView& layout, bool transposed,
+                            int32_t x_tiles, Grouping grouping, int32_t ahead_blocks, bool few) {
+  auto& [pairs, lists, work, together] = grouping;
   GroupSection section{};
-  const int32_t b = layout.block_size;
-  if (b != 32 && b != 64 && b != 128) return section;
-  const int32_t x_tiles = group_tiles(transposed ? layout.out_features : layout.in_features);
-  std::vector<GroupQuad> quads;
-  const auto rows = b == 32 ? quad_rows(layout, transposed, quads) : tile_rows(layout, transposed);
-  auto [pairs, lists, work, together] = choose_groups(rows, layout, x_tiles);
+  section.ahead_blocks = ahead_blocks;
   // Of few tiles of x, L2 serves any order alike; of rows alone it serves the ascending one.
   constexpr int32_t kFewTiles = 24;
   for (size_t begin = 0; begin < lists.size() && x_tiles > kFewTiles; begin += together) {
@@ -228,24 +246,48 @@ GroupSection append_row_groups(PlanBuilder& builder, const LayoutView& layout, b
       section.resident_weights = std::max(section.resident_weights, slot);
     }
   }
-  if (layout.rank > 0 && layout.rank <= kGroupTile) {
-    section.ahead_blocks = choose_ahead_blocks(work, together, layout.thread_blocks, x_tiles);
-  }
-  const int thread_blocks = layout.thread_blocks - section.ahead_blocks;
   std::vector<GroupUnit> units;
   for (int list = 0; list < (transposed ? 1 : 2) * kGroupLists; ++list) {
     const ListTokens tokens = kGroupTokenLists[list % kGroupLists];
-    const auto more =
-        spread_groups(work, together, thread_blocks, tokens, list >= kGroupLists).units;
+    if (few && tokens.tiles > kFewTokenTiles) continue;
+    const auto more = spread_groups(work, together, layout.thread_blocks - ahead_blocks, tokens,
+                                    list >= kGroupLists)
+                          .units;
     section.num_units[list] = static_cast<int32_t>(more.size());
     units.insert(units.end(), more.begin(), more.end());
   }
   section.num_groups = static_cast<int32_t>(groups.size());
   section.groups_offset = builder.append(groups);
   section.steps_offset = builder.append(steps);
-  section.quads_offset = builder.append(quads);
   section.units_offset = builder.append(units);
   return section;
+}
+
+}  // namespace
+
+GroupSections append_row_groups(PlanBuilder& builder, const LayoutView& layout, bool transposed) {
+  const int32_t b = layout.block_size;
+  if (b != 32 && b != 64 && b != 128) return {};
+  const int32_t x_tiles = group_tiles(transposed ? layout.out_features : layout.in_features);
+  std::vector<GroupQuad> quads;
+  const auto rows = b == 32 ? quad_rows(layout, transposed, quads) : tile_rows(layout, transposed);
+  const int32_t quads_offset = builder.append(quads);
+  Grouping all = choose_groups(rows, layout, x_tiles);
+  Grouping few = rows_for_few_tokens(rows, all, layout, x_tiles);
+  int32_t ahead_blocks = 0;
+  if (layout.rank > 0 && layout.rank <= kGroupTile) {
+    ahead_blocks = choose_ahead_blocks(all.work, all.together, layout.thread_blocks, x_tiles);
+  }
+  GroupSections sections{};
+  const auto append = [&](Grouping grouping, int32_t ahead, bool of_few) {
+    GroupSection section =
+        append_section(builder, layout, transposed, x_tiles, std::move(grouping), ahead, of_few);
+    section.quads_offset = quads_offset;
+    return section;
+  };
+  sections.many = append(std::move(all), ahead_blocks, false);
+  if (!few.pairs.empty()) sections.few = append(std::move(few), 0, true);
+  return sections;
 }
 
 }  // namespace pixelfly

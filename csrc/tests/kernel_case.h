@@ -34,6 +34,7 @@ struct Case {
   int thread_blocks = kUsualThreadBlocks;  // that the plan is for
   int cluster = 1;                         // the largest that a kernel must have run in
   int warpgroups = 0;  // of product_split_sm90's tile, with that cluster; 0: who calls chooses
+  bool few = false;    // by the plan's rows alone for few tokens, not by its groups for many
 
   int n() const { return rows * block - row_tail; }
   int k() const { return cols * block - col_tail; }
@@ -125,6 +126,16 @@ Matrix product(int m, int n, int k, F a, G b) {
     }
   }
   return out;
+}
+
+// The plan's header, which leads a product of few tokens to the groups that the case asks for.
+inline PlanHeader header_of(const Case& c, const std::vector<int32_t>& plan) {
+  PlanHeader header;
+  std::memcpy(&header, plan.data(), sizeof(header));
+  const bool any = header.forward_few.num_groups > 0 || header.transposed_few.num_groups > 0;
+  if (c.few && !any) throw std::runtime_error(c.name + ": the plan has no rows alone");
+  if (!c.few) header.forward_few.num_groups = header.transposed_few.num_groups = 0;
+  return header;
 }
 
 // A launcher's refusal, which must speak of `word`.

@@ -50,6 +50,9 @@ inline std::vector<Case> cases() {
       // Two thread blocks of the thin product on a multiprocessor: rings of six stages.
       {"two t a multiprocessor b64", 2, 20, 64, 0, 40, one_dense, 130, 72, kRelu, false, false, 90,
        4},
+      // More than three: thread blocks of 128 tokens, with rings of four and of three stages.
+      {"two t of 128 tokens b64", 2, 20, 64, 0, 40, one_dense, 300, 72, kRelu, false, false, 90, 3},
+      {"more t of 128 tokens b64", 8, 9, 64, 8, 40, butterfly, 300, 72, kGelu, false, false, 90, 2},
   };
   // Thin products that clusters share; two tiles of ranks are never formed beside the product.
   const std::pair<Case, int> clusters[] = {
@@ -69,6 +72,15 @@ inline std::vector<Case> cases() {
   for (const auto& [c, cluster] : clusters) {
     all.push_back(c);
     all.back().cluster = cluster;
+  }
+  const Case few[] = {
+      {"few b64", 8, 8, 64, 8, 24, butterfly, 390, 0, kGelu, true, true},
+      {"few b64 rank 8", 16, 15, 64, 56, 0, butterfly, 257, 8, kRelu, false, true},
+      {"few b32", 16, 16, 32, 24, 8, butterfly, 300, 0, kSilu, false, false, 90, 132},
+  };
+  for (const Case& c : few) {
+    all.push_back(c);
+    all.back().few = true;
   }
   // product_split_sm90 by every tile.
   const Case split[] = {

@@ -44,7 +44,7 @@ struct Run {
   explicit Run(const Case& which) : c(which) {
     layout = layout_of(c);
     plan = build_plan(layout);
-    std::memcpy(&header, plan.data(), sizeof(header));
+    header = header_of(c, plan);
     device = {0, c.arch, c.sms, static_cast<int32_t>(emulator::kSharedLimit)};
     const int n = c.n(), k = c.k(), b = c.block, r = c.rank;
     x = Tensor<T>::random(c.tokens, k, 1, rng);

@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "tests/grad_checks.h"
+#include "tests/group_checks.h"
 #include "tests/plan_case.h"
 
 namespace pixelfly {
@@ -100,23 +101,13 @@ void add_weight(const Plan& plan, const GroupSection& s, bool transposed, int32_
   }
 }
 
-std::vector<GroupUnitList> unit_lists(const GroupSection& s, bool transposed) {
-  std::vector<GroupUnitList> lists;
-  for (const bool saves : {false, true}) {
-    if (saves && transposed) continue;
-    for (const ListTokens& tokens : kGroupTokenLists) {
-      lists.push_back(unit_list(s, tokens.tiles, saves));
-    }
-  }
-  return lists;
-}
-
-void check_product(const LayoutView& layout, const Plan& plan, bool transposed) {
-  const GroupSection& s = transposed ? plan.header.transposed : plan.header.forward;
-  if (layout.block_size == 16) {
-    expect(s.num_groups == 0, "block size 16 has no row groups");
-    return;
-  }
+void check_product(const LayoutView& layout, const Plan& plan, bool transposed, bool few) {
+  const PlanHeader& h = plan.header;
+  const GroupSection& s = few ? (transposed ? h.transposed_few : h.forward_few)
+                              : (transposed ? h.transposed : h.forward);
+  if (layout.block_size == 16) expect(s.num_groups == 0, "block size 16 has no row groups");
+  if (layout.block_size == 16 || (few && s.num_groups == 0)) return;
+  expect(s.num_groups > 0, "row groups");
   const int32_t out_tiles = tiles(transposed ? layout.in_features : layout.out_features);
   const int32_t x_tiles = tiles(transposed ? layout.out_features : layout.in_features);
   const auto* groups = plan.at<RowGroup>(s.groups_offset);
@@ -174,7 +165,7 @@ void check_product(const LayoutView& layout, const Plan& plan, bool transposed) 
   expect(s.ahead_blocks == 0 || (layout.rank > 0 && layout.rank <= kGroupTile), "one tile of t");
   // Every token tile of every group in exactly one unit, however many there are.
   std::vector<char> stay(static_cast<size_t>(s.num_groups), 0);
-  for (const auto& [offset, count] : unit_lists(s, transposed)) {
+  for (const auto& [offset, count] : unit_lists(s, transposed, few)) {
     const auto* units = plan.at<GroupUnit>(offset);
     expect(count > 0 && count % (layout.thread_blocks - s.ahead_blocks) == 0,
            "whole turns of the others");
@@ -208,145 +199,10 @@ void check(const std::string& name, const LayoutView& layout) {
   g_case = name;
   const Plan plan(layout);
   check_index(layout, plan);
-  check_product(layout, plan, false);
-  check_product(layout, plan, true);
+  for (const bool transposed : {false, true}) {
+    for (const bool few : {false, true}) check_product(layout, plan, transposed, few);
+  }
   check_grad(layout, plan);
-}
-
-// A block row and a block column of global blocks: the dense row has more to load than the others.
-void check_dense_row() {
-  g_case = "dense row";
-  const Plan plan(make(64, 16, 64, 0, 0,
-                       [](int32_t i, int32_t j) { return i == 0 || j == 0 || j / 2 == i / 8; }));
-  const GroupSection& s = plan.header.forward;
-  expect(s.dense_groups == 1, "one dense group");
-  const auto* groups = plan.at<RowGroup>(s.groups_offset);
-  for (const auto& [offset, count] : unit_lists(s, false)) {
-    std::map<int32_t, int32_t> lanes;
-    const auto* units = plan.at<GroupUnit>(offset);
-    for (int32_t i = 0; i < count; ++i) {
-      const GroupUnit& u = units[i];
-      if (u.begin == u.end) continue;
-      ++lanes[u.group];
-      const int32_t x_tiles = groups[u.group].step_end - groups[u.group].step_begin;
-      const bool dense = x_tiles == 16;
-      expect(u.stages == (dense ? kMaxGroupStages : x_tiles + 3), "the others load no further");
-      expect(dense == (u.weights == kGroupStreams), "streams, as more stages fit then");
-    }
-    const auto most =
-        std::max_element(lanes.begin(), lanes.end(),
-                         [](const auto& a, const auto& b) { return a.second < b.second; });
-    expect(groups[most->first].step_end - groups[most->first].step_begin == 16, "the most lanes");
-  }
-}
-
-// 32 whole token tiles over lanes for any number leave one group waiting for another: lanes of
-// their own must even that out, and must not be there where nothing is gained.
-void check_whole_tiles() {
-  g_case = "whole tiles";
-  const auto lanes_of = [](const Plan& plan, int64_t token_tiles) {
-    const GroupSection& s = plan.header.forward;
-    const GroupUnitList list = unit_list(s, token_tiles, false);
-    std::vector<int32_t> lanes(static_cast<size_t>(s.num_groups), 0);
-    for (int32_t i = 0; i < list.count; ++i) {
-      const GroupUnit& u = plan.at<GroupUnit>(list.offset)[i];
-      if (u.begin != u.end) lanes[static_cast<size_t>(u.group)] = u.lanes;
-    }
-    return lanes;
-  };
-  const auto global = [](int32_t i, int32_t j) { return i == 0 || j == 0 || butterfly(i, j); };
-  const Plan plan(make(16, 16, 64, 0, 0, global));
-  const auto any = lanes_of(plan, 33), own = lanes_of(plan, 32);
-  const int32_t most_any = *std::max_element(any.begin(), any.end());
-  const int32_t most_own = *std::max_element(own.begin(), own.end());
-  expect(most_own >= 32 && most_any < 32, "a lane for each tile of the dense row");
-  const Plan even(make(16, 16, 64, 0, 0, butterfly));
-  expect(lanes_of(even, 32) == lanes_of(even, 33), "groups alike");
-}
-
-int32_t turns_of(const GroupSection& s, int64_t token_tiles, int32_t thread_blocks) {
-  return unit_list(s, token_tiles, false).count / (thread_blocks - s.ahead_blocks);
-}
-
-// Rows that share few tiles of x have thread blocks of their own where weights of two leave little
-// room for x, if thread blocks are as busy.
-void check_pairs() {
-  const auto global = [](int32_t i, int32_t j) { return i == 0 || j == 0 || butterfly(i, j); };
-  const auto groups = [](const char* name, int32_t rows, int32_t rank, auto keep) {
-    g_case = name;
-    return Plan(make(rows, rows, 64, rank, 0, keep)).header.forward;
-  };
-  const GroupSection square = groups("square", 128, 0, butterfly);
-  expect(square.num_groups == 128 && square.max_weights == 8, "rows alone");
-  expect(groups("smaller", 64, 0, butterfly).num_groups == 32, "in pairs, for which is room");
-  expect(groups("with a dense row", 128, 0, global).num_groups == 64, "in pairs");
-  const auto nine = [&](const char* name, int32_t rows) {  // of each row, at random
-    std::mt19937 random(9);
-    std::vector<std::set<int32_t>> columns(static_cast<size_t>(rows));
-    for (auto& of_row : columns) {
-      while (of_row.size() < 9) of_row.insert(static_cast<int32_t>(random() % 64));
-    }
-    g_case = name;
-    const auto keep = [&](int32_t i, int32_t j) {
-      return columns[static_cast<size_t>(i)].count(j) > 0;
-    };
-    return Plan(make(rows, 64, 64, 0, 0, keep)).header.forward.num_groups;
-  };
-  expect(nine("64 rows of nine", 64) == 64, "rows alone");
-  expect(nine("70 rows of nine", 70) == 35, "in pairs, as 70 rows leave thread blocks idle");
-  expect(nine("140 rows of nine", 140) == 70, "in pairs, not in turns");
-}
-
-// Where a layer widens, rows with the same tiles stay together, and may take turns if there are
-// tokens enough to pay for them; t is not beside a product in turns. Beside a dense row half of the
-// groups run at a time, if that takes two turns too.
-void check_turns() {
-  const auto wide = [](int32_t i, int32_t j) { return butterfly(i / 4, j); };
-  const auto global = [](int32_t i, int32_t j) { return i == 0 || j == 0 || butterfly(i, j); };
-  const auto forward = [](int32_t rows, int32_t cols, int32_t rank, auto keep) {
-    return Plan(make(rows, cols, 64, rank, 0, keep)).header.forward;
-  };
-  g_case = "wide";
-  const GroupSection even = forward(64, 16, 0, wide);
-  expect(even.num_groups == 32 && turns_of(even, 128, 132) == 1, "pairs of the same columns");
-  const GroupSection uneven = forward(96, 24, 64, wide);
-  expect(uneven.num_groups == 48 && turns_of(uneven, 128, 132) == 2, "two turns for 48 pairs");
-  expect(turns_of(uneven, 8, 132) == 1, "one turn of few tokens");
-  expect(uneven.ahead_blocks == 0, "t before a product in turns");
-  const auto third = [](int32_t i, int32_t j) { return butterfly(i / 3, j); };
-  expect(forward(48, 16, 64, third).ahead_blocks > 0, "t beside the product of one turn");
-  g_case = "dense row";
-  expect(turns_of(forward(64, 64, 0, global), 128, 132) == 1, "no turns for 32 pairs");
-  const Plan plan(make(128, 128, 64, 0, 0, global));
-  const GroupSection& halves = plan.header.forward;
-  const GroupUnit* units = plan.at<GroupUnit>(unit_list(halves, 128, false).offset);
-  int later = 0;  // units of the first turn that are of the second half
-  for (int i = 0; i < 132; ++i) later += units[i].group >= halves.num_groups / 2;
-  expect(turns_of(halves, 128, 132) == 2 && later < 10, "half of the groups at a time");
-  for (const int32_t rows : {140, 188, 192, 200}) {
-    const GroupSection s = forward(rows, rows, 0, global);
-    for (const int32_t token_tiles : {8, 32, 64, 128}) {
-      expect(turns_of(s, token_tiles, 132) <= 3, "one turn more than halves at most");
-    }
-  }
-}
-
-// Tiles of x in ascending order where there are few, and in phase where there are many.
-void check_order() {
-  for (const int32_t cols : {24, 32}) {
-    g_case = std::to_string(cols) + " tiles of x";
-    const Plan plan(make(cols, cols, 64, 0, 0, butterfly));
-    const GroupSection& s = plan.header.forward;
-    bool ascending = true;
-    for (int32_t g = 0; g < s.num_groups; ++g) {
-      const RowGroup& group = plan.at<RowGroup>(s.groups_offset)[g];
-      const GroupStep* steps = plan.at<GroupStep>(s.steps_offset);
-      for (int32_t i = group.step_begin + 1; i < group.step_end; ++i) {
-        ascending &= steps[i - 1].x_tile < steps[i].x_tile;
-      }
-    }
-    expect(ascending == (cols == 24), "the order of tiles");
-  }
 }
 
 void check_bad_layouts() {
@@ -417,6 +273,7 @@ int main() {
   check_dense_row();
   check_whole_tiles();
   check_pairs();
+  check_few_tokens();
   check_turns();
   check_order();
   check_grad_choice();

@@ -33,6 +33,8 @@ std::vector<Case> thirds_cases() {
       {"b32 cooperative", 48, 4, 32, 0, 0, everything, 300, 0, Activation::kNone, false, false, 90,
        1},
   };
+  all.push_back({"b64 few", 9, 8, 64, 0, 24, butterfly, 300, 0});
+  all.back().few = true;
   const Case split[] = {{"b64 split", 6, 9, 64, 0, 8, global, 300, 24},
                         {"b128 split", 5, 2, 128, 64, 0, everything, 300, 0}};
   for (const Case& c : split) {
@@ -55,7 +57,7 @@ class Thirds {
   explicit Thirds(const Case& c) : c_(c), n_(c.n()), k_(c.k()) {
     layout_ = layout_of(c);
     plan_ = build_plan(layout_);
-    std::memcpy(&header_, plan_.data(), sizeof(header_));
+    header_ = header_of(c, plan_);
     device_ = {0, c.arch, c.sms, static_cast<int32_t>(emulator::kSharedLimit)};
     x_ = Tensor<T>::random(c.tokens, k_, 1, rng_);
     t_ = Tensor<T>::random(c.tokens, c.rank, 1, rng_);

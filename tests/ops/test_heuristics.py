@@ -34,10 +34,13 @@ def test_hopper_has_its_own_kernels():
 
 def test_t_is_formed_beside_the_product_where_that_is_quicker():
     ahead = "low_rank_ahead_sm90, beside the product"
-    square = choose(n=1024, rank=64)
+    square = choose(n=1024, rank=64, tokens=5000)
     assert square["t"] == square["s"] == ahead
+    few = choose(n=1024, rank=64, tokens=4096)  # groups of single rows, see csrc/README.md
+    assert few["t"] == few["s"] == "low_rank_sm90, clusters of 2"
     assert choose(n=4096, rank=64, tokens=9000)["t"] == "low_rank_sm90"
-    assert choose(n=1024, rank=72)["t"] == "low_rank_sm90"  # more than a tile of ranks
+    # more than a tile of ranks
+    assert choose(n=1024, rank=72, tokens=5000)["t"] == "low_rank_sm90"
     assert choose(A100, n=1024, rank=64)["t"] == "product_sm80 without blocks"
     assert "t" not in choose(n=1024)
 
@@ -114,7 +117,7 @@ def test_few_tokens_of_wide_contractions_are_split():
     assert "sm80" in dx(128, device=A100) and "sm80" in dx(128, dtype=FLOAT32)
     assert choose(tokens=128, n=8192, outputs=2048)["y"] == "product_split_sm90"
     # Where t is formed beside the product, it stays there.
-    ahead = choose(tokens=512, n=1024, rank=64)
+    ahead = choose(tokens=512, n=1024, outputs=3072, rank=64)
     assert "beside" in ahead["t"] and ahead["y"] == "product_sm90"
 
 

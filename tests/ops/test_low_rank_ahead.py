@@ -26,20 +26,19 @@ def call_ahead(k: int, n: int, *, tokens: int, rank: int, dtype=torch.bfloat16, 
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("tokens", [65, 129, 1000, 9000])
+@pytest.mark.parametrize("tokens", [4097, 5000, 9000])
 @pytest.mark.parametrize(
     ("k", "n", "rank", "block_size"),
     [(768, 768, 64, 64), (1024, 3072, 64, 64), (1000, 1000, 24, 64), (512, 512, 8, 32)],
 )
-def test_against_the_oracle(k, n, rank, block_size, tokens, dtype, monkeypatch):
-    monkeypatch.setenv("PIXELFLY_KERNEL", "sm90")  # up to 256 tokens others would be chosen
+def test_against_the_oracle(k, n, rank, block_size, tokens, dtype):
     call = call_ahead(k, n, tokens=tokens, rank=rank, block_size=block_size, dtype=dtype)
     check_call(call)
 
 
 @pytest.mark.parametrize("activation", ["gelu", "relu"])
 def test_activation_and_residual(activation):
-    call = call_ahead(768, 768, tokens=3000, rank=64, activation=activation, residual=True)
+    call = call_ahead(768, 768, tokens=6000, rank=64, activation=activation, residual=True)
     check_call(call)
 
 

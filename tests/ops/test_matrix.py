@@ -20,8 +20,12 @@ from .helpers import (
 
 GRIDS = named_grids()
 RANKS = (0, 8, 64, 72)
-# Above 256 tokens the forward's kernels for throughput have taken over from those for latency.
-TOKENS = {"cpu": (7, 129, (2, 3, 11)), "cuda": (7, 1025, 129, (2, 3, 67), 300)}
+# Above 256 tokens the forward's kernels for throughput have taken over from those for latency;
+# above 4096 their plans are others.
+TOKENS = {
+    "cpu": (7, 129, (2, 3, 11)),
+    "cuda": (7, 1025, 129, (2, 3, 67), 300, 4200, (2, 2100)),
+}
 CPU_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 CUDA_DTYPES = CPU_DTYPES[1:]
 
@@ -106,7 +110,7 @@ def test_every_kernel(path, name, b, monkeypatch):
     tail = ((0, 0), (8, b - 8), (b - 8, 0))[i % 3]
     layout = make_layout(GRIDS[name], b, tail)
     for j, dtype in enumerate((torch.bfloat16, torch.float16)):
-        tokens = (1, 17, 64, 200) if path == "few" else (64, 1000, 333)
+        tokens = (1, 17, 64, 200) if path == "few" else (64, 1000, 333, 4230, 200)
         call = make_call(
             layout, tokens=tokens[(i + j) % len(tokens)], rank=(64, 0, 32, 72)[(i + 2 * j) % 4],
             activation=ACTIVATIONS[(i + j) % 5], residual=j == 1, device="cuda", dtype=dtype,
