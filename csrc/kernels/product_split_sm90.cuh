@@ -5,7 +5,8 @@
 // contraction: with few tokens most multiprocessors are idle. Here a thread block makes one output
 // tile (64 features) of 64 or 128 tokens, a warpgroup 64 of them, and a cluster's thread blocks
 // (gridDim.z) share the contraction. They add their sums in each other's shared memory, each those
-// of its part of the tokens, which it finishes and stores.
+// of its part of the tokens, which it finishes and stores. Or those of long rows alone (dense ones)
+// do: of the others each thread block of a cluster makes one.
 //
 //   shared memory: ring [stages] of a weight tile [64][64] and a warpgroup's x tile [64 tokens][64]
 //                  each, in the 128-byte swizzle; in a cluster, what it adds (tile_sm90.cuh).
@@ -65,6 +66,9 @@ struct SplitArgs {
   const int32_t* row_ptr;    // [block rows + 1]; dx: of block columns
   const int32_t* col_idx;    // [nnz]; dx: block rows
   const int32_t* block_idx;  // [nnz], dx only: blocks column by column
+  const int32_t* order;      // of output tiles; null: ascending, all are shared
+  int32_t rows;              // output tiles
+  int32_t shared_rows;       // the first of them, which clusters share
   int32_t block_shift;       // log2(b / 64)
   int32_t rank_tiles;        // of 64
   int32_t third_tiles;       // of x in each of its thirds; of all blocks if it is one matrix
@@ -74,6 +78,27 @@ struct SplitArgs {
 
 namespace split {
 
+// What a thread block makes: `part` of `parts` of an output tile's sums, for a tile of tokens. Long
+// rows start first, with all tokens.
+struct Output {
+  int row;  // -1: nothing
+  int token_tile;
+  int part, parts;
+
+  __device__ explicit Output(const SplitArgs& args)
+      : row(blockIdx.x), token_tile(blockIdx.y), part(blockIdx.z), parts(gridDim.z) {
+    if (args.order == nullptr) return;
+    row = blockIdx.y;
+    token_tile = blockIdx.x;
+    if (row >= args.shared_rows) {
+      row = args.shared_rows + (row - args.shared_rows) * parts + part;
+      part = 0;
+      parts = 1;
+    }
+    row = row < args.rows ? __ldg(args.order + row) : -1;
+  }
+};
+
 // What a thread block multiplies: of its output tile's blocks, in tiles of 64 features, and tiles
 // of ranks.
 struct Steps {
@@ -81,13 +106,13 @@ struct Steps {
   int block_steps;   // of all
   int first, count;  // this thread block's
 
-  __device__ Steps(const SplitArgs& args, int row) {
-    const int32_t* ends = args.row_ptr + (row >> args.block_shift);
+  __device__ Steps(const SplitArgs& args, const Output& output) {
+    const int32_t* ends = args.row_ptr + (output.row >> args.block_shift);
     entry = __ldg(ends);
     block_steps = (__ldg(ends + 1) - entry) << args.block_shift;
-    const int all = block_steps + args.rank_tiles, part = blockIdx.z, parts = gridDim.z;
-    first = part * all / parts;
-    count = (part + 1) * all / parts - first;
+    const int all = block_steps + args.rank_tiles;
+    first = output.part * all / output.parts;
+    count = (output.part + 1) * all / output.parts - first;
   }
 };
 
@@ -158,7 +183,6 @@ __global__ void __launch_bounds__(kMostSplitThreads, 2)
   const uint32_t full = device::smem_address(barriers), empty = full + 8 * kMostSplitStages;
   const int warpgroups = blockDim.x / 128, cluster = gridDim.z;
   const int stage_bytes = (warpgroups + 1) * kGroupTileBytes;
-  const int row = blockIdx.x, token = blockIdx.y * warpgroups * kSplitTokens;
   if (threadIdx.x == 0) {
     for (int s = 0; s < args.stages; ++s) {
       device::mbarrier_init(full + 8 * s, 1);
@@ -173,7 +197,10 @@ __global__ void __launch_bounds__(kMostSplitThreads, 2)
   }
   if (args.early_start) device::allow_dependent_launch();
 
-  const split::Steps steps(args, row);
+  const split::Output output(args);
+  if (output.row < 0) return;
+  const split::Steps steps(args, output);
+  const int row = output.row, token = output.token_tile * warpgroups * kSplitTokens;
   const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);
   if (warpgroup == warpgroups) {
     split::produce<kTransposed>(maps, args, steps, row, token, base, stage_bytes, full, empty);
@@ -184,8 +211,8 @@ __global__ void __launch_bounds__(kMostSplitThreads, 2)
   // in each.
   const ProductParams& p = args.p;
   const int thread = threadIdx.x % 128, lane = thread % 32, warp = thread / 32;
-  const int parts = 8 / cluster,
-            first_token = token + warpgroup * kSplitTokens + blockIdx.z * parts * 8;
+  const int parts = 8 / output.parts,
+            first_token = token + warpgroup * kSplitTokens + output.part * parts * 8;
   const int quad = thread % 16 * 4, n = row * kGroupTile + quad;
   const int count = min(4, p.out_features - n);
   const bool whole = count == 4;
@@ -225,7 +252,7 @@ __global__ void __launch_bounds__(kMostSplitThreads, 2)
     ring.advance();
   }
   device::wgmma_wait<0>();
-  if (cluster > 1) {
+  if (output.parts > 1) {
     const uint32_t sums = base + args.stages * stage_bytes + warpgroup * kClusterSumsBytes;
     add_over_cluster(acc, sums + thread * 16);
   } else {

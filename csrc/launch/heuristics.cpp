@@ -39,20 +39,29 @@ int64_t tile_products(const ProductParams& p, int64_t tokens) {
 
 // The longest row's steps, or a multiprocessor's share of all; or what all of them load.
 double split_time(const ProductParams& p, const SplitTile& tile, const DeviceInfo& device) {
-  constexpr double kStart = 2870, kLoadedByAll = 6270, kAdded = 9;  // kAdded: by a thread block
+  constexpr double kStart = 2870, kLoadedByAll = 6270;
+  const double added = tile.long_only ? 20 : 9;  // bytes of sums by a thread block
+  const double late = tile.long_only ? .3 : 0;   // of a long row's own steps: they end last
   const PlanHeader& h = *p.header;
   const int tokens = kGroupTile * tile.warpgroups;
   const double step = tile.warpgroups == 1 ? 175 : 242;
-  const int64_t most_blocks = p.transposed ? h.max_col_blocks : h.max_row_blocks;
-  const int64_t steps = most_blocks * (h.block_size / kGroupTile) + group_tiles(h.rank);
-  const auto longest = static_cast<double>(ceil_div(steps, tile.cluster));
+  const LongRows& long_rows = p.transposed ? h.long_cols : h.long_rows;
+  const auto steps_of = [&](int64_t blocks) {
+    return blocks * (h.block_size / kGroupTile) + group_tiles(h.rank);
+  };
+  const int64_t most = steps_of(p.transposed ? h.max_col_blocks : h.max_row_blocks);
+  const int64_t alone = tile.long_only ? steps_of(long_rows.most_others) : 0;
+  const int64_t own = ceil_div(most, tile.cluster);
+  const auto longest = static_cast<double>(std::max(own, alone));
   const auto products = static_cast<double>(tile_products(p, tokens));
   const double share = products / device.num_sms;
   const double loads = products * (1 + tile.warpgroups) * kTileBytes / kLoadedByAll;
-  const int64_t blocks = group_tiles(p.out_features) * ceil_div(p.tokens, tokens) * tile.cluster;
+  const int64_t shared = tile.long_only ? long_rows.count : group_tiles(p.out_features);
+  const int64_t blocks = shared * ceil_div(p.tokens, tokens) * tile.cluster;
   const double turns = std::max(1., static_cast<double>(blocks) / device.num_sms);
   const double sent = 2 * kTileBytes * tile.warpgroups * (1 - 1. / tile.cluster);
-  return kStart + std::max(step * std::max(longest, share), loads) + sent / kAdded * turns;
+  return kStart + std::max(step * std::max(longest, share), loads) + sent / added * turns +
+         late * step * static_cast<double>(own);
 }
 
 // product_sm90's, whose thread blocks store one or two output tiles of 128 tokens.
@@ -135,13 +144,17 @@ Choice choose_product(const ProductParams& p, const DeviceInfo& device, Forced f
 SplitTile split_tile(const ProductParams& p, const DeviceInfo& device) {
   SplitTile best{};
   double least = 0;
+  const bool any_long = (p.transposed ? p.header->long_cols : p.header->long_rows).count > 0;
   for (const int warpgroups : {1, 2}) {
     for (const int cluster : {1, 2, 4, 8}) {
-      const SplitTile tile{warpgroups, cluster};
-      const double time = split_time(p, tile, device);
-      if (best.cluster > 0 && time >= least) continue;
-      best = tile;
-      least = time;
+      for (const bool long_only : {false, true}) {
+        if (long_only && (cluster == 1 || !any_long)) continue;
+        const SplitTile tile{warpgroups, cluster, long_only};
+        const double time = split_time(p, tile, device);
+        if (best.cluster > 0 && time >= least) continue;
+        best = tile;
+        least = time;
+      }
     }
   }
   return best;

@@ -33,6 +33,7 @@ Choice choose_weight_grad(const WeightGradParams& p, const DeviceInfo& device, F
 struct SplitTile {
   int warpgroups;  // 64 tokens each
   int cluster;
+  bool long_only;  // long rows' contractions (LongRows); of another's a thread block makes all
 };
 // The quickest, by a model of its loads and of adding sums.
 SplitTile split_tile(const ProductParams& p, const DeviceInfo& device);

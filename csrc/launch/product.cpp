@@ -80,8 +80,10 @@ Status launch_column_product(const ProductParams& p, const DeviceInfo& device, S
 std::string explain_product(const ProductParams& p, const DeviceInfo& device) {
   const Choice choice = choose_product(p, device, forced_path());
   if (!choice.status.ok()) return choice.status.message;
-  const int cluster = choice.path == Path::kSplit ? split_tile(p, device).cluster : 1;
-  return std::string("product_") + name_of(choice.path) + clusters(cluster);
+  const std::string name = std::string("product_") + name_of(choice.path);
+  if (choice.path != Path::kSplit) return name;
+  const SplitTile tile = split_tile(p, device);
+  return name + clusters(tile.cluster) + (tile.long_only ? " for long rows" : "");
 }
 
 std::string explain_low_rank(const ProductParams& p, const DeviceInfo& device) {

@@ -1,6 +1,8 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <utility>
+
 #include "kernels/product_split_sm90.cuh"
 #include "launch/early_start.h"
 #include "launch/launch_kernel.h"
@@ -64,14 +66,24 @@ Status launch_product_split_sm90(const ProductParams& p, const SplitTile& tile,
   args.block_idx = p.plan + h.t_block_offset;
   args.block_shift = h.block_size == 2 * kGroupTile ? 1 : 0;
   args.rank_tiles = group_tiles(h.rank);
+  const int rows = group_tiles(p.out_features);
+  args.shared_rows = rows;
+  if (tile.long_only) {
+    const LongRows& long_rows = p.transposed ? h.long_cols : h.long_rows;
+    args.order = p.plan + long_rows.order_offset;
+    args.shared_rows = long_rows.count;
+  }
+  args.rows = rows;
   args.third_tiles = p.x_others.given()
                          ? group_tiles(p.in_features) / 3
                          : (p.transposed ? h.num_rows : h.num_cols) << args.block_shift;
   args.stages = split_stages(tile.warpgroups, tile.cluster);
   args.early_start = p.tokens <= kEarlyStartTokens;
-  const dim3 grid(static_cast<unsigned>(group_tiles(p.out_features)),
-                  static_cast<unsigned>((p.tokens + tokens - 1) / tokens),
-                  static_cast<unsigned>(tile.cluster));
+  const int others = (rows - args.shared_rows + tile.cluster - 1) / tile.cluster;
+  dim3 grid(static_cast<unsigned>(args.shared_rows + others),
+            static_cast<unsigned>((p.tokens + tokens - 1) / tokens),
+            static_cast<unsigned>(tile.cluster));
+  if (tile.long_only) std::swap(grid.x, grid.y);
   const int threads = tile.warpgroups * 128 + 32;
   // Larger clusters do not fill every group of multiprocessors, and were not tried.
   const bool alone = tile.cluster <= 2 && int64_t{grid.x} * grid.y * grid.z <= device.num_sms;

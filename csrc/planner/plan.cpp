@@ -47,6 +47,29 @@ int32_t longest(const std::vector<int32_t>& ptr) {
   return most;
 }
 
+// Of output tiles: `ptr` are the ends of the block rows' (or columns') lists of blocks.
+LongRows append_long_rows(PlanBuilder& builder, const std::vector<int32_t>& ptr, int32_t tiles,
+                          int32_t block_size) {
+  constexpr double kMany = 1.5;  // blocks, times the mean
+  auto blocks = [&](int32_t tile) {
+    const auto row = static_cast<size_t>(tile * int64_t{kGroupTile} / block_size);
+    return ptr[row + 1] - ptr[row];
+  };
+  double sum = 0;
+  for (int32_t t = 0; t < tiles; ++t) sum += blocks(t);
+  std::vector<int32_t> order, others;
+  LongRows rows{};
+  for (int32_t t = 0; t < tiles; ++t) {
+    const bool is_long = blocks(t) * static_cast<double>(tiles) > kMany * sum;
+    (is_long ? order : others).push_back(t);
+    if (!is_long) rows.most_others = std::max(rows.most_others, blocks(t));
+  }
+  rows.count = static_cast<int32_t>(order.size());
+  order.insert(order.end(), others.begin(), others.end());
+  rows.order_offset = builder.append(order);
+  return rows;
+}
+
 }  // namespace
 
 std::vector<int32_t> PlanBuilder::finish(PlanHeader header) {
@@ -88,6 +111,10 @@ std::vector<int32_t> build_plan(const LayoutView& layout) {
   header.t_block_offset = builder.append(t_block);
   header.max_row_blocks = longest(row_ptr);
   header.max_col_blocks = longest(col_ptr);
+  header.long_rows =
+      append_long_rows(builder, row_ptr, group_tiles(layout.out_features), layout.block_size);
+  header.long_cols =
+      append_long_rows(builder, col_ptr, group_tiles(layout.in_features), layout.block_size);
 
   const GroupSections forward = append_row_groups(builder, layout, /*transposed=*/false);
   const GroupSections transposed = append_row_groups(builder, layout, /*transposed=*/true);

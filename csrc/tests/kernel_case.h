@@ -33,8 +33,9 @@ struct Case {
   bool nan = false;                        // in the bias of one feature, and in some slopes
   int thread_blocks = kUsualThreadBlocks;  // that the plan is for
   int cluster = 1;                         // the largest that a kernel must have run in
-  int warpgroups = 0;  // of product_split_sm90's tile, with that cluster; 0: who calls chooses
-  bool few = false;    // by the plan's rows alone for few tokens, not by its groups for many
+  int warpgroups = 0;      // of product_split_sm90's tile, with that cluster; 0: who calls chooses
+  bool long_only = false;  // of that tile
+  bool few = false;        // by the plan's rows alone for few tokens, not by its groups for many
 
   int n() const { return rows * block - row_tail; }
   int k() const { return cols * block - col_tail; }

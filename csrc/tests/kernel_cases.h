@@ -99,6 +99,24 @@ inline std::vector<Case> cases() {
       }
     }
   }
+  // Clusters for long rows alone; the others do not fill the last cluster, or there are none.
+  const Case split_long[] = {
+      {"split long b64", 6, 11, 64, 8, 0, one_dense, 190, 8, kGelu, true, true},
+      {"split long dx b64", 7, 6, 64, 0, 24, lines, 70, 0, kSilu, false, true},
+      {"split long b128", 3, 4, 128, 72, 8, one_dense, 130, 72, kRelu, true, false},
+  };
+  for (Case c : split_long) {
+    const std::string name = c.name;
+    c.sms = 1;
+    c.path = "split";
+    c.long_only = true;
+    for (c.warpgroups = 1; c.warpgroups <= 2; ++c.warpgroups) {
+      for (c.cluster = 2; c.cluster <= 8; c.cluster *= 2) {
+        c.name = name + " tile " + std::to_string(c.warpgroups) + " " + std::to_string(c.cluster);
+        all.push_back(c);
+      }
+    }
+  }
   const std::pair<Case, int> split_by_launcher[] = {
       {{"split empty b64", 3, 2, 64, 0, 0, nothing, 70, 0, kRelu, false, false, 90, 7, "split"}, 1},
       {{"split one token b64", 2, 9, 64, 0, 0, holes, 1, 8, kGelu, false, true, 90, 3, "split"}, 1},
@@ -221,6 +239,7 @@ inline Case random_case(uint64_t seed) {
     c.path = "split";
     c.warpgroups = pick(0, 2);
     c.cluster = 1 << pick(0, 3);
+    c.long_only = pick(0, 1) == 1;
     if (pick(0, 1) == 0) c.sms = pick(7, 132);
   }
   c.name = "fuzz " + std::to_string(seed) + " b" + std::to_string(c.block);

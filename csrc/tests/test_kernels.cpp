@@ -113,7 +113,7 @@ struct Run {
   void launch(ProductParams p) {
     if (c.warpgroups > 0) {
       check(launch_low_rank(low_rank_of(p), device, nullptr));
-      check(launch_product_split_sm90(p, {c.warpgroups, c.cluster}, device, nullptr));
+      check(launch_product_split_sm90(p, {c.warpgroups, c.cluster, c.long_only}, device, nullptr));
       return;
     }
     std::vector<float> workspace((product_workspace(p, device) + 3) / 4, NAN);

@@ -9,6 +9,7 @@
 #include <cstdlib>
 #include <functional>
 #include <map>
+#include <numeric>
 #include <random>
 #include <set>
 #include <stdexcept>
@@ -42,6 +43,33 @@ Facts product_facts(const LayoutView& layout, bool transposed) {
     }
   }
   return facts;
+}
+
+// Long rows first, then the others; each part ascending, every output tile once.
+void check_long_rows(const LayoutView& layout, const Plan& plan, bool transposed) {
+  const LongRows& rows = transposed ? plan.header.long_cols : plan.header.long_rows;
+  const auto count =
+      static_cast<size_t>(tiles(transposed ? layout.in_features : layout.out_features));
+  std::vector<int32_t> blocks(count, 0), seen(count, 0);
+  for (int32_t k = 0; k < layout.nnz(); ++k) {
+    const int32_t row = transposed ? layout.col_idx[k] : layout.row_idx[k];
+    for (size_t t = 0; t < count; ++t) {
+      blocks[t] += static_cast<int32_t>(t) * 64 / layout.block_size == row;
+    }
+  }
+  const auto* order = plan.at<int32_t>(rows.order_offset);
+  const double mean =
+      std::accumulate(blocks.begin(), blocks.end(), 0.0) / static_cast<double>(count);
+  int32_t most = 0;
+  for (size_t i = 0; i < count; ++i) {
+    const auto tile = static_cast<size_t>(order[i]), long_rows = static_cast<size_t>(rows.count);
+    ++seen[tile];
+    expect((i < long_rows) == (blocks[tile] > 1.5 * mean), "long rows first");
+    expect(i == 0 || i == long_rows || order[i - 1] < order[i], "in ascending order");
+    if (i >= long_rows) most = std::max(most, blocks[tile]);
+  }
+  expect(std::count(seen.begin(), seen.end(), 1) == static_cast<int64_t>(count), "each tile once");
+  expect(most == rows.most_others, "the longest of the others");
 }
 
 void check_index(const LayoutView& layout, const Plan& plan) {
@@ -199,6 +227,7 @@ void check(const std::string& name, const LayoutView& layout) {
   g_case = name;
   const Plan plan(layout);
   check_index(layout, plan);
+  for (const bool transposed : {false, true}) check_long_rows(layout, plan, transposed);
   for (const bool transposed : {false, true}) {
     for (const bool few : {false, true}) check_product(layout, plan, transposed, few);
   }

@@ -154,7 +154,8 @@ class Thirds {
     if (c_.warpgroups > 0 && product_split_sm90_supports(p, device_)) {
       Status status = launch_low_rank(low_rank_of(p), device_, nullptr);
       if (!status.ok()) return status;
-      return launch_product_split_sm90(p, {c_.warpgroups, c_.cluster}, device_, nullptr);
+      return launch_product_split_sm90(p, {c_.warpgroups, c_.cluster, c_.long_only}, device_,
+                                       nullptr);
     }
     std::vector<float> workspace((product_workspace(p, device_) + 3) / 4, NAN);
     p.workspace = workspace.empty() ? nullptr : workspace.data();

@@ -116,6 +116,13 @@ def test_few_tokens_of_wide_contractions_are_split():
     assert dx(128, b=32) == "product_few_sm80"
     assert "sm80" in dx(128, device=A100) and "sm80" in dx(128, dtype=FLOAT32)
     assert choose(tokens=128, n=8192, outputs=2048)["y"] == "product_split_sm90"
+    layout = masks.flat_block_butterfly(4096, 4096, block_size=64)
+    layout = layout | masks.global_(4096, 4096, block_size=64, width=64)
+    plan = host_plan(layout, 0, USUAL_THREAD_BLOCKS)
+    for tokens in (128, 256, 512):  # only the dense row is worth sharing
+        kernels = dict(_C.explain(plan, BFLOAT16, tokens, 0, False, False, *H100))
+        assert kernels["y"] == "product_split_sm90, clusters of 8 for long rows"
+        assert kernels["dx"] == kernels["y"]
     # Where t is formed beside the product, it stays there.
     ahead = choose(tokens=512, n=1024, outputs=3072, rank=64)
     assert "beside" in ahead["t"] and ahead["y"] == "product_sm90"

@@ -45,6 +45,19 @@ def test_every_tile(k, n, b, rank, activation, tokens, dtype):
     check_call(call)
 
 
+@pytest.mark.parametrize("tokens", [70, 200, 300])
+@pytest.mark.parametrize(("b", "rank"), [(64, 0), (64, 40), (128, 72)])
+def test_clusters_for_long_rows(b, rank, tokens):
+    layout = flat_block_butterfly(2944, 3072, block_size=b)  # others fill no whole clusters
+    layout = layout | global_(2944, 3072, block_size=b, width=b)
+    call = make_call(
+        layout, tokens=tokens, rank=rank, activation="gelu", device="cuda", dtype=torch.bfloat16
+    )
+    kernels = dict(explain(call.inputs["x"], layout, rank=rank, activation="gelu").kernels)
+    assert "for long rows" in kernels["y"]
+    check_call(call)
+
+
 def test_sums_over_a_cluster_are_added_in_order():
     layout = flat_block_butterfly(1024, 4096, block_size=64)
     call = make_call(layout, tokens=100, rank=64, device="cuda", dtype=torch.bfloat16)

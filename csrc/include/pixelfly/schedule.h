@@ -21,7 +21,7 @@ constexpr int32_t kPlanMagic = 0x70666c79;  // "pfly"
 // Goes up with every change of the plan or of the operators' schemas: torch keeps compiled programs
 // on disk, and the header, which has this number, is all that tells those of another build.
 constexpr int32_t kPlanVersion = 15;
-constexpr int kPlanHeaderSize = 107;
+constexpr int kPlanHeaderSize = 113;
 
 // Multiprocessors that plans are made for unless the caller names another number: those of an H100
 // (SXM) and H200.
@@ -132,6 +132,14 @@ inline GroupUnitList unit_list(const GroupSection& section, int64_t token_tiles,
   return {section.units_offset + before * kWords, section.num_units[list]};
 }
 
+// Output tiles in the order in which product_split_sm90 takes them: those that read many more
+// blocks than the mean (dense rows) first.
+struct LongRows {
+  int32_t order_offset;  // [output tiles]
+  int32_t count;         // long ones
+  int32_t most_others;   // blocks that the longest of the others reads
+};
+
 // Weight-gradient work of one thread block (kernels/weight_grad_sm90.cuh), in 64x64 tiles whatever
 // the block size (32, 64 or 128): products of the tiles of [dz | s] and [x | t] that it loads, up
 // to kGradOutputs in each of two warpgroups.
@@ -215,6 +223,8 @@ struct PlanHeader {
   int32_t t_block_offset;  // [nnz] block id of each block, column-major order
   int32_t max_row_blocks;
   int32_t max_col_blocks;
+  LongRows long_rows;  // output tiles of 64 features
+  LongRows long_cols;  // dx's
 
   // One on each multiprocessor: what Hopper's products and weight gradients are balanced for. Any
   // grid computes the same.
