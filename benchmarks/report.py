@@ -60,6 +60,25 @@ def operator_table(data: dict) -> str:
     return source(data["meta"]) + markdown(header, rows)
 
 
+def few_tokens_table(data: dict) -> str:
+    """One row per layer and pattern, a column per number of tokens: both speed-ups."""
+    found: dict[tuple, dict[tuple, float]] = {}
+    for r in data["records"]:
+        row = found.setdefault((r["K"], r["N"], r["kind"]), {})
+        row[r["T"], r["direction"]] = r["ratio"]
+    tokens = sorted({t for row in found.values() for t, _ in row})
+
+    def cell(row: dict[tuple, float], t: int) -> str:
+        ratios = [row.get((t, direction)) for direction in ("forward", "forward_backward")]
+        return "–" if None in ratios else ", ".join(f"{ratio:.2f}" for ratio in ratios)
+
+    rows = [
+        [f"{k}→{n}", kind, *(cell(row, t) for t in tokens)] for (k, n, kind), row in found.items()
+    ]
+    header = ["K→N", "pattern", *(f"{t} token{'s' * (t > 1)}" for t in tokens)]
+    return source(data["meta"]) + markdown(header, rows)
+
+
 def model_order(record: dict) -> tuple[int, int, str]:
     """Where a row of models.py stands: by model, then mode, then form."""
     models = ("vit", "mixer", "gpt2", "stack2048", "stack4096")
@@ -318,6 +337,7 @@ TABLES = {
     "lra": lra_table,
     "plan": plan_table,
     "op": operator_table,
+    "few": few_tokens_table,
     "models": model_table,
     "train": training_table,
     "recipe": recipe_table,

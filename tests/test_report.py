@@ -32,6 +32,14 @@ def results(tmp_path, monkeypatch):
     return write
 
 
+def test_few_tokens_table(results):
+    both = [OP | {"direction": d, "ratio": x} for d, x in (("forward", 2), ("forward_backward", 3))]
+    records = [*both, OP | {"direction": "forward", "T": 1}]
+    text = report.render(results("few_x", records))
+    assert "| K→N | pattern | 1 token | 64 tokens |" in text
+    assert "| 128→256 | blocks | – | 2.00, 3.00 |" in text
+
+
 def test_operator_table(results):
     records = [OP | {"direction": "forward"}, OP | {"direction": "dx"}]
     text = report.render(results("op_x", records))

@@ -45,7 +45,7 @@ def test_every_tile(k, n, b, rank, activation, tokens, dtype):
     check_call(call)
 
 
-@pytest.mark.parametrize("tokens", [70, 200, 300])
+@pytest.mark.parametrize("tokens", [70, 200])
 @pytest.mark.parametrize(("b", "rank"), [(64, 0), (64, 40), (128, 72)])
 def test_clusters_for_long_rows(b, rank, tokens):
     layout = flat_block_butterfly(2944, 3072, block_size=b)  # others fill no whole clusters
