@@ -29,10 +29,13 @@ DIRECTIONS = ("forward", "backward")
 # Of both engines' kernels; the last two stand before and behind cuDNN's backward.
 NAMES = "triton|cudnn|sdpa|flash|fmha|compute_dot_do_o|convert_dq"
 PRODUCTS = {"forward": 2, "backward": 5}  # matrix products over the kept scores
+STALLS = ("long_scoreboard", "short_scoreboard", "gmma", "math_pipe_throttle", "barrier", "wait")
+STALLED = "smsp__average_warps_issue_stalled_{}_per_issue_active.ratio"
 COUNTERS: Metrics = METRICS | {
     "warps_percent": ("sm__warps_active.avg.pct_of_peak_sustained_active", 1),
     "instructions_per_cycle": ("sm__inst_executed.avg.per_cycle_active", 1),
     "exp_unit_percent": ("sm__inst_executed_pipe_xu.avg.pct_of_peak_sustained_active", 1),
+    **{f"stalled_{reason}": (STALLED.format(reason), 1) for reason in STALLS},  # warps, an issue
 }
 
 

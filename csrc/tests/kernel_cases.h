@@ -111,7 +111,7 @@ inline std::vector<Case> cases() {
     c.path = "split";
     c.long_only = true;
     for (c.warpgroups = 1; c.warpgroups <= 2; ++c.warpgroups) {
-      for (c.cluster = 2; c.cluster <= 8; c.cluster *= 2) {
+      for (c.cluster = 2; c.cluster <= 8; c.cluster *= 4) {
         c.name = name + " tile " + std::to_string(c.warpgroups) + " " + std::to_string(c.cluster);
         all.push_back(c);
       }

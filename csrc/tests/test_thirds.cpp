@@ -36,11 +36,13 @@ std::vector<Case> thirds_cases() {
   all.push_back({"b64 few", 9, 8, 64, 0, 24, butterfly, 300, 0});
   all.back().few = true;
   const Case split[] = {{"b64 split", 6, 9, 64, 0, 8, global, 300, 24},
+                        {"b64 split long", 6, 9, 64, 0, 8, global, 300, 24},
                         {"b128 split", 5, 2, 128, 64, 0, everything, 300, 0}};
   for (const Case& c : split) {
     all.push_back(c);
     all.back().warpgroups = 2;
     all.back().cluster = 4;
+    all.back().long_only = c.name == "b64 split long";
   }
   return all;
 }

@@ -36,6 +36,12 @@ def test_against_the_oracle(k, n, rank, block_size, tokens, dtype):
     check_call(call)
 
 
+@pytest.mark.parametrize("tokens", [65, 129, 1000])
+def test_few_tokens(tokens, monkeypatch):
+    monkeypatch.setenv("PIXELFLY_KERNEL", "sm90")  # up to 256 tokens others would be chosen
+    check_call(call_ahead(1024, 3072, tokens=tokens, rank=64))
+
+
 @pytest.mark.parametrize("activation", ["gelu", "relu"])
 def test_activation_and_residual(activation):
     call = call_ahead(768, 768, tokens=6000, rank=64, activation=activation, residual=True)
