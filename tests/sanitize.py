@@ -156,6 +156,35 @@ def qkv_calls(dtypes: list[torch.dtype]) -> tuple[int, int]:
     return calls, wrong
 
 
+def larger_calls(dtypes: list[torch.dtype]) -> tuple[int, int]:
+    """Runs what layers as small as the others lack: plans with rows alone, dense rows that clusters
+    share, and t by 128 tokens a thread block; returns the calls and the wrong outputs."""
+    calls = wrong = 0
+    for dtype, (path, features, tokens, rank) in itertools.product(
+        [d for d in dtypes if d != torch.float32],
+        (("sm90", 1024, 300, 16), ("split", 1536, 200, 0), ("sm90", 256, 12900, 72)),
+    ):
+        os.environ["PIXELFLY_KERNEL"] = path
+        layout = masks.flat_block_butterfly(features, features, block_size=64)
+        if path == "split":
+            layout |= masks.global_(features, features, block_size=64)
+        shapes = ((layout.nnz, 64, 64), (features, rank), (rank, features), (features,))
+        *tensors, x, dy = (
+            torch.randn(s).div_(8).to(dtype) for s in (*shapes, *2 * [(tokens, features)])
+        )
+        results = []
+        for device in ("cuda", "cpu"):
+            blocks, u, v, bias, leaf = (t.to(device).requires_grad_() for t in (*tensors, x))
+            low_rank = (u, v) if rank else (None, None)
+            y = butterfly_lowrank_mm(leaf, blocks, layout, *low_rank, bias)
+            leaves = [leaf, blocks, bias] + [u, v] * bool(rank)
+            results.append([y.detach(), *torch.autograd.grad(y, leaves, dy.to(device))])
+        calls += 1
+        wrong += differs(f"{path} {dtype} C={features} T={tokens} r={rank}", *results, dtype)
+    os.environ["PIXELFLY_KERNEL"] = "auto"
+    return calls, wrong
+
+
 def attention_calls(dtypes: list[torch.dtype]) -> tuple[int, int]:
     """Runs short_attention where its kernels serve it; returns the calls and the wrong outputs."""
     calls = wrong = 0
@@ -213,7 +242,7 @@ def rounding_calls(dtypes: list[torch.dtype]) -> tuple[int, int]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--paths", nargs="*", default=["sm80", "auto", "few", "split", "sm90"])
-    parts = ["linear", "layer-norm", "token-mlp", "qkv", "attention", "loss", "rounding"]
+    parts = ["linear", "larger", "layer-norm", "token-mlp", "qkv", "attention", "loss", "rounding"]
     parser.add_argument("--parts", nargs="*", default=parts, choices=parts)
     parser.add_argument("--dtypes", nargs="*", default=["bfloat16", "float16", "float32"])
     parser.add_argument("--block-sizes", nargs="*", type=int, default=[16, 32, 64, 128])
@@ -228,6 +257,7 @@ def main() -> int:
         "layer-norm": layer_norm_calls,
         "token-mlp": token_mlp_calls,
         "qkv": qkv_calls,
+        "larger": larger_calls,
         "attention": attention_calls,
         "loss": loss_calls,
         "rounding": rounding_calls,

@@ -23,8 +23,9 @@ Status unknown() {
   return Status::invalid("PIXELFLY_KERNEL must be auto, sm80, few, split or sm90");
 }
 
-// Times in ns of products alone, fitted to those of one H200 (few_tokens_h200.json, "split_us"),
-// before thread blocks of product_split_sm90 had multiprocessors to themselves.
+// Times in ns of products alone, fitted to those of one H200 (few_tokens_h200.json): "split_us",
+// before thread blocks of product_split_sm90 had multiprocessors to themselves, and of clusters for
+// long rows "long_rows_us".
 constexpr double kTileBytes = kGroupTile * kGroupTile * 2;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

@@ -56,7 +56,7 @@ std::vector<int32_t> build_plan(const LayoutView& layout);
 // layout's block columns.
 struct GroupSections {
   GroupSection many;
-  GroupSection few;  // no groups: `many` serves few tokens too
+  GroupSection few;  // up to kFewTokenTiles; no groups: `many`, which serves any number, does
 };
 GroupSections append_row_groups(PlanBuilder& builder, const LayoutView& layout, bool transposed);
 

@@ -206,7 +206,8 @@ Grouping rows_for_few_tokens(const std::vector<Row>& rows, const Grouping& all,
   return some;
 }
 
-// Orders the groups' steps and deals the groups to thread blocks but for `ahead_blocks`.
+// Orders the groups' steps, and deals the groups to the thread blocks that do not form t; a section
+// of few tokens (`few`) has no lists for more.
 GroupSection append_section(PlanBuilder& builder, const LayoutView& layout, bool transposed,
                             int32_t x_tiles, Grouping grouping, int32_t ahead_blocks, bool few) {
   auto& [pairs, lists, work, together] = grouping;
@@ -278,15 +279,13 @@ GroupSections append_row_groups(PlanBuilder& builder, const LayoutView& layout, 
   if (layout.rank > 0 && layout.rank <= kGroupTile) {
     ahead_blocks = choose_ahead_blocks(all.work, all.together, layout.thread_blocks, x_tiles);
   }
-  GroupSections sections{};
-  const auto append = [&](Grouping grouping, int32_t ahead, bool of_few) {
-    GroupSection section =
-        append_section(builder, layout, transposed, x_tiles, std::move(grouping), ahead, of_few);
-    section.quads_offset = quads_offset;
-    return section;
+  const auto append = [&](Grouping& grouping, int32_t ahead, bool of_few) {
+    return append_section(builder, layout, transposed, x_tiles, std::move(grouping), ahead, of_few);
   };
-  sections.many = append(std::move(all), ahead_blocks, false);
-  if (!few.pairs.empty()) sections.few = append(std::move(few), 0, true);
+  GroupSections sections{};
+  sections.many = append(all, ahead_blocks, false);
+  if (!few.pairs.empty()) sections.few = append(few, 0, true);
+  sections.many.quads_offset = sections.few.quads_offset = quads_offset;
   return sections;
 }
 

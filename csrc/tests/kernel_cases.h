@@ -82,36 +82,23 @@ inline std::vector<Case> cases() {
     all.push_back(c);
     all.back().few = true;
   }
-  // product_split_sm90 by every tile.
-  const Case split[] = {
-      {"split butterfly b64", 4, 5, 64, 8, 24, butterfly, 190, 16, kGelu, false, true},
-      {"split one dense row b64", 3, 14, 64, 0, 0, one_dense, 70, 72, kRelu, true, true},
-      {"split b128", 1, 4, 128, 40, 88, everything, 70, 72, kSilu, true, false},
+  // product_split_sm90 by every tile; with clusters for long rows alone by some, where the others
+  // do not fill the last cluster, or there are none.
+  const std::pair<Case, bool> split[] = {
+      {{"split butterfly b64", 4, 5, 64, 8, 24, butterfly, 190, 16, kGelu, false, true}, false},
+      {{"split one dense row b64", 3, 14, 64, 0, 0, one_dense, 70, 72, kRelu, true, true}, false},
+      {{"split b128", 1, 4, 128, 40, 88, everything, 70, 72, kSilu, true, false}, false},
+      {{"split long b64", 6, 11, 64, 8, 0, one_dense, 190, 8, kGelu, true, true}, true},
+      {{"split long dx b64", 7, 6, 64, 0, 24, lines, 70, 0, kSilu, false, true}, true},
+      {{"split long b128", 3, 4, 128, 72, 8, one_dense, 130, 72, kRelu, true, false}, true},
   };
-  for (Case c : split) {
+  for (auto [c, long_only] : split) {
     const std::string name = c.name;
     c.sms = 1;  // t without clusters
     c.path = "split";
+    c.long_only = long_only;
     for (c.warpgroups = 1; c.warpgroups <= 2; ++c.warpgroups) {
-      for (c.cluster = 1; c.cluster <= 8; c.cluster *= 2) {
-        c.name = name + " tile " + std::to_string(c.warpgroups) + " " + std::to_string(c.cluster);
-        all.push_back(c);
-      }
-    }
-  }
-  // Clusters for long rows alone; the others do not fill the last cluster, or there are none.
-  const Case split_long[] = {
-      {"split long b64", 6, 11, 64, 8, 0, one_dense, 190, 8, kGelu, true, true},
-      {"split long dx b64", 7, 6, 64, 0, 24, lines, 70, 0, kSilu, false, true},
-      {"split long b128", 3, 4, 128, 72, 8, one_dense, 130, 72, kRelu, true, false},
-  };
-  for (Case c : split_long) {
-    const std::string name = c.name;
-    c.sms = 1;
-    c.path = "split";
-    c.long_only = true;
-    for (c.warpgroups = 1; c.warpgroups <= 2; ++c.warpgroups) {
-      for (c.cluster = 2; c.cluster <= 8; c.cluster *= 4) {
+      for (c.cluster = long_only ? 2 : 1; c.cluster <= 8; c.cluster *= long_only ? 4 : 2) {
         c.name = name + " tile " + std::to_string(c.warpgroups) + " " + std::to_string(c.cluster);
         all.push_back(c);
       }
