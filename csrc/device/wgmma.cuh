@@ -129,42 +129,36 @@ PIXELFLY_WGMMA(64, PIXELFLY_NAMES_64, "%32", "%33", "%34", "%35", "%36", PIXELFL
 PIXELFLY_WGMMA(128, PIXELFLY_NAMES_128, "%64", "%65", "%66", "%67", "%68", PIXELFLY_SUMS_128)
 PIXELFLY_WGMMA(192, PIXELFLY_NAMES_192, "%96", "%97", "%98", "%99", "%100", PIXELFLY_SUMS_192)
 
-// d = a · b, a in registers in the layout of an mma fragment: a[0] is row l / 4, columns 2 (l % 4)
-// + {0, 1}; a[1] 8 rows below; a[2] and a[3] 8 columns on.
-template <typename T>
-__device__ __forceinline__ void wgmma_registers(float (&d)[64], const uint32_t (&a)[4], uint64_t b);
-#define PIXELFLY_WGMMA_REGISTERS(TYPE, NAME)                                                    \
-  template <>                                                                                   \
-  __device__ __forceinline__ void wgmma_registers<TYPE>(float (&d)[64], const uint32_t (&a)[4], \
-                                                        uint64_t b) {                           \
-    asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32." NAME "." NAME                   \
-                 " {" PIXELFLY_NAMES_128 "}, {%64, %65, %66, %67}, %68, 0, 1, 1, 0;"            \
-                 : PIXELFLY_SUMS_128                                                            \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                         \
-  }
-PIXELFLY_WGMMA_REGISTERS(__nv_bfloat16, "bf16")
-PIXELFLY_WGMMA_REGISTERS(__half, "f16")
+// The same with a in registers.
+template <typename T, int kN, bool kTransB>
+struct WgmmaRegisters;
+#define PIXELFLY_WGMMA_REGISTERS(N, NAMES, A, B, ACCUMULATE, TRANS_B, ...)                \
+  PIXELFLY_WGMMA_REGISTERS_OF(__nv_bfloat16, "bf16", N, NAMES, A, B, ACCUMULATE, TRANS_B, \
+                              __VA_ARGS__)                                                \
+  PIXELFLY_WGMMA_REGISTERS_OF(__half, "f16", N, NAMES, A, B, ACCUMULATE, TRANS_B, __VA_ARGS__)
+#define PIXELFLY_WGMMA_REGISTERS_OF(TYPE, NAME, N, NAMES, A, B, ACCUMULATE, TRANS_B, ...) \
+  template <bool kTransB>                                                                 \
+  struct WgmmaRegisters<TYPE, N, kTransB> {                                               \
+    static __device__ __forceinline__ void run(float (&d)[N / 2], const uint32_t (&a)[4], \
+                                               uint64_t b, int accumulate) {              \
+      asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " ACCUMULATE                         \
+                   ", 0;\nwgmma.mma_async.sync.aligned.m64n" #N "k16.f32." NAME "." NAME  \
+                   " {" NAMES "}, {" A "}, " B ", p, 1, 1, " TRANS_B ";\n}\n"             \
+                   : __VA_ARGS__                                                          \
+                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate), \
+                     "n"(int(kTransB)));                                                  \
+    }                                                                                     \
+  };
 
-// d += a · b likewise, b MN-major.
-template <typename T>
-__device__ __forceinline__ void wgmma_add_registers(float (&d)[32], const uint32_t (&a)[4],
-                                                    uint64_t b);
-#define PIXELFLY_WGMMA_ADD_REGISTERS(TYPE, NAME)                                                  \
-  template <>                                                                                     \
-  __device__ __forceinline__ void wgmma_add_registers<TYPE>(float (&d)[32],                       \
-                                                            const uint32_t (&a)[4], uint64_t b) { \
-    asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32." NAME "." NAME                      \
-                 " {" PIXELFLY_NAMES_64 "}, {%32, %33, %34, %35}, %36, 1, 1, 1, 1;"               \
-                 : PIXELFLY_SUMS_64                                                               \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                           \
-  }
-PIXELFLY_WGMMA_ADD_REGISTERS(__nv_bfloat16, "bf16")
-PIXELFLY_WGMMA_ADD_REGISTERS(__half, "f16")
+PIXELFLY_WGMMA_REGISTERS(64, PIXELFLY_NAMES_64, "%32, %33, %34, %35", "%36", "%37", "%38",
+                         PIXELFLY_SUMS_64)
+PIXELFLY_WGMMA_REGISTERS(128, PIXELFLY_NAMES_128, "%64, %65, %66, %67", "%68", "%69", "%70",
+                         PIXELFLY_SUMS_128)
 
 #undef PIXELFLY_WGMMA
 #undef PIXELFLY_WGMMA_OF
 #undef PIXELFLY_WGMMA_REGISTERS
-#undef PIXELFLY_WGMMA_ADD_REGISTERS
+#undef PIXELFLY_WGMMA_REGISTERS_OF
 #undef PIXELFLY_NAMES_64
 #undef PIXELFLY_SUMS_64
 #undef PIXELFLY_NAMES_128
@@ -177,6 +171,14 @@ template <typename T, bool kTransA, bool kTransB, int kRegisters>
 __device__ __forceinline__ void wgmma(float (&d)[kRegisters], uint64_t a, uint64_t b,
                                       int accumulate) {
   Wgmma<T, 2 * kRegisters, kTransA, kTransB>::run(d, a, b, accumulate);
+}
+
+// Likewise, a in registers in the layout of an mma fragment: a[0] is row l / 4, columns 2 (l % 4)
+// + {0, 1}; a[1] 8 rows below; a[2] and a[3] 8 columns on.
+template <typename T, bool kTransB, int kRegisters>
+__device__ __forceinline__ void wgmma_registers(float (&d)[kRegisters], const uint32_t (&a)[4],
+                                                uint64_t b, int accumulate) {
+  WgmmaRegisters<T, 2 * kRegisters, kTransB>::run(d, a, b, accumulate);
 }
 
 }  // namespace pixelfly::device

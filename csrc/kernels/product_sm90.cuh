@@ -12,6 +12,11 @@
 //                  weights: all of the group's, which stay for the whole unit if they fit; else a
 //                  ring of each step's (16 KB a stage). All tiles in the 128-byte swizzle.
 //
+//   registers: where weights stay, those of the last steps, as wgmma's A: of one or two steps of a
+//              pair, or (kAlone) of eight of a single row, whose sums are half as many. They come
+//              through the ring at a unit's start. What this leaves of shared memory is for x:
+//              more of it under way is what most products are short of.
+//
 //   roles: warpgroups 0 and 1 consume, both rows of 128 tokens each: 2 x m64n128, 128 accumulators
 //          a thread. One thread of warpgroup 2 loads.
 //          Ping-pong: they take alternate token tiles; one multiplies while the other runs its
@@ -47,19 +52,16 @@
 // (row_groups.cpp): L2 serves such loads at about twice the rate of distinct ones.
 #pragma once
 
-#include "device/activation_codes.cuh"
 #include "device/convert.cuh"
 #include "device/dependent_launch.cuh"
-#include "device/ldmatrix.cuh"
 #include "device/mbarrier.cuh"
 #include "device/register_budget.cuh"
 #include "device/shared_memory.cuh"
 #include "device/tma.cuh"
 #include "device/wgmma.cuh"
-#include "kernels/product_sm90_columns.cuh"
+#include "kernels/product_sm90_epilogue.cuh"
+#include "kernels/product_sm90_fragments.cuh"
 #include "kernels/product_sm90_produce.cuh"
-#include "kernels/product_sm90_rows.cuh"
-#include "kernels/product_sm90_slope.cuh"
 #include "kernels/product_sm90_work.cuh"
 
 namespace pixelfly {
@@ -67,206 +69,18 @@ namespace pixelfly {
 namespace groups {
 
 // One consumer warpgroup.
-template <typename T, bool kTransposed, bool kQuads, bool kCooperative, bool kPlain, bool kColumns>
-struct Consumer {
-  static constexpr bool kCodes = device::kSlopeCodes<T>;
-  using Words = uint32_t[4][4];                    // 64 tokens x 64 features, packed in pairs
-  using SlopeWords = uint32_t[kCodes ? 2 : 4][4];  // the same of slopes
+template <typename T, bool kTransposed, bool kQuads, bool kCooperative, bool kPlain, bool kColumns,
+          bool kAlone>
+struct Consumer : Epilogue<T, kTransposed, kCooperative, kPlain, kColumns> {
+  using Base = Epilogue<T, kTransposed, kCooperative, kPlain, kColumns>;
+  using Base::args, Base::epilogue, Base::has_aux, Base::held, Base::layout, Base::leader,
+      Base::release, Base::sample, Base::warpgroup, Base::x_tile;
 
-  const GroupMaps& maps;
-  const GroupArgs& args;
-  const Layout& layout;
-  int warpgroup;
-  int next_staging = 0;
-  int held = -1;    // the stage that cooperative warpgroups use for outputs
-  int sample = -1;  // of the token tile, where tokens are columns
-
-  __device__ bool has_aux() const { return !kPlain && args.has_aux(); }
-  __device__ bool leader() const { return threadIdx.x % 128 == 0; }
-  __device__ void release(int stage) const {
-    if (threadIdx.x % 32 == 0) device::mbarrier_arrive(layout.empty(stage));
-  }
-  __device__ void synchronize() const { device::named_barrier_sync(4 + warpgroup, 128); }
-  // This warpgroup's 128 tokens of a stage.
-  __device__ uint32_t x_tile(int stage) const {
-    return layout.stage(stage) + (kCooperative ? warpgroup * kGroupXBytes : 0);
-  }
-
-  // A staging tile that may be overwritten.
-  __device__ __forceinline__ uint32_t free_staging() {
-    const int next = next_staging++;
-    const uint32_t tiles = layout.staging + warpgroup * layout.staging_tiles * kGroupTileBytes;
-    uint32_t at;
-    if (kCooperative && held >= 0) {
-      if (leader()) device::tma_store_wait_read<3>();
-      at = (next % 4 < 2 ? x_tile(held) : tiles) + next % 2 * kGroupTileBytes;
-    } else if (layout.staging_tiles == 2) {
-      if (leader()) device::tma_store_wait_read<1>();
-      at = tiles + next % 2 * kGroupTileBytes;
-    } else {
-      if (leader()) device::tma_store_wait_read<0>();
-      at = tiles;
-    }
-    synchronize();
-    return at;
-  }
-
-  __device__ __forceinline__ static void pack(Words& pairs, const float* chunk) {
-#pragma unroll
-    for (int i = 0; i < 16; ++i) {
-      pairs[i / 4][i % 4] = device::pack2<T>(chunk[2 * i], chunk[2 * i + 1]);
-    }
-  }
-
-  // Writes 64 tokens x 64 features, 16-bit values or codes, into a tile in shared memory.
-  template <int kWords>
-  __device__ __forceinline__ void fill(const uint32_t (&words)[kWords][4], uint32_t tile) const {
-#pragma unroll
-    for (int j = 0; j < kWords; ++j) {
-      if constexpr (kColumns) {
-        device::stmatrix_x4(
-            kWords == 4 ? columns::fragment_address(tile, j) : columns::code_address(tile, j),
-            words[j]);
-      } else {
-        const uint32_t at = kWords == 4 ? fragment_address(tile, j) : code_address(tile, j);
-        device::stmatrix_x4_trans(at, words[j]);
-      }
-    }
-  }
-
-  // One thread.
-  __device__ __forceinline__ void send(const CUtensorMap* map, uint32_t tile, int feature,
-                                       int token) const {
-    if constexpr (kColumns) {
-      device::tma_store_3d(map, tile, token, feature, sample);
-    } else {
-      device::tma_store_2d(map, tile, feature, token);
-    }
-  }
-
-  // Sends them to global memory by way of that tile.
-  template <int kWords>
-  __device__ __forceinline__ void store(const uint32_t (&words)[kWords][4], uint32_t tile,
-                                        const CUtensorMap* map, int feature, int token) const {
-    fill(words, tile);
-    device::fence_proxy_async();
-    synchronize();
-    if (leader()) {
-      send(map, tile, feature, token);
-      device::tma_store_commit();
-    }
-  }
-
-  // Sends two of them through both staging tiles, with one wait and one barrier.
-  template <int kWords>
-  __device__ __forceinline__ void store_both(const uint32_t (&first)[kWords][4],
-                                             const CUtensorMap* first_map, int first_token,
-                                             const Words& second, int second_token,
-                                             int feature) const {
-    const uint32_t tile = layout.staging + warpgroup * 2 * kGroupTileBytes;
-    if (leader()) device::tma_store_wait_read<0>();
-    synchronize();
-    fill(first, tile);
-    fill(second, tile + kGroupTileBytes);
-    device::fence_proxy_async();
-    synchronize();
-    if (leader()) {
-      send(first_map, tile, feature, first_token);
-      send(&maps.y, tile + kGroupTileBytes, feature, second_token);
-      device::tma_store_commit();
-    }
-  }
-
-  // 128 tokens of one output tile. `aux`: its residual or slope tile, which it replaces.
-  __device__ __forceinline__ void epilogue(float (&acc)[64], int row, int token, uint32_t aux) {
-    const int feature = row * kGroupTile;
-    if (kPlain && !kCooperative && layout.staging_tiles == 2) {
-      Words low, high;
-      pack(low, acc);
-      pack(high, acc + 32);
-      store_both(low, &maps.y, token, high, token + 64, feature);
-      return;
-    }
-    uint32_t codes[2][2][4];  // of both halves: read before an output replaces them
-    if (kTransposed && kCodes && !kPlain && args.has_slope) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const uint32_t tile = aux + kGroupTileBytes;
-        if constexpr (kColumns) {
-          const uint32_t half = tile + i / 2 * columns::kCodeBytes;
-          device::ldmatrix_x4(codes[i / 2][i % 2], columns::code_address(half, i % 2));
-        } else {
-          device::ldmatrix_x4_trans(codes[i / 2][i % 2], code_address(tile, i));
-        }
-      }
-    }
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      float* chunk = acc + half * 32;
-      const int first = token + half * 64;
-      const uint32_t aux_half = aux + half * kGroupTileBytes;
-      Words pairs;
-      if constexpr (kPlain) {
-        // Only to round and store.
-      } else if constexpr (kTransposed) {
-        if (args.has_slope && kCodes) {
-          if constexpr (kColumns) {
-            columns::combine_codes(chunk, codes[half]);
-          } else {
-            combine_codes(chunk, codes[half]);
-          }
-        } else if (args.has_slope) {
-          combine<T, kColumns>(chunk, aux_half, [](float a, float b) { return a * b; });
-        }
-      } else if (args.has_slope_out) {
-        SlopeWords slopes;
-        device::dispatch_activation(args.activation, [&](auto tag) {
-          constexpr Activation kKind = decltype(tag)::value;
-#pragma unroll
-          for (int i = 0; i < 8; ++i) {
-            float* x = chunk + 4 * i;
-            if constexpr (kCodes) {
-              const uint32_t pairs[2] = {device::activate_with_codes<kKind>(x[0], x[1]),
-                                         device::activate_with_codes<kKind>(x[2], x[3])};
-              if constexpr (kColumns) {
-                columns::add_codes(slopes, i, pairs);
-              } else {
-                slopes[i / 4][i % 4] = join_codes(pairs);
-              }
-            } else {
-#pragma unroll
-              for (int e = 0; e < 2; ++e) {
-                const auto p = device::activate_with_slope<kKind, false>(x[2 * e]);
-                const auto q = device::activate_with_slope<kKind, false>(x[2 * e + 1]);
-                x[2 * e] = p.value;
-                x[2 * e + 1] = q.value;
-                slopes[i / 2][i % 2 * 2 + e] = device::pack2<T>(p.slope, q.slope);
-              }
-            }
-          }
-        });
-        if constexpr (kCodes && !kColumns) exchange_codes(slopes);
-        if (!kCooperative && layout.staging_tiles == 2 && !has_aux()) {
-          pack(pairs, chunk);
-          store_both(slopes, &maps.slope_out, first, pairs, first, feature);
-          continue;
-        }
-        store(slopes, free_staging(), &maps.slope_out, feature, first);
-      } else if (args.activation != Activation::kNone) {
-        device::dispatch_activation(args.activation, [&](auto tag) {
-#pragma unroll
-          for (int i = 0; i < 32; ++i) {
-            chunk[i] = device::activate<decltype(tag)::value, false>(chunk[i]);
-          }
-        });
-      }
-      if (!kPlain && args.has_residual) {
-        combine<T, kColumns>(chunk, aux_half, [](float a, float b) { return a + b; });
-      }
-      pack(pairs, chunk);
-      store(pairs, has_aux() ? aux_half : free_staging(), &maps.y, feature, first);
-    }
-  }
+  // Weight tiles that stay in registers: of the last steps, for each row.
+  using Weights = WeightFragments<T, kTransposed, kColumns>;
+  static constexpr bool kInRegisters = !kQuads && !kCooperative;
+  static constexpr int kRegisterSteps = kAlone ? kAloneRegisterSteps : kPairRegisterSteps;
+  static constexpr int kRows = kAlone ? 1 : 2;
 
   // acc += weight tile · x tile, asynchronously. Descriptors count 16-byte units; a k16 step is
   // 32 bytes along a K-major row, or 16 rows of 128 bytes of an MN-major tile.
@@ -274,13 +88,33 @@ struct Consumer {
     const uint64_t a = kQuads        ? device::descriptor_quads(weight, kTransposed)
                        : kTransposed ? device::descriptor_mn_major(weight, 0)
                                      : device::descriptor_k_major(weight);
-    const uint64_t b =
-        kColumns ? device::descriptor_mn_major(x, kGroupTileBytes) : device::descriptor_k_major(x);
+    const uint64_t b = x_descriptor<kColumns>(x);
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
       const int step = kQuads ? device::quads_step(k, kTransposed) : k * (kTransposed ? 128 : 2);
       device::wgmma<T, kTransposed, kColumns>(acc, a + step, b + k * (kColumns ? 128 : 2), 1);
     }
+  }
+
+  // The weights of the last steps, from stages that the second warpgroup leaves for both.
+  __device__ __forceinline__ void load_weights(Weights (&weights)[kRegisterSteps][kRows], int steps,
+                                               Ring& ring) const {
+    constexpr int kStepsOfStage = 2 / kRows;
+#pragma unroll
+    for (int i = 0; i < kRegisterSteps; i += kStepsOfStage) {
+      if (!kAlone && i >= steps) break;
+      const uint32_t tiles = layout.stage(ring.stage);
+      device::mbarrier_wait(layout.full(ring.stage), ring.phase);
+      weights[i][0].load(tiles);
+      weights[i + kStepsOfStage - 1][kRows - 1].load(tiles + kGroupTileBytes);
+      ring.advance();
+    }
+    if (warpgroup == 0) {
+      device::named_barrier_arrive(6, 256);
+      return;
+    }
+    device::named_barrier_sync(6, 256);
+    for (int i = steps / kStepsOfStage; i > 0; --i) release(ring.before(i));
   }
 
   // The bias of a tile as wgmma's A: in the first of 16 columns, whose others are zero.
@@ -325,6 +159,10 @@ struct Consumer {
       if (args.ready == nullptr) device::wait_for_previous_kernel();
       load_bias(bias0, unit.rows[0]);
       load_bias(bias1, unit.rows[1]);
+      Weights weights[kRegisterSteps][kRows];
+      if (kInRegisters && unit.register_steps > 0) {
+        load_weights(weights, unit.register_steps, ring);
+      }
       for (int begin = unit.first; begin < unit.end;
            begin += kCooperative ? 2 * unit.lanes : unit.lanes, turn ^= 1) {
         const int tile = begin + (kCooperative ? warpgroup * unit.lanes : 0);
@@ -337,10 +175,15 @@ struct Consumer {
         int previous = -1;
         if (!kCooperative) device::named_barrier_sync(2 + warpgroup, 256);
         device::wgmma_fence();
-        device::wgmma_registers<T>(acc0, bias0, ones);
-        device::wgmma_registers<T>(acc1, bias1, ones);
+        device::wgmma_registers<T, false>(acc0, bias0, ones, 0);
+        if constexpr (!kAlone) device::wgmma_registers<T, false>(acc1, bias1, ones, 0);
         device::wgmma_commit();
-        for (int s = 0; s < unit.num_steps; ++s) {
+        const auto next_step = [&] {
+          if (previous >= 0) release(previous);
+          previous = ring.stage;
+          ring.advance();
+        };
+        for (int s = 0; s < unit.shared_steps(); ++s) {
           if (s > 0 && s % 32 == 0) uses = StepUses(unit, s);
           const bool use0 = uses.row0 >> s % 32 & 1, use1 = uses.row1 >> s % 32 & 1;
           const uint32_t x = x_tile(ring.stage);
@@ -349,7 +192,7 @@ struct Consumer {
           device::mbarrier_wait(layout.full(ring.stage), ring.phase);
           // Each case commits and waits by itself: across a join of branches the compiler commits
           // every case on its own and the shared wait then drains the step that was just issued.
-          if (!use1) {
+          if (kAlone || !use1) {
             device::wgmma_fence();
             multiply(acc0, weight, x);
             device::wgmma_commit();
@@ -366,9 +209,28 @@ struct Consumer {
             device::wgmma_commit();
             device::wgmma_wait<1>();
           }
-          if (previous >= 0) release(previous);
-          previous = ring.stage;
-          ring.advance();
+          next_step();
+        }
+        if (kInRegisters && unit.register_steps > 0) {
+#pragma unroll
+          for (int i = 0; i < kRegisterSteps; ++i) {
+            if (!kAlone && i >= unit.register_steps) break;
+            const uint32_t x = x_tile(ring.stage);
+            device::mbarrier_wait(layout.full(ring.stage), ring.phase);
+            if (kAlone || unit.rows[1] < 0) {
+              device::wgmma_fence();
+              weights[i][0].multiply(acc0, x);
+              device::wgmma_commit();
+              device::wgmma_wait<1>();
+            } else {
+              device::wgmma_fence();
+              weights[i][0].multiply(acc0, x);
+              weights[i][kRows - 1].multiply(acc1, x);
+              device::wgmma_commit();
+              device::wgmma_wait<1>();
+            }
+            next_step();
+          }
         }
         for (int r = 0; r < aux_stages; ++r) {
           device::mbarrier_wait(layout.full(ring.stage), ring.phase);
@@ -383,7 +245,8 @@ struct Consumer {
         const int first = kColumns ? sample * args.column_tiles : 0;
         const int token = (tile - first) * kGroupTokens;
         epilogue(acc0, unit.rows[0], token, x_tile(ring.before(aux_stages)));
-        if (unit.rows[1] >= 0) epilogue(acc1, unit.rows[1], token, x_tile(ring.before(1)));
+        if (!kAlone && unit.rows[1] >= 0)
+          epilogue(acc1, unit.rows[1], token, x_tile(ring.before(1)));
         // The next token tile may use the staging tiles in another order: leave none being read.
         if ((aux_stages > 0 || kCooperative) && leader()) {  // for its four warps
           device::tma_store_wait_read<0>();
@@ -405,7 +268,7 @@ struct Consumer {
 }  // namespace groups
 
 template <typename T, bool kTransposed, bool kQuads, bool kCooperative, bool kPlain,
-          bool kColumns = false, bool kThirds = false>
+          bool kColumns = false, bool kThirds = false, bool kAlone = false>
 __global__ void __launch_bounds__(kGroupThreads, 1)
     product_sm90(const __grid_constant__ GroupMaps maps, const __grid_constant__ GroupArgs args) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
@@ -431,12 +294,13 @@ __global__ void __launch_bounds__(kGroupThreads, 1)
   if (warpgroup == 2) {
     device::release_registers<40>();
     if (threadIdx.x == 256) {
-      groups::produce<kTransposed, kQuads, kCooperative, kColumns, kThirds>(maps, args, layout);
+      groups::produce<kTransposed, kQuads, kCooperative, kColumns, kThirds, kAlone>(maps, args,
+                                                                                    layout);
     }
   } else {
     device::claim_registers<232>();
-    groups::Consumer<T, kTransposed, kQuads, kCooperative, kPlain, kColumns>{maps, args, layout,
-                                                                             warpgroup}
+    groups::Consumer<T, kTransposed, kQuads, kCooperative, kPlain, kColumns, kAlone>{
+        {maps, args, layout, warpgroup}}
         .run();
   }
 #endif

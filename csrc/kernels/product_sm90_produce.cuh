@@ -41,8 +41,31 @@ __device__ void load_weight(const GroupMaps& maps, const GroupArgs& args, uint32
   }
 }
 
+// The weights of a unit's last steps, which consumers keep in registers: two tiles a stage, of two
+// steps of a single row or of a step's two rows.
+template <bool kTransposed, bool kQuads, bool kAlone>
+__device__ void load_register_weights(const GroupMaps& maps, const GroupArgs& args,
+                                      const Layout& layout, const Unit& unit, Ring& ring) {
+  for (int s = unit.shared_steps(); s < unit.num_steps; s += kAlone ? 2 : 1) {
+    const int4 step = unit.step(s), next = kAlone ? unit.step(s + 1) : step;
+    const int weights[2] = {step.y, kAlone ? next.y : step.z};
+    const uint32_t at = layout.stage(ring.stage), full = layout.full(ring.stage);
+    device::mbarrier_wait(layout.empty(ring.stage), ring.phase ^ 1);
+    device::mbarrier_expect_tx(full, ((weights[0] >= 0) + (weights[1] >= 0)) * kGroupTileBytes);
+    if (weights[0] >= 0) {
+      load_weight<kTransposed, kQuads>(maps, args, at, full, weights[0], step.x, unit.rows[0]);
+    }
+    if (weights[1] >= 0) {
+      load_weight<kTransposed, kQuads>(maps, args, at + kGroupTileBytes, full, weights[1], next.x,
+                                       unit.rows[kAlone ? 0 : 1]);
+    }
+    ring.advance();
+  }
+}
+
 // One thread.
-template <bool kTransposed, bool kQuads, bool kCooperative, bool kColumns, bool kThirds>
+template <bool kTransposed, bool kQuads, bool kCooperative, bool kColumns, bool kThirds,
+          bool kAlone>
 __device__ void produce(const GroupMaps& maps, const GroupArgs& args, const Layout& layout) {
   Ring ring{layout.stages};
   uint32_t units_done = 0;
@@ -57,6 +80,11 @@ __device__ void produce(const GroupMaps& maps, const GroupArgs& args, const Layo
       if (!waited) device::mbarrier_wait(layout.weights_free(), (units_done - 1) & 1);
       waited = true;
     };
+    if (unit.register_steps > 0) {
+      if (!may_read) device::wait_for_previous_kernel();
+      may_read = true;
+      load_register_weights<kTransposed, kQuads, kAlone>(maps, args, layout, unit, ring);
+    }
     for (int tile = unit.first; tile < unit.end;
          tile += kCooperative ? 2 * unit.lanes : unit.lanes) {
       const int second = tile + unit.lanes;
@@ -88,7 +116,8 @@ __device__ void produce(const GroupMaps& maps, const GroupArgs& args, const Layo
         ahead = unit.step(s + 1);
         const uint32_t full = layout.full(ring.stage);
         device::mbarrier_wait(layout.empty(ring.stage), ring.phase ^ 1);
-        const int weights = load_weights ? (step.y >= 0) + (step.z >= 0) : 0;
+        const bool loads_weights = load_weights && s < unit.shared_steps();
+        const int weights = loads_weights ? (step.y >= 0) + (step.z >= 0) : 0;
         device::mbarrier_expect_tx(full, tiles * kGroupXBytes + weights * kGroupTileBytes);
         const bool is_t = step.x >= args.num_x_tiles;
         if (is_t && args.ready != nullptr) {
@@ -105,7 +134,7 @@ __device__ void produce(const GroupMaps& maps, const GroupArgs& args, const Layo
           }
         }
         load(map, full, x_tile * kGroupTile, 0);
-        if (load_weights) {
+        if (loads_weights) {
           wait_for_weights();
           uint32_t at = layout.weight(unit.resident, step.w, ring.stage);
           if (step.y >= 0) {

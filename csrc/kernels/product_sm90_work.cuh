@@ -121,6 +121,7 @@ struct Layout {
 // `first` in steps of `lanes`, below `end`.
 struct Unit {
   int first, end, lanes, rows[2], num_steps;
+  int register_steps;  // the last ones
   bool resident;
   const int4* steps;
 
@@ -140,9 +141,12 @@ struct Unit {
     rows[1] = g.y;
     steps = reinterpret_cast<const int4*>(args.plan + args.section.steps_offset) + g.z;
     num_steps = g.w - g.z;
+    register_steps = resident ? args.section.register_steps : 0;
   }
   // x: x tile, y and z: weight tiles or -1, w: slot.
   __device__ int4 step(int s) const { return s < num_steps ? __ldg(steps + s) : int4{}; }
+  // Those whose weights are in shared memory.
+  __device__ int shared_steps() const { return num_steps - register_steps; }
   __device__ int outputs() const { return rows[1] >= 0 ? 2 : 1; }
 };
 

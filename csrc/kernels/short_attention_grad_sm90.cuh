@@ -184,7 +184,7 @@ __global__ void __launch_bounds__(kShortAttentionGradThreads, 1)
 #pragma unroll
       for (int j = 0; j < 4; ++j) pairs[0][j] = device::pack2<T>(p[2 * j], p[2 * j + 1]);
       device::wgmma_fence();
-      device::wgmma_add_registers<T>(dv, pairs[0], device::kDescriptorHigh | dy_tile);
+      device::wgmma_registers<T, true>(dv, pairs[0], device::kDescriptorHigh | dy_tile, 1);
       device::wgmma_commit();
       device::wgmma_wait<1>();
 #pragma unroll
@@ -195,7 +195,7 @@ __global__ void __launch_bounds__(kShortAttentionGradThreads, 1)
       for (int j = 0; j < 4; ++j) pairs[1][j] = device::pack2<T>(ds[2 * j], ds[2 * j + 1]);
       if (first < args.tokens) device::stmatrix_x4(to, pairs[1]);
       device::wgmma_fence();
-      device::wgmma_add_registers<T>(dk, pairs[1], device::kDescriptorHigh | q_tile);
+      device::wgmma_registers<T, true>(dk, pairs[1], device::kDescriptorHigh | q_tile, 1);
       device::wgmma_commit();
       to += kRows * 2;
       stat += kRows / 2 * 16;

@@ -17,6 +17,7 @@ namespace {
 struct Tile {
   bool cooperative;
   bool plain;
+  bool alone;  // all rows
 };
 
 // Where tokens are columns, those of an item of the batch begin with a tile of their own.
@@ -44,32 +45,49 @@ Tile choose_tile(const ProductParams& p) {
                     (section.max_weights >= kCooperativeTilesOfSharedX &&
                      section.max_weights == 2 * section.max_steps);
   const bool staged_beside_aux = p.slope_out != nullptr && p.residual != nullptr;
-  return {section.resident_weights == 0 && many && !staged_beside_aux, !active && !has_aux};
+  return {section.resident_weights == 0 && many && !staged_beside_aux, !active && !has_aux,
+          section.register_steps == kAloneRegisterSteps};
 }
 
 using Kernel = void (*)(GroupMaps, GroupArgs);
 
 template <typename T, bool kQuads>
 Kernel choose_thirds(const Tile& tile) {
+  if constexpr (!kQuads) {
+    if (tile.alone) return product_sm90<T, true, false, false, true, false, true, true>;
+  }
   return tile.cooperative ? product_sm90<T, true, kQuads, true, true, false, true>
                           : product_sm90<T, true, kQuads, false, true, false, true>;
 }
 
+template <typename T, bool kTransposed, bool kColumns>
+Kernel choose_alone(const Tile& tile) {
+  return tile.plain ? product_sm90<T, kTransposed, false, false, true, kColumns, false, true>
+                    : product_sm90<T, kTransposed, false, false, false, kColumns, false, true>;
+}
+
 template <typename T, bool kTransposed, bool kQuads>
 Kernel choose_one(const Tile& tile) {
+  if constexpr (!kQuads) {
+    if (tile.alone) return choose_alone<T, kTransposed, false>(tile);
+  }
   return tile.plain ? (tile.cooperative ? product_sm90<T, kTransposed, kQuads, true, true>
                                         : product_sm90<T, kTransposed, kQuads, false, true>)
                     : (tile.cooperative ? product_sm90<T, kTransposed, kQuads, true, false>
                                         : product_sm90<T, kTransposed, kQuads, false, false>);
 }
 
+template <typename T, bool kTransposed>
+Kernel choose_columns(const Tile& tile) {
+  if (tile.alone) return choose_alone<T, kTransposed, true>(tile);
+  return tile.plain ? product_sm90<T, kTransposed, false, false, true, true>
+                    : product_sm90<T, kTransposed, false, false, false, true>;
+}
+
 template <typename T>
 Kernel choose(const ProductParams& p, const Tile& tile) {
   if (p.columns > 0) {
-    return p.transposed ? (tile.plain ? product_sm90<T, true, false, false, true, true>
-                                      : product_sm90<T, true, false, false, false, true>)
-                        : (tile.plain ? product_sm90<T, false, false, false, true, true>
-                                      : product_sm90<T, false, false, false, false, true>);
+    return p.transposed ? choose_columns<T, true>(tile) : choose_columns<T, false>(tile);
   }
   const bool quads = p.header->block_size == 32;
   if (p.x_others.given()) {

@@ -35,7 +35,7 @@ double time_of_loads(const GroupWork& g, double load) {
   constexpr double kLatency = 10;
   if (!g.dense) return load * g.loads();
   const int32_t stages =
-      std::min(g.stages, g.resident ? (kGroupRoom - g.weights) / 2 : kGroupRoom / 4);
+      std::min(g.stages, g.resident ? (kGroupRoom - g.in_shared()) / 2 : kGroupRoom / 4);
   return std::max(load * g.loads(), kLatency * g.x_tiles / stages);
 }
 
@@ -44,10 +44,16 @@ std::vector<double> tile_times(const std::vector<GroupWork>& groups, bool saves_
   const double epilogue = saves_slopes ? 12 : 5.5;
   constexpr double kTurn = 1.5;
   const double load = bound_by_loads(groups) ? kLoadAtLimit : kLoad;
+  // Where the others' weights leave more of shared memory to x, a dense row waits longer for its
+  // own (product_sm90_plans_h200.json, "registers_dense").
+  constexpr double kBesideRegisters = 1.25;
+  const bool registers = std::any_of(groups.begin(), groups.end(),
+                                     [](const GroupWork& g) { return !g.dense && g.holds(); });
   std::vector<double> times;
   for (const GroupWork& g : groups) {
     const double work = std::max<double>(g.weights, time_of_loads(g, load)) + kTurn;
-    times.push_back(std::max(work, (g.weights + epilogue * g.outputs) / 2));
+    const double time = std::max(work, (g.weights + epilogue * g.outputs) / 2);
+    times.push_back(g.dense && registers ? kBesideRegisters * time : time);
   }
   return times;
 }
@@ -252,7 +258,7 @@ std::vector<GroupUnit> make_units(const ThreadBlocks& blocks,
       if (turn >= blocks[i].groups.size()) continue;
       const int32_t group = blocks[i].groups[turn];
       const auto g = static_cast<size_t>(group);
-      const int32_t weights = groups[g].resident ? groups[g].weights : kGroupStreams;
+      const int32_t weights = groups[g].resident ? groups[g].in_shared() : kGroupStreams;
       units[turn * blocks.size() + i] = {group,   now[g]++, 0,      weights,
                                          done[g], 0,        all[g], groups[g].stages};
     }
@@ -291,7 +297,7 @@ void compare_groups(std::vector<GroupWork>& groups) {
   for (GroupWork& g : groups) {
     g.stages =
         any_dense && !g.dense ? std::min(g.x_tiles + kAhead, kMaxGroupStages) : kMaxGroupStages;
-    g.resident = g.weights <= kGroupResidentTiles;
+    g.resident = g.in_shared() <= kGroupResidentTiles;
     if (!g.dense || !g.resident) continue;
     GroupWork streams = g;
     streams.resident = false;

@@ -65,13 +65,16 @@ constexpr int32_t kGroupRoom = kGroupSharedTiles - 2;
 
 // What a row group asks of a thread block for each token tile.
 struct GroupWork {
-  int32_t weights;  // products of a weight tile (64x64) with 128 tokens
-  int32_t x_tiles;  // loads of 16 KB
-  int32_t outputs;  // output tiles, 1 or 2
-  bool dense;       // reads most of its x tiles when no other group does
-  bool resident;    // its weights stay in shared memory
-  int32_t stages;   // of x, at most
+  int32_t weights;       // products of a weight tile (64x64) with 128 tokens
+  int32_t x_tiles;       // loads of 16 KB
+  int32_t outputs;       // output tiles, 1 or 2
+  bool dense;            // reads most of its x tiles when no other group does
+  bool resident;         // its weights stay in shared memory
+  int32_t stages;        // of x, at most
+  int32_t in_registers;  // of the weights, if they stay
 
+  int32_t in_shared() const { return weights - in_registers; }
+  bool holds() const { return resident && in_registers > 0; }
   int32_t loads() const { return 2 * x_tiles + (resident ? 0 : weights); }  // of 8 KB
 };
 

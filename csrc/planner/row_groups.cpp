@@ -138,26 +138,64 @@ bool any_dense(const std::vector<GroupWork>& groups) {
   return std::any_of(groups.begin(), groups.end(), [](const GroupWork& g) { return g.dense; });
 }
 
+// Of few tiles of x, L2 serves any order alike.
+constexpr int32_t kFewTiles = 24;
+
+// Of x: 96 KB on their way (see kernels/product_sm90_work.cuh).
+constexpr int32_t kEnoughStages = 6;
+
+bool serves_both(const GroupStep& s) { return s.weight[0] >= 0 && s.weight[1] >= 0; }
+
 // The groups of a section before they are spread over thread blocks.
 struct Grouping {
   Pairs pairs;
   std::vector<std::vector<GroupStep>> lists;  // without low rank
   std::vector<GroupWork> work;
   size_t together;  // consecutive groups side by side
+  int32_t register_steps;
 };
 
 Spread spread(const Grouping& g, const LayoutView& layout) {
   return spread_groups(g.work, g.together, layout.thread_blocks, kAnyTokens);
 }
 
+// Steps whose weights stay in registers. Of pairs, whose last ones then serve both rows: with low
+// rank t's does anyway, beside a dense row there is the one that all rows share, and where rows
+// share their tiles of x all do; in other squares the order in phase is worth more, and a second
+// step only where the first leaves room for few tiles of x (product_sm90_plans_h200.json,
+// "registers").
+int32_t choose_register_steps(const Grouping& g, const LayoutView& layout, int32_t x_tiles) {
+  if (layout.block_size < kGroupTile) return 0;
+  const auto all = [&](auto holds) { return std::all_of(g.work.begin(), g.work.end(), holds); };
+  if (all([](const GroupWork& w) { return w.outputs == 1; })) {
+    const bool enough = all([](const GroupWork& w) { return w.x_tiles >= kAloneRegisterSteps; });
+    return enough ? kAloneRegisterSteps : 0;
+  }
+  const bool shared = share_x(g.work), dense = any_dense(g.work);
+  if (layout.rank == 0 && !dense && !shared && x_tiles > kFewTiles) return 0;
+  const bool room = all([](const GroupWork& w) {
+    return w.dense || w.weights - w.outputs <= kGroupRoom - 2 * kEnoughStages;
+  });
+  int32_t steps = shared || !room ? kPairRegisterSteps : 1;
+  for (size_t i = 0; i < g.work.size(); ++i) {
+    const auto both = std::count_if(g.lists[i].begin(), g.lists[i].end(), serves_both);
+    const auto serve_all = static_cast<int32_t>(both) + group_tiles(layout.rank);
+    steps = std::min(steps, g.work[i].outputs == 1 ? g.work[i].x_tiles : serve_all);
+  }
+  return steps;
+}
+
 Grouping make_groups(const std::vector<Row>& rows, const Pairs& pairs, const LayoutView& layout,
-                     int32_t x_tiles) {
-  Grouping g{pairs, {}, {}, 0};
+                     int32_t x_tiles, bool in_registers = true) {
+  Grouping g{pairs, {}, {}, 0, 0};
   for (const auto& [a, b] : pairs) {
     g.lists.push_back(
         merge(&rows[static_cast<size_t>(a)], b < 0 ? nullptr : &rows[static_cast<size_t>(b)]));
     g.work.push_back(work_of(g.lists.back(), b < 0 ? 1 : 2, group_tiles(layout.rank)));
   }
+  compare_groups(g.work);
+  if (in_registers) g.register_steps = choose_register_steps(g, layout, x_tiles);
+  for (GroupWork& w : g.work) w.in_registers = g.register_steps * w.outputs;
   compare_groups(g.work);
   g.together = side_by_side(g.work, static_cast<size_t>(layout.thread_blocks), x_tiles);
   // Beside a dense row, groups that share little of x do better half of them at a time than all of
@@ -168,11 +206,43 @@ Grouping make_groups(const std::vector<Row>& rows, const Pairs& pairs, const Lay
   return halves.together < g.together && spread(halves, layout).turns == 2 ? halves : g;
 }
 
+double loads_of(const Grouping& g) {
+  double sum = 0;
+  for (const GroupWork& w : g.work) sum += w.loads();
+  return sum;
+}
+
+Pairs all_alone(const std::vector<Row>& rows) {
+  Pairs alone;
+  for (size_t i = 0; i < rows.size(); ++i) alone.emplace_back(static_cast<int32_t>(i), -1);
+  return alone;
+}
+
+// Rows alone, with eight steps in registers: where the weights of pairs do not stay and theirs
+// leave enough room for x, or where they have no others. Empty where that is not expected to be
+// quicker: they would load too much, or take turns (product_sm90_plans_h200.json, "registers").
+Grouping rows_in_registers(const std::vector<Row>& rows, const Grouping& all,
+                           const LayoutView& layout, int32_t x_tiles) {
+  constexpr double kMostForStreamed = 0.85, kMostForOthers = 1.25;  // times the loads of the pairs
+  Grouping some = make_groups(rows, all_alone(rows), layout, x_tiles);
+  if (some.register_steps == 0 || any_dense(all.work)) return {};
+  const bool streamed =
+      std::none_of(all.work.begin(), all.work.end(), [](const GroupWork& g) { return g.resident; });
+  const int32_t most_in_shared = streamed ? kGroupRoom - 2 * kEnoughStages : 0;
+  const bool fit = std::all_of(some.work.begin(), some.work.end(),
+                               [&](const GroupWork& g) { return g.in_shared() <= most_in_shared; });
+  const double most_loads = streamed ? kMostForStreamed : kMostForOthers;
+  const bool quicker = fit && loads_of(some) <= most_loads * loads_of(all);
+  return quicker && spread(some, layout).turns == 1 ? some : Grouping{};
+}
+
 // Rows in pairs; or most of them alone, where that is expected to be quicker and thread blocks are
 // as busy. What was measured are rows that have a thread block each, and no dense ones among them.
 Grouping choose_groups(const std::vector<Row>& rows, const LayoutView& layout, int32_t x_tiles) {
   const Pairs pairs = pair_rows(rows, x_tiles);
   Grouping all = make_groups(rows, pairs, layout, x_tiles);
+  Grouping in_registers = rows_in_registers(rows, all, layout, x_tiles);
+  if (!in_registers.pairs.empty()) return in_registers;
   const Parted parted = part_pairs(rows, pairs, group_tiles(layout.rank));
   const size_t alone = 2 * (parted.pairs.size() - pairs.size());
   if (4 * alone < 3 * rows.size() || any_dense(all.work)) return all;
@@ -194,15 +264,8 @@ Grouping rows_for_few_tokens(const std::vector<Row>& rows, const Grouping& all,
   const bool stay = std::all_of(all.work.begin(), all.work.end(),
                                 [](const GroupWork& g) { return g.resident && !g.dense; });
   if (!stay || all.pairs.size() == rows.size()) return {};
-  Pairs alone;
-  for (size_t i = 0; i < rows.size(); ++i) alone.emplace_back(static_cast<int32_t>(i), -1);
-  Grouping some = make_groups(rows, alone, layout, x_tiles);
-  const auto loads = [](const Grouping& g) {
-    double sum = 0;
-    for (const GroupWork& w : g.work) sum += w.x_tiles;
-    return sum;
-  };
-  if (loads(some) > kMostLoads * loads(all) || spread(some, layout).turns > 1) return {};
+  Grouping some = make_groups(rows, all_alone(rows), layout, x_tiles);
+  if (loads_of(some) > kMostLoads * loads_of(all) || spread(some, layout).turns > 1) return {};
   return some;
 }
 
@@ -210,11 +273,11 @@ Grouping rows_for_few_tokens(const std::vector<Row>& rows, const Grouping& all,
 // of few tokens (`few`) has no lists for more.
 GroupSection append_section(PlanBuilder& builder, const LayoutView& layout, bool transposed,
                             int32_t x_tiles, Grouping grouping, int32_t ahead_blocks, bool few) {
-  auto& [pairs, lists, work, together] = grouping;
+  auto& [pairs, lists, work, together, register_steps] = grouping;
   GroupSection section{};
+  section.register_steps = register_steps;
   section.ahead_blocks = ahead_blocks;
-  // Of few tiles of x, L2 serves any order alike; of rows alone it serves the ascending one.
-  constexpr int32_t kFewTiles = 24;
+  // Of rows alone L2 serves the ascending order as well.
   for (size_t begin = 0; begin < lists.size() && x_tiles > kFewTiles; begin += together) {
     std::vector<std::vector<GroupStep>*> part;
     for (size_t g = begin; g < std::min(lists.size(), begin + together); ++g) {
@@ -227,6 +290,11 @@ GroupSection append_section(PlanBuilder& builder, const LayoutView& layout, bool
   std::vector<GroupStep> steps;
   for (size_t g = 0; g < lists.size(); ++g) {
     const auto [a, b] = pairs[g];
+    // Beside those of t.
+    for (int32_t i = group_tiles(layout.rank); i < register_steps && b >= 0; ++i) {
+      const auto both = std::find_if(lists[g].begin(), lists[g].end(), serves_both);
+      std::rotate(both, both + 1, lists[g].end());
+    }
     for (int32_t r = 0; r < group_tiles(layout.rank); ++r) {
       lists[g].push_back({x_tiles + r, {0, b < 0 ? -1 : 0}, 0});
     }
@@ -278,6 +346,10 @@ GroupSections append_row_groups(PlanBuilder& builder, const LayoutView& layout, 
   int32_t ahead_blocks = 0;
   if (layout.rank > 0 && layout.rank <= kGroupTile) {
     ahead_blocks = choose_ahead_blocks(all.work, all.together, layout.thread_blocks, x_tiles);
+  }
+  // Beside t, pairs had better not load further ahead.
+  if (ahead_blocks > 0 && all.register_steps <= kPairRegisterSteps) {
+    all = make_groups(rows, Pairs(all.pairs), layout, x_tiles, false);
   }
   const auto append = [&](Grouping& grouping, int32_t ahead, bool of_few) {
     return append_section(builder, layout, transposed, x_tiles, std::move(grouping), ahead, of_few);

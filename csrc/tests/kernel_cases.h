@@ -15,10 +15,14 @@ inline bool butterfly(int i, int j) { return ((i ^ j) & ((i ^ j) - 1)) == 0; }
 inline bool global(int i, int j) { return i == 0 || j == 0 || butterfly(i, j); }
 inline bool everything(int, int) { return true; }
 inline bool holes(int i, int j) { return i % 3 != 1 && (i + j) % 2 == 0; }
+inline bool checkered(int i, int j) { return (i + j) % 2 == 0; }
 inline bool nothing(int, int) { return false; }
 inline bool one_dense(int i, int j) { return i == 0 || j == 3 * i; }
 inline bool lines(int i, int) { return i < 2 || i == 4; }
 inline bool edges(int i, int) { return i < 2 || i > 5; }
+// Rows that share little: alone, with weights in registers.
+inline bool bands(int i, int j) { return (j + 9 * i) % 36 < 13; }
+inline bool bands_down(int i, int j) { return bands(j, i); }
 
 inline std::vector<Case> cases() {
   constexpr auto kGelu = Activation::kGelu;
@@ -47,6 +51,11 @@ inline std::vector<Case> cases() {
       {"rank 72 b128", 2, 1, 128, 8, 24, everything, 150, 72, kRelu, false, true},
       {"holes b32", 6, 4, 32, 0, 0, holes, 300, 0, kGelu, false, true},
       {"one token b64", 2, 2, 64, 0, 0, everything, 1, 8},
+      {"rows alone b64", 4, 36, 64, 8, 16, bands, 300, 0, kGelu, false, true, 90, 1},
+      {"rows alone rank 8 b64", 4, 36, 64, 0, 8, bands, 390, 8, kRelu, true, false, 90, 3},
+      {"rows alone rank 72 b64", 4, 36, 64, 0, 0, bands, 130, 72, kNone, false, false, 90, 2},
+      {"rows alone dx b64", 36, 4, 64, 16, 8, bands_down, 300, 0, kSilu, false, true, 90, 2},
+      {"rows alone dx rank 8 b64", 36, 4, 64, 0, 0, bands_down, 390, 8, kNone, true, false, 90, 1},
       // Two thread blocks of the thin product on a multiprocessor: rings of six stages.
       {"two t a multiprocessor b64", 2, 20, 64, 0, 40, one_dense, 130, 72, kRelu, false, false, 90,
        4},

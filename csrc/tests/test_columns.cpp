@@ -4,9 +4,8 @@
 #include "cuda_bf16.h"
 #include "cuda_fp16.h"
 #include "device/epilogue_math.cuh"
-#include "kernel_case.h"
+#include "kernel_cases.h"
 #include "launch/product_sm90.h"
-#include "planner/plan.h"
 
 namespace pixelfly {
 namespace {
@@ -16,7 +15,7 @@ struct Shape {
   int samples, features, hidden, columns;
   Activation activation;
   int block = 64, sms = 3;
-  bool sparse = false;
+  Keep keep = everything;
 };
 
 // [samples][features][columns] as a matrix of samples * features rows.
@@ -37,7 +36,7 @@ struct Layer {
     layout = {rows * b, cols * b, b, 0, {}, {}};
     for (int i = 0; i < rows; ++i) {
       for (int j = 0; j < cols; ++j) {
-        if (s.sparse && (i + j) % 2 == 1) continue;
+        if (!(rows <= cols ? s.keep(i, j) : s.keep(j, i))) continue;
         layout.row_idx.push_back(i);
         layout.col_idx.push_back(j);
       }
@@ -164,7 +163,9 @@ int main() {
       {"mixer", 2, 196, 384, 144, Activation::kGelu},
       {"one column tile", 3, 64, 128, 64, Activation::kSilu},
       {"16 columns", 5, 20, 40, 16, Activation::kRelu, 64, 1},
-      {"sparse", 2, 200, 260, 272, Activation::kGeluTanh, 64, 2, true},
+      {"sparse", 2, 200, 260, 272, Activation::kGeluTanh, 64, 2, checkered},
+      {"rows alone", 1, 2304, 256, 144, Activation::kGelu, 64, 3, bands},
+      {"rows alone, no activation", 1, 2304, 240, 64, Activation::kNone, 64, 1, bands},
       {"b128", 1, 130, 140, 128, Activation::kGelu, 128},
       {"no activation", 2, 70, 90, 160, Activation::kNone},
   };

@@ -143,7 +143,7 @@ void check_product(const LayoutView& layout, const Plan& plan, bool transposed, 
   Facts facts;
   std::vector<int32_t> times(static_cast<size_t>(out_tiles), 0);
   int32_t most = 0, most_steps = 0, resident = 0;
-  std::vector<int32_t> weights;
+  std::vector<int32_t> weights, in_shared;  // of each group, and without those in registers
   for (int32_t g = 0; g < s.num_groups; ++g) {
     int32_t slot = 0;
     std::set<int32_t> ranks[2], seen;
@@ -173,6 +173,10 @@ void check_product(const LayoutView& layout, const Plan& plan, bool transposed, 
       most_steps = groups[g].step_end - groups[g].step_begin;
     }
     weights.push_back(slot);
+    const int32_t steps_in_shared = groups[g].step_end - groups[g].step_begin - s.register_steps;
+    expect(steps_in_shared >= 0, "as many steps as stay in registers");
+    in_shared.push_back(s.register_steps == 0 ? slot
+                                              : steps[groups[g].step_begin + steps_in_shared].slot);
     for (int i = 0; i < 2; ++i) {
       const int32_t want = groups[g].rows[i] < 0 ? 0 : tiles(layout.rank);
       expect(static_cast<int32_t>(ranks[i].size()) == want, "every tile of t for every row");
@@ -205,7 +209,7 @@ void check_product(const LayoutView& layout, const Plan& plan, bool transposed, 
         const auto g = static_cast<size_t>(u.group);
         stay[g] = u.weights != kGroupStreams;
         expect(u.stages > 0 && u.stages <= kMaxGroupStages, "stages that there are");
-        expect(!stay[g] || (u.weights == weights[g] && u.weights <= kGroupResidentTiles),
+        expect(!stay[g] || (u.weights == in_shared[g] && u.weights <= kGroupResidentTiles),
                "a unit's weights");
         const int32_t begin = token_tiles * u.begin / u.parts, end = token_tiles * u.end / u.parts;
         for (int32_t tile = begin + u.lane; tile < end; tile += u.lanes) {
@@ -302,6 +306,7 @@ int main() {
   check_dense_row();
   check_whole_tiles();
   check_pairs();
+  check_registers();
   check_few_tokens();
   check_turns();
   check_order();

@@ -27,6 +27,7 @@ std::vector<Case> thirds_cases() {
        2},
       {"b64 s by clusters of 2", 18, 2, 64, 0, 0, lines, 130, 8, Activation::kNone, false, false,
        90, 8},
+      {"b64 rows alone", 36, 4, 64, 0, 8, bands_down, 300, 8},
       {"b128 thirds of a block and a half", 5, 2, 128, 64, 0, everything, 300, 24},
       {"b128 thirds of half a block", 2, 3, 128, 64, 88, everything, 290, 0},
       {"b32 rank 40", 6, 5, 32, 0, 8, butterfly, 300, 40},

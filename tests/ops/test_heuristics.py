@@ -99,8 +99,13 @@ def test_few_tokens_more_than_64_for_narrow_outputs():
         assert choose(outputs=outputs, b=32, tokens=max(most, 64) + 1)["y"] == "product_sm90"
         assert choose(A100, outputs=outputs, tokens=64)["y"] == "product_few_sm80"
         assert choose(A100, outputs=outputs, tokens=257)["y"] == "product_sm80"
-    few = choose(outputs=4096, rank=64, tokens=256)  # t has few outputs, y many
-    assert few["t"] == "product_few_sm80 without blocks" and few["y"] == "product_sm90"
+
+
+def test_t_of_few_tokens():
+    few, clusters = "product_few_sm80 without blocks", "low_rank_sm90, clusters of 8"
+    for n, tokens, t in ((2048, 16, few), (2048, 17, clusters), (1984, 256, few)):
+        assert choose(n=n, rank=64, tokens=tokens)["t"] == t
+    assert choose(A100, rank=64, tokens=17)["t"] == few
 
 
 def test_few_tokens_of_wide_contractions_are_split():

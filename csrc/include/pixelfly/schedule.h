@@ -20,8 +20,8 @@ namespace pixelfly {
 constexpr int32_t kPlanMagic = 0x70666c79;  // "pfly"
 // Goes up with every change of the plan or of the operators' schemas: torch keeps compiled programs
 // on disk, and the header, which has this number, is all that tells those of another build.
-constexpr int32_t kPlanVersion = 15;
-constexpr int kPlanHeaderSize = 113;
+constexpr int32_t kPlanVersion = 16;
+constexpr int kPlanHeaderSize = 117;
 
 // Multiprocessors that plans are made for unless the caller names another number: those of an H100
 // (SXM) and H200.
@@ -40,7 +40,7 @@ struct GroupStep {
                       // Tile w of the blocks starts at row (w >> s) * 64, column (w % 2^s) * 64 of
                       // the [nnz * b, b] matrix, 2^s = b / 64; for b = 32, w counts GroupQuads.
                       // Tiles of the factor follow from (row, x_tile); the value is then >= 0.
-  int32_t slot;       // weight tiles in the group's earlier steps: where a resident tile lies
+  int32_t slot;       // weight tiles in the group's earlier steps: where one that stays lies
 };
 
 // Two output tiles computed together so that they share tiles of x.
@@ -81,6 +81,11 @@ constexpr int kMaxGroupStages = 12;
 // them.
 constexpr int kGroupResidentTiles = 18;
 
+// Where weights stay, those of a group's last steps do so in registers, which leaves shared memory
+// to x: of up to two steps, or of eight where all groups of a section are single rows, whose sums
+// take half as many registers. A pair's are steps that serve both rows.
+constexpr int kPairRegisterSteps = 2, kAloneRegisterSteps = 8;
+
 // Weight tiles (12 MB) that L2 keeps beside x and y for groups that stream them.
 constexpr int kGroupStreamedTiles = 1536;
 
@@ -111,6 +116,7 @@ struct GroupSection {
   int32_t max_steps;                   // of that group
   int32_t resident_weights;            // of the largest group whose weights stay
   int32_t dense_groups;                // that load many more x tiles than the others
+  int32_t register_steps;              // of each group: 0 .. kPairRegisterSteps, or eight
   int32_t ahead_blocks;                // of PlanHeader::thread_blocks: those that form t meanwhile
 };
 

@@ -112,7 +112,7 @@ void wgmma(float (&d)[kRegisters], uint64_t a, uint64_t b, int accumulate) {
 
 // d (+)= a · b with a in registers.
 template <typename T, bool kTransB, int kRegisters>
-void issue_registers(float (&d)[kRegisters], const uint32_t (&a)[4], uint64_t b, int accumulate) {
+void wgmma_registers(float (&d)[kRegisters], const uint32_t (&a)[4], uint64_t b, int accumulate) {
   // The warp's 16x16 part of a: lane 4 (row % 8) + column / 2 % 4 holds two columns in a register.
   const auto& lanes = emulator::warp_exchange({a[0], a[1], a[2], a[3]});
   std::array<std::array<float, 16>, 16> part;
@@ -128,14 +128,6 @@ void issue_registers(float (&d)[kRegisters], const uint32_t (&a)[4], uint64_t b,
       d,
       [=](int row, int k) { return part[static_cast<size_t>(row % 16)][static_cast<size_t>(k)]; },
       b, accumulate);
-}
-template <typename T>
-void wgmma_registers(float (&d)[64], const uint32_t (&a)[4], uint64_t b) {
-  issue_registers<T, false>(d, a, b, 0);
-}
-template <typename T>
-void wgmma_add_registers(float (&d)[32], const uint32_t (&a)[4], uint64_t b) {
-  issue_registers<T, true>(d, a, b, 1);
 }
 
 }  // namespace pixelfly::device
