@@ -157,21 +157,25 @@ def qkv_calls(dtypes: list[torch.dtype]) -> tuple[int, int]:
 
 
 def larger_calls(dtypes: list[torch.dtype]) -> tuple[int, int]:
-    """Runs what layers as small as the others lack: plans with rows alone, dense rows that clusters
-    share, and t by 128 tokens a thread block; returns the calls and the wrong outputs."""
+    """Runs what layers as small as the others lack: plans with rows alone, weights in registers,
+    dense rows that clusters share, and t by 128 tokens a thread block; returns the calls and the
+    wrong outputs."""
     calls = wrong = 0
-    for dtype, (path, features, tokens, rank) in itertools.product(
-        [d for d in dtypes if d != torch.float32],
-        (("sm90", 1024, 300, 16), ("split", 1536, 200, 0), ("sm90", 256, 12900, 72)),
+    sizes = (
+        ("sm90", 1024, 1024, 300, 16),
+        ("sm90", 512, 2048, 600, 8),
+        ("split", 1536, 1536, 200, 0),
+        ("sm90", 256, 256, 12900, 72),
+    )
+    for dtype, (path, n, k, tokens, rank) in itertools.product(
+        [d for d in dtypes if d != torch.float32], sizes
     ):
         os.environ["PIXELFLY_KERNEL"] = path
-        layout = masks.flat_block_butterfly(features, features, block_size=64)
+        layout = masks.flat_block_butterfly(n, k, block_size=64)
         if path == "split":
-            layout |= masks.global_(features, features, block_size=64)
-        shapes = ((layout.nnz, 64, 64), (features, rank), (rank, features), (features,))
-        *tensors, x, dy = (
-            torch.randn(s).div_(8).to(dtype) for s in (*shapes, *2 * [(tokens, features)])
-        )
+            layout |= masks.global_(n, k, block_size=64)
+        shapes = ((layout.nnz, 64, 64), (n, rank), (rank, k), (n,), (tokens, k), (tokens, n))
+        *tensors, x, dy = (torch.randn(s).div_(8).to(dtype) for s in shapes)
         results = []
         for device in ("cuda", "cpu"):
             blocks, u, v, bias, leaf = (t.to(device).requires_grad_() for t in (*tensors, x))
@@ -180,7 +184,7 @@ def larger_calls(dtypes: list[torch.dtype]) -> tuple[int, int]:
             leaves = [leaf, blocks, bias] + [u, v] * bool(rank)
             results.append([y.detach(), *torch.autograd.grad(y, leaves, dy.to(device))])
         calls += 1
-        wrong += differs(f"{path} {dtype} C={features} T={tokens} r={rank}", *results, dtype)
+        wrong += differs(f"{path} {dtype} {k}->{n} T={tokens} r={rank}", *results, dtype)
     os.environ["PIXELFLY_KERNEL"] = "auto"
     return calls, wrong
 
