@@ -338,11 +338,13 @@ Spread spread_groups(const std::vector<GroupWork>& groups, size_t together, int 
 int32_t choose_ahead_blocks(const std::vector<GroupWork>& groups, size_t together,
                             int thread_blocks, int32_t x_tiles) {
   // In products, as tile_times(): reading a tile column of x from memory at 2.8 TB/s, starting a
-  // kernel, what a thread block that forms t takes for an x tile (66 GB/s), and until the product
+  // kernel, what a thread block that forms t takes for an x tile (63 GB/s), and until the product
   // sees the first of t.
-  constexpr double kRead = 3.75, kLaunch = 10, kTile = 1.24, kStart = 8;
+  constexpr double kRead = 3.75, kLaunch = 10, kTile = 1.3, kStart = 8;
   constexpr int32_t kFactorAndX = 3;  // 8 KB each, loaded for an x tile
   const int32_t most = thread_blocks / 3;
+  // Two multiprocessors share a path to L2, and neighbours in the list of units what they read.
+  constexpr int32_t kEven = 2;
   constexpr double kWorthIt = .97;
   double bytes = 0;
   for (const GroupWork& g : groups) bytes += g.loads();
@@ -353,7 +355,7 @@ int32_t choose_ahead_blocks(const std::vector<GroupWork>& groups, size_t togethe
                         kRead * x_tiles + kLaunch;
   int32_t best = 0;
   double least = kWorthIt * before;
-  for (int32_t ahead = 1; ahead <= most; ++ahead) {
+  for (int32_t ahead = kEven; ahead <= most; ahead += kEven) {
     const Spread others = spread_groups(groups, together, thread_blocks - ahead, kAnyTokens);
     // Beside a product in turns t took a quarter longer (product_sm90_plans_h200.json, "rules",
     // v1).

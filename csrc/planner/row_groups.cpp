@@ -186,7 +186,7 @@ int32_t choose_register_steps(const Grouping& g, const LayoutView& layout, int32
 }
 
 Grouping make_groups(const std::vector<Row>& rows, const Pairs& pairs, const LayoutView& layout,
-                     int32_t x_tiles, bool in_registers = true) {
+                     int32_t x_tiles) {
   Grouping g{pairs, {}, {}, 0, 0};
   for (const auto& [a, b] : pairs) {
     g.lists.push_back(
@@ -194,7 +194,7 @@ Grouping make_groups(const std::vector<Row>& rows, const Pairs& pairs, const Lay
     g.work.push_back(work_of(g.lists.back(), b < 0 ? 1 : 2, group_tiles(layout.rank)));
   }
   compare_groups(g.work);
-  if (in_registers) g.register_steps = choose_register_steps(g, layout, x_tiles);
+  g.register_steps = choose_register_steps(g, layout, x_tiles);
   for (GroupWork& w : g.work) w.in_registers = g.register_steps * w.outputs;
   compare_groups(g.work);
   g.together = side_by_side(g.work, static_cast<size_t>(layout.thread_blocks), x_tiles);
@@ -346,10 +346,6 @@ GroupSections append_row_groups(PlanBuilder& builder, const LayoutView& layout, 
   int32_t ahead_blocks = 0;
   if (layout.rank > 0 && layout.rank <= kGroupTile) {
     ahead_blocks = choose_ahead_blocks(all.work, all.together, layout.thread_blocks, x_tiles);
-  }
-  // Beside t, pairs had better not load further ahead.
-  if (ahead_blocks > 0 && all.register_steps <= kPairRegisterSteps) {
-    all = make_groups(rows, Pairs(all.pairs), layout, x_tiles, false);
   }
   const auto append = [&](Grouping& grouping, int32_t ahead, bool of_few) {
     return append_section(builder, layout, transposed, x_tiles, std::move(grouping), ahead, of_few);

@@ -194,6 +194,7 @@ void check_product(const LayoutView& layout, const Plan& plan, bool transposed, 
   expect(facts.empty(), "nothing but kept blocks is in the schedule");
 
   expect(s.ahead_blocks >= 0 && s.ahead_blocks <= layout.thread_blocks / 3, "blocks that form t");
+  expect(s.ahead_blocks % 2 == 0, "neighbours stay neighbours");
   expect(s.ahead_blocks == 0 || (layout.rank > 0 && layout.rank <= kGroupTile), "one tile of t");
   // Every token tile of every group in exactly one unit, however many there are.
   std::vector<char> stay(static_cast<size_t>(s.num_groups), 0);
