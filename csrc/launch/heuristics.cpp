@@ -164,7 +164,7 @@ SplitTile split_tile(const ProductParams& p, const DeviceInfo& device) {
 bool split_is_quick(const ProductParams& p, bool few, const DeviceInfo& device) {
   constexpr int64_t kMostTokens = 2048;  // beyond, product_sm90 keeps weights and shares x
   // In a training step so much of what it gains alone is lost (few_tokens_h200.json,
-  // "split_steps").
+  // "split_steps_us").
   const double lost = few ? 2200 : 1500;
   if (p.tokens <= kFewTokens || p.tokens > kMostTokens) return false;
   const double other = few ? few_time(p) : groups_time(p, device);

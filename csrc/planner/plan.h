@@ -56,7 +56,7 @@ std::vector<int32_t> build_plan(const LayoutView& layout);
 // layout's block columns.
 struct GroupSections {
   GroupSection many;
-  GroupSection few;  // up to kFewTokenTiles; no groups: `many`, which serves any number, does
+  GroupSection few;  // no groups, or no list: `many`, which serves any number, does
 };
 GroupSections append_row_groups(PlanBuilder& builder, const LayoutView& layout, bool transposed);
 

@@ -186,7 +186,7 @@ int32_t choose_register_steps(const Grouping& g, const LayoutView& layout, int32
 }
 
 Grouping make_groups(const std::vector<Row>& rows, const Pairs& pairs, const LayoutView& layout,
-                     int32_t x_tiles) {
+                     int32_t x_tiles, bool in_registers = true) {
   Grouping g{pairs, {}, {}, 0, 0};
   for (const auto& [a, b] : pairs) {
     g.lists.push_back(
@@ -194,9 +194,12 @@ Grouping make_groups(const std::vector<Row>& rows, const Pairs& pairs, const Lay
     g.work.push_back(work_of(g.lists.back(), b < 0 ? 1 : 2, group_tiles(layout.rank)));
   }
   compare_groups(g.work);
-  g.register_steps = choose_register_steps(g, layout, x_tiles);
+  if (in_registers) g.register_steps = choose_register_steps(g, layout, x_tiles);
   for (GroupWork& w : g.work) w.in_registers = g.register_steps * w.outputs;
   compare_groups(g.work);
+  const bool any =
+      std::any_of(g.work.begin(), g.work.end(), [](const auto& w) { return w.holds(); });
+  if (!any) g.register_steps = 0;
   g.together = side_by_side(g.work, static_cast<size_t>(layout.thread_blocks), x_tiles);
   // Beside a dense row, groups that share little of x do better half of them at a time than all of
   // them in two turns.
@@ -269,10 +272,11 @@ Grouping rows_for_few_tokens(const std::vector<Row>& rows, const Grouping& all,
   return some;
 }
 
-// Orders the groups' steps, and deals the groups to the thread blocks that do not form t; a section
-// of few tokens (`few`) has no lists for more.
+// Orders the groups' steps, and deals the groups to the thread blocks that do not form t, with a
+// list for each number of token tiles up to `most_tiles`.
 GroupSection append_section(PlanBuilder& builder, const LayoutView& layout, bool transposed,
-                            int32_t x_tiles, Grouping grouping, int32_t ahead_blocks, bool few) {
+                            int32_t x_tiles, Grouping grouping, int32_t ahead_blocks,
+                            int32_t most_tiles) {
   auto& [pairs, lists, work, together, register_steps] = grouping;
   GroupSection section{};
   section.register_steps = register_steps;
@@ -318,7 +322,7 @@ GroupSection append_section(PlanBuilder& builder, const LayoutView& layout, bool
   std::vector<GroupUnit> units;
   for (int list = 0; list < (transposed ? 1 : 2) * kGroupLists; ++list) {
     const ListTokens tokens = kGroupTokenLists[list % kGroupLists];
-    if (few && tokens.tiles > kFewTokenTiles) continue;
+    if (tokens.tiles > most_tiles) continue;
     const auto more = spread_groups(work, together, layout.thread_blocks - ahead_blocks, tokens,
                                     list >= kGroupLists)
                           .units;
@@ -342,17 +346,25 @@ GroupSections append_row_groups(PlanBuilder& builder, const LayoutView& layout, 
   const auto rows = b == 32 ? quad_rows(layout, transposed, quads) : tile_rows(layout, transposed);
   const int32_t quads_offset = builder.append(quads);
   Grouping all = choose_groups(rows, layout, x_tiles);
-  Grouping few = rows_for_few_tokens(rows, all, layout, x_tiles);
   int32_t ahead_blocks = 0;
   if (layout.rank > 0 && layout.rank <= kGroupTile) {
     ahead_blocks = choose_ahead_blocks(all.work, all.together, layout.thread_blocks, x_tiles);
   }
-  const auto append = [&](Grouping& grouping, int32_t ahead, bool of_few) {
-    return append_section(builder, layout, transposed, x_tiles, std::move(grouping), ahead, of_few);
+  Grouping few = rows_for_few_tokens(rows, all, layout, x_tiles);
+  int32_t ahead_of_few = 0, most_tiles = kFewTokenTiles;
+  // Of pairs, weights in registers gain from 4096 tokens on: fewer do not make up for what loading
+  // them first costs (few_h200.json).
+  if (few.pairs.empty() && all.register_steps > 0 && all.register_steps <= kPairRegisterSteps) {
+    few = make_groups(rows, all.pairs, layout, x_tiles, false);
+    ahead_of_few = ahead_blocks;
+    most_tiles = kFewTokenTiles - 1;
+  }
+  const auto append = [&](Grouping& grouping, int32_t ahead, int32_t most) {
+    return append_section(builder, layout, transposed, x_tiles, std::move(grouping), ahead, most);
   };
   GroupSections sections{};
-  sections.many = append(all, ahead_blocks, false);
-  if (!few.pairs.empty()) sections.few = append(few, 0, true);
+  sections.many = append(all, ahead_blocks, kAnyTokens.tiles);
+  if (!few.pairs.empty()) sections.few = append(few, ahead_of_few, most_tiles);
   sections.many.quads_offset = sections.few.quads_offset = quads_offset;
   return sections;
 }

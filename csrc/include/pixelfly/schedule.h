@@ -20,7 +20,7 @@ namespace pixelfly {
 constexpr int32_t kPlanMagic = 0x70666c79;  // "pfly"
 // Goes up with every change of the plan or of the operators' schemas: torch keeps compiled programs
 // on disk, and the header, which has this number, is all that tells those of another build.
-constexpr int32_t kPlanVersion = 16;
+constexpr int32_t kPlanVersion = 17;
 constexpr int kPlanHeaderSize = 117;
 
 // Multiprocessors that plans are made for unless the caller names another number: those of an H100
@@ -100,7 +100,8 @@ struct ListTokens {
 constexpr ListTokens kGroupTokenLists[] = {{16, true}, {32, true}, {64, true}, {128, false}};
 constexpr int kGroupLists = sizeof(kGroupTokenLists) / sizeof(ListTokens);
 
-// Up to so many token tiles (4096 tokens) a section for few tokens serves, where there is one.
+// Up to so many token tiles (4096 tokens) a section for few tokens serves, if it has a list for
+// them.
 constexpr int32_t kFewTokenTiles = kGroupTokenLists[1].tiles;
 
 // A set of row groups covering every output tile exactly once (rows with no blocks included).
@@ -238,7 +239,7 @@ struct PlanHeader {
 
   GroupSection forward;     // output rows = block rows, contraction over block columns
   GroupSection transposed;  // output rows = block columns, contraction over block rows (dx)
-  GroupSection forward_few, transposed_few;  // rows alone for few tokens; no groups: as for many
+  GroupSection forward_few, transposed_few;  // for few tokens; no groups: as for many
   GradSection grad;
 };
 static_assert(sizeof(PlanHeader) == kPlanHeaderSize * sizeof(int32_t), "header layout");
@@ -247,7 +248,10 @@ static_assert(sizeof(PlanHeader) == kPlanHeaderSize * sizeof(int32_t), "header l
 inline const GroupSection& group_section(const PlanHeader& h, bool transposed,
                                          int64_t token_tiles) {
   const GroupSection& few = transposed ? h.transposed_few : h.forward_few;
-  if (token_tiles <= kFewTokenTiles && few.num_groups > 0) return few;
+  const bool listed = token_tiles < kFewTokenTiles
+                          ? few.num_units[0] > 0
+                          : token_tiles == kFewTokenTiles && few.num_units[1] > 0;
+  if (few.num_groups > 0 && listed) return few;
   return transposed ? h.transposed : h.forward;
 }
 
