@@ -245,8 +245,9 @@ struct Consumer : Epilogue<T, kTransposed, kCooperative, kPlain, kColumns> {
         const int first = kColumns ? sample * args.column_tiles : 0;
         const int token = (tile - first) * kGroupTokens;
         epilogue(acc0, unit.rows[0], token, x_tile(ring.before(aux_stages)));
-        if (!kAlone && unit.rows[1] >= 0)
+        if (!kAlone && unit.rows[1] >= 0) {
           epilogue(acc1, unit.rows[1], token, x_tile(ring.before(1)));
+        }
         // The next token tile may use the staging tiles in another order: leave none being read.
         if ((aux_stages > 0 || kCooperative) && leader()) {  // for its four warps
           device::tma_store_wait_read<0>();

@@ -17,7 +17,7 @@ namespace {
 struct Tile {
   bool cooperative;
   bool plain;
-  bool alone;  // all rows
+  bool alone;  // rows, all of them
 };
 
 // Where tokens are columns, those of an item of the batch begin with a tile of their own.

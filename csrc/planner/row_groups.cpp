@@ -227,8 +227,9 @@ Pairs all_alone(const std::vector<Row>& rows) {
 Grouping rows_in_registers(const std::vector<Row>& rows, const Grouping& all,
                            const LayoutView& layout, int32_t x_tiles) {
   constexpr double kMostForStreamed = 0.85, kMostForOthers = 1.25;  // times the loads of the pairs
+  if (any_dense(all.work) || rows.size() > static_cast<size_t>(layout.thread_blocks)) return {};
   Grouping some = make_groups(rows, all_alone(rows), layout, x_tiles);
-  if (some.register_steps == 0 || any_dense(all.work)) return {};
+  if (some.register_steps == 0) return {};
   const bool streamed =
       std::none_of(all.work.begin(), all.work.end(), [](const GroupWork& g) { return g.resident; });
   const int32_t most_in_shared = streamed ? kGroupRoom - 2 * kEnoughStages : 0;
@@ -267,7 +268,7 @@ Grouping rows_for_few_tokens(const std::vector<Row>& rows, const Grouping& all,
   const bool stay = std::all_of(all.work.begin(), all.work.end(),
                                 [](const GroupWork& g) { return g.resident && !g.dense; });
   if (!stay || all.pairs.size() == rows.size()) return {};
-  Grouping some = make_groups(rows, all_alone(rows), layout, x_tiles);
+  Grouping some = make_groups(rows, all_alone(rows), layout, x_tiles, false);
   if (loads_of(some) > kMostLoads * loads_of(all) || spread(some, layout).turns > 1) return {};
   return some;
 }
