@@ -338,8 +338,8 @@ Spread spread_groups(const std::vector<GroupWork>& groups, size_t together, int 
 int32_t choose_ahead_blocks(const std::vector<GroupWork>& groups, size_t together,
                             int thread_blocks, int32_t x_tiles) {
   // In products, as tile_times(): reading a tile column of x from memory at 2.8 TB/s, starting a
-  // kernel, what a thread block that forms t takes for an x tile (63 GB/s), and until the product
-  // sees the first of t.
+  // kernel, what a thread block that forms t takes for an x tile (fitted: 63 GB/s), and until the
+  // product sees the first of t.
   constexpr double kRead = 3.75, kLaunch = 10, kTile = 1.3, kStart = 8;
   constexpr int32_t kFactorAndX = 3;  // 8 KB each, loaded for an x tile
   const int32_t most = thread_blocks / 3;

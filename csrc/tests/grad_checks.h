@@ -95,10 +95,6 @@ inline void check_grad(const LayoutView& layout, const Plan& plan) {
 // list for few tokens is no choice for many.
 inline void check_grad_choice() {
   g_case = "chunks for few tokens";
-  const auto wide = [](int32_t i, int32_t j) {
-    const auto d = static_cast<uint32_t>(i / 4 ^ j);
-    return (d & (d - 1)) == 0;
-  };
   const Plan plan(make(64, 16, 64, 0, 0, wide));
   const GradSection& s = plan.header.grad;
   expect(s.few.num_chunks > 2 * s.many.num_chunks, "smaller chunks");
@@ -131,7 +127,6 @@ inline void check_grad_choice() {
 // multiprocessors: they lie in those that load their other tile anyway.
 inline void check_grad_border() {
   g_case = "chunks with the border";
-  const auto global = [](int32_t i, int32_t j) { return i == 0 || j == 0 || butterfly(i, j); };
   for (const LayoutView& layout :
        {make(128, 128, 64, 64, 0, butterfly), make(128, 128, 64, 0, 0, global)}) {
     const Plan plan(layout);

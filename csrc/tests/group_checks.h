@@ -67,7 +67,6 @@ inline void check_whole_tiles() {
     }
     return lanes;
   };
-  const auto global = [](int32_t i, int32_t j) { return i == 0 || j == 0 || butterfly(i, j); };
   const Plan plan(make(16, 16, 64, 0, 0, global));
   const auto any = lanes_of(plan, 33), own = lanes_of(plan, 32);
   const int32_t most_any = *std::max_element(any.begin(), any.end());
@@ -84,7 +83,6 @@ inline int32_t turns_of(const GroupSection& s, int64_t token_tiles, int32_t thre
 // Rows that share few tiles of x have thread blocks of their own where weights of two leave little
 // room for x, if thread blocks are as busy.
 inline void check_pairs() {
-  const auto global = [](int32_t i, int32_t j) { return i == 0 || j == 0 || butterfly(i, j); };
   const auto groups = [](const char* name, int32_t rows, int32_t rank, auto keep) {
     g_case = name;
     return Plan(make(rows, rows, 64, rank, 0, keep)).header.forward;
@@ -120,9 +118,7 @@ inline void check_registers() {
   };
   const auto bands = [](int32_t i, int32_t j) { return (j + 9 * i) % 36 < 13; };
   const auto wide_bands = [](int32_t i, int32_t j) { return (j + 18 * i) % 72 < 23; };
-  const auto global = [](int32_t i, int32_t j) { return i == 0 || j == 0 || butterfly(i, j); };
   const auto narrow = [](int32_t i, int32_t j) { return butterfly(i, j / 4); };
-  const auto wide = [](int32_t i, int32_t j) { return butterfly(i / 4, j); };
   const auto left = [](int32_t, int32_t j) { return j < 20; };
   const auto ring = [](int32_t i, int32_t j) {
     return j == i || j == (i + 7) % 32 || j == (i + 13) % 32;
@@ -160,7 +156,6 @@ inline void check_few_tokens() {
     expect(s.register_steps > 0 || s.num_groups < rows || s.ahead_blocks == 0, "t before");
     return s.num_groups;
   };
-  const auto wide = [](int32_t i, int32_t j) { return butterfly(i / 4, j); };
   const auto half = [](int32_t, int32_t j) { return j < 20; };
   expect(groups("few", 16, 16, 72, butterfly, 32) == 16, "rows alone");
   for (const int32_t rank : {0, 64}) {
@@ -180,8 +175,6 @@ inline void check_few_tokens() {
 // tokens enough to pay for them; t is not beside a product in turns. Beside a dense row half of the
 // groups run at a time, if that takes two turns too.
 inline void check_turns() {
-  const auto wide = [](int32_t i, int32_t j) { return butterfly(i / 4, j); };
-  const auto global = [](int32_t i, int32_t j) { return i == 0 || j == 0 || butterfly(i, j); };
   const auto forward = [](int32_t rows, int32_t cols, int32_t rank, auto keep) {
     return Plan(make(rows, cols, 64, rank, 0, keep)).header.forward;
   };

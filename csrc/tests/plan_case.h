@@ -52,5 +52,8 @@ inline bool butterfly(int32_t i, int32_t j) {
   const int32_t d = i ^ j;
   return (d & (d - 1)) == 0;
 }
+// A layer four times as wide as its input, and a butterfly with a dense row and column.
+inline bool wide(int32_t i, int32_t j) { return butterfly(i / 4, j); }
+inline bool global(int32_t i, int32_t j) { return i == 0 || j == 0 || butterfly(i, j); }
 
 }  // namespace pixelfly
