@@ -162,11 +162,6 @@ __global__ void __launch_bounds__(kAheadThreads, 1)
   __shared__ AheadShared shared;
   const ahead::Layout layout(device::smem_address(device::dynamic_shared()), args,
                              device::smem_address(&shared));
-  for (int tile = blockIdx.x + gridDim.x * threadIdx.x; tile < args.token_tiles;
-       tile += gridDim.x * blockDim.x) {
-    args.ready[tile] = 0;
-  }
-  __threadfence();
   if (threadIdx.x == 0) {
     for (int s = 0; s < args.stages; ++s) {
       device::mbarrier_init(layout.full(s), 1);
@@ -176,6 +171,12 @@ __global__ void __launch_bounds__(kAheadThreads, 1)
     device::mbarrier_init(layout.staging_free(), 1);
     device::mbarrier_init_fence();
   }
+  device::wait_for_previous_kernel();
+  for (int tile = blockIdx.x + gridDim.x * threadIdx.x; tile < args.token_tiles;
+       tile += gridDim.x * blockDim.x) {
+    args.ready[tile] = 0;
+  }
+  __threadfence();
   __syncthreads();
   device::allow_dependent_launch();
 

@@ -60,7 +60,7 @@ Status launch_ahead(const LowRankMaps& maps, const LowRankParams& p, const Ahead
   const auto kernel = p.x_others.given() ? low_rank_ahead_sm90<T, true, true>
                       : p.transposed     ? low_rank_ahead_sm90<T, true, false>
                                          : low_rank_ahead_sm90<T, false, false>;
-  return launch_kernel(kernel, grid, kAheadThreads, shared_bytes, stream, maps, args);
+  return launch_dependent_kernel(kernel, grid, kAheadThreads, shared_bytes, stream, maps, args);
 }
 
 // Maps of x and t with boxes of so many tokens.

@@ -36,6 +36,7 @@ struct Case {
   int warpgroups = 0;      // of product_split_sm90's tile, with that cluster; 0: who calls chooses
   bool long_only = false;  // of that tile
   bool few = false;        // by the plan's rows alone for few tokens, not by its groups for many
+  int ahead = 0;           // thread blocks that form t and s beside the product; 0: the plan's
 
   int n() const { return rows * block - row_tail; }
   int k() const { return cols * block - col_tail; }
@@ -136,6 +137,7 @@ inline PlanHeader header_of(const Case& c, const std::vector<int32_t>& plan) {
   const bool any = header.forward_few.num_groups > 0 || header.transposed_few.num_groups > 0;
   if (c.few && !any) throw std::runtime_error(c.name + ": the plan has no rows alone");
   if (!c.few) header.forward_few.num_groups = header.transposed_few.num_groups = 0;
+  if (c.ahead > 0) header.forward.ahead_blocks = header.transposed.ahead_blocks = c.ahead;
   return header;
 }
 

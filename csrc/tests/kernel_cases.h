@@ -82,6 +82,20 @@ inline std::vector<Case> cases() {
     all.push_back(c);
     all.back().cluster = cluster;
   }
+  // t beside the product, from as many tiles of x as there may be, from more than registers hold,
+  // and from fewer; by two thread blocks, or by one, as in proportion to three multiprocessors.
+  const Case ahead[] = {
+      {"t beside b64", 3, 20, 64, 8, 40, one_dense, 650, 64, kNone, false, false, 90, 132},
+      {"t beside, residual and slopes b64", 4, 16, 64, 8, 40, butterfly, 390, 64, kGelu, true, true,
+       90, 132},
+      {"t beside rank 24 b32", 9, 5, 32, 8, 24, butterfly, 300, 24, kSilu, false, true, 90, 132},
+      {"s beside b64", 18, 4, 64, 8, 8, lines, 520, 8, kRelu, false, true, 90, 132},
+      {"s beside by one b64", 11, 1, 64, 8, 0, lines, 300, 64, kRelu, false, true, 90, 3},
+  };
+  for (const Case& c : ahead) {
+    all.push_back(c);
+    all.back().ahead = 2;
+  }
   const Case few[] = {
       {"few b64", 8, 8, 64, 8, 24, butterfly, 390, 0, kGelu, true, true},
       {"few b64 rank 8", 16, 15, 64, 56, 0, butterfly, 257, 8, kRelu, false, true},
