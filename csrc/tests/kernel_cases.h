@@ -82,8 +82,8 @@ inline std::vector<Case> cases() {
     all.push_back(c);
     all.back().cluster = cluster;
   }
-  // t beside the product, from as many tiles of x as there may be, from more than registers hold,
-  // and from fewer; by two thread blocks, or by one, as in proportion to three multiprocessors.
+  // t and s beside the product, from so few tiles of x that the factor stays in shared memory, and
+  // from more; by two thread blocks, or by one, in proportion to three multiprocessors.
   const Case ahead[] = {
       {"t beside b64", 3, 20, 64, 8, 40, one_dense, 650, 64, kNone, false, false, 90, 132},
       {"t beside, residual and slopes b64", 4, 16, 64, 8, 40, butterfly, 390, 64, kGelu, true, true,
