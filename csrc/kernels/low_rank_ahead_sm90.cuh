@@ -3,7 +3,8 @@
 // A few thread blocks form t tile by tile while product_sm90 runs on the other multiprocessors: x
 // comes from memory once for both, where low_rank_sm90 before the product reads all of it alone. A
 // flag for each token tile says that t is there. The product is a dependent launch: it starts when
-// every thread block of this kernel runs (and has lowered its flags), so that its waits end.
+// every thread block of this kernel runs (and has lowered its flags), so that its waits end. This
+// kernel is one too: only its barriers are ready before the kernel before it has ended.
 //
 // A thread block takes token tiles of 128 in turn. The factor tile is wgmma's A (M = 64 ranks),
 // tokens are N; the accumulators hold tᵀ and leave through stmatrix.trans and a TMA store.
