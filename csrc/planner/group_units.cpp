@@ -39,10 +39,15 @@ double time_of_loads(const GroupWork& g, double load) {
   return std::max(load * g.loads(), kLatency * g.x_tiles / stages);
 }
 
-std::vector<double> tile_times(const std::vector<GroupWork>& groups, bool saves_slopes) {
+double tile_time(const GroupWork& g, double load, bool saves_slopes) {
   // Of an output tile. Two warpgroups take turns: an epilogue runs beside the other's products.
   const double epilogue = saves_slopes ? 12 : 5.5;
   constexpr double kTurn = 1.5;
+  const double work = std::max<double>(g.weights, time_of_loads(g, load)) + kTurn;
+  return std::max(work, (g.weights + epilogue * g.outputs) / 2);
+}
+
+std::vector<double> tile_times(const std::vector<GroupWork>& groups, bool saves_slopes) {
   const double load = bound_by_loads(groups) ? kLoadAtLimit : kLoad;
   // Where the others' weights leave more of shared memory to x, a dense row waits longer for its
   // own (product_sm90_plans_h200.json, "registers_dense").
@@ -51,8 +56,7 @@ std::vector<double> tile_times(const std::vector<GroupWork>& groups, bool saves_
                                      [](const GroupWork& g) { return !g.dense && g.holds(); });
   std::vector<double> times;
   for (const GroupWork& g : groups) {
-    const double work = std::max<double>(g.weights, time_of_loads(g, load)) + kTurn;
-    const double time = std::max(work, (g.weights + epilogue * g.outputs) / 2);
+    const double time = tile_time(g, load, saves_slopes);
     times.push_back(g.dense && registers ? kBesideRegisters * time : time);
   }
   return times;
@@ -118,10 +122,11 @@ double mean_of(const ThreadBlocks& blocks) {
   return sum / static_cast<double>(blocks.size());
 }
 
-// Deals the lanes to the thread blocks, the longest first to the one that is free first.
+// Deals the lanes to the thread blocks, the longest first to the one that is free first; if `once`,
+// among those that have none of them.
 void deal_lanes(ThreadBlocks& blocks, const std::vector<GroupWork>& groups,
                 const std::vector<double>& times, ListTokens tokens, const Index& lanes,
-                int32_t first_group) {
+                int32_t first_group, bool once = false) {
   std::vector<std::pair<double, int32_t>> all;  // (time, group)
   for (size_t g = 0; g < groups.size(); ++g) {
     all.insert(
@@ -138,7 +143,7 @@ void deal_lanes(ThreadBlocks& blocks, const std::vector<GroupWork>& groups,
     queue.pop();
     blocks[i].busy += time;
     blocks[i].groups.push_back(group);
-    queue.emplace(blocks[i].busy, i);
+    if (!once) queue.emplace(blocks[i].busy, i);
   }
 }
 
@@ -147,14 +152,16 @@ struct Balanced {
   double turning;  // what turns after the first cost
 };
 
+// 7 us: until a thread block has the weights of the next group.
+constexpr double kOfTurn = 35;
+
 // Spreads the groups' token tiles over the thread blocks so that these finish together: one lane
 // for each, or a few shorter ones. Thread blocks that serve several groups in turn drift apart, and
 // then no longer load the same x at the same moment: only a much better balance is worth that.
 Balanced balance(const ThreadBlocks& before, const std::vector<GroupWork>& groups,
                  ListTokens tokens, int32_t first_group, bool saves_slopes) {
   // A turn costs part of a thread block's share of the work, as x is read again; where weights stay
-  // and groups share what they read of x, 7 us whatever the share.
-  constexpr double kOfTurn = 35;
+  // and groups share what they read of x, the same whatever the share.
   const bool any_stays =
       std::any_of(groups.begin(), groups.end(), [](const GroupWork& g) { return g.resident; });
   const std::vector<double> times = tile_times(groups, saves_slopes);
@@ -191,6 +198,41 @@ Balanced spread(const std::vector<GroupWork>& groups, size_t together, int threa
     all = {std::move(part.blocks), all.turning + part.turning};
   }
   return all;
+}
+
+// The first groups in one turn, each lane by a thread block of its own; the last `rest` of them
+// after it, by all thread blocks that do not serve a dense row. Empty if there are too few.
+ThreadBlocks spread_rest(const std::vector<GroupWork>& groups, size_t rest, int thread_blocks,
+                         ListTokens tokens, bool saves_slopes) {
+  // Of the second turn's tiles of x: thread blocks that load the same ones no longer do so at the
+  // same moment (product_sm90_rest_h200.json, "traces").
+  constexpr double kDrifted = 1.15;
+  const auto first = static_cast<std::ptrdiff_t>(groups.size() - rest);
+  const std::vector<GroupWork> most(groups.begin(), groups.begin() + first);
+  if (most.size() > static_cast<size_t>(thread_blocks)) return {};
+  std::vector<double> times = tile_times(groups, saves_slopes);
+  for (size_t g = 0; g < groups.size(); ++g) {
+    // As traced: what their thread blocks load comes at the rate of one alone.
+    if (groups[g].dense) times[g] = tile_time(groups[g], kLoad, saves_slopes);
+  }
+  std::vector<double> times_of_rest(times.begin() + first, times.end());
+  times.resize(most.size());
+  for (double& time : times_of_rest) time *= kDrifted;
+
+  ThreadBlocks blocks(static_cast<size_t>(thread_blocks));
+  deal_lanes(blocks, most, times, tokens, cut_lanes(times, tokens, thread_blocks), 0);
+  const auto others =
+      std::stable_partition(blocks.begin(), blocks.end(), [&](const ThreadBlock& b) {
+        return !b.groups.empty() && groups[static_cast<size_t>(b.groups[0])].dense;
+      });
+  ThreadBlocks later(others, blocks.end());
+  if (later.size() < rest) return {};
+  for (ThreadBlock& b : later) b.busy += kOfTurn;
+  const Index lanes = cut_lanes(times_of_rest, tokens, static_cast<int32_t>(later.size()));
+  deal_lanes(later, {groups.begin() + first, groups.end()}, times_of_rest, tokens, lanes,
+             static_cast<int32_t>(most.size()), true);
+  std::move(later.begin(), later.end(), others);
+  return blocks;
 }
 
 // How long the slowest thread block is busy with so many token tiles, whatever they were dealt for.
@@ -316,27 +358,36 @@ bool share_x(const std::vector<GroupWork>& groups) {
   return weights > kMost * x_tiles;
 }
 
-Spread spread_groups(const std::vector<GroupWork>& groups, size_t together, int thread_blocks,
+Spread spread_groups(const std::vector<GroupWork>& groups, Order order, int thread_blocks,
                      ListTokens tokens, bool saves_slopes) {
-  constexpr double kWorthIt = .95;
-  Balanced best = spread(groups, together, thread_blocks, kAnyTokens, saves_slopes);
-  const double busy = longest(best.blocks) + best.turning;
+  constexpr double kWorthIt = .95, kRestIsWorthIt = .97;
+  Balanced best = spread(groups, order.together, thread_blocks, kAnyTokens, saves_slopes);
+  double busy = longest(best.blocks) + best.turning;
   const double mean = mean_of(best.blocks);
+  auto time = [&](const Balanced& b) {
+    return longest_with(b.blocks, groups, tokens, saves_slopes) + b.turning;
+  };
   if (tokens.whole) {
-    Balanced own = spread(groups, together, thread_blocks, tokens, saves_slopes);
-    auto time = [&](const Balanced& b) {
-      return longest_with(b.blocks, groups, tokens, saves_slopes) + b.turning;
-    };
+    Balanced own = spread(groups, order.together, thread_blocks, tokens, saves_slopes);
     if (turns_of(own.blocks) <= turns_of(best.blocks) + 1 && time(own) < kWorthIt * time(best)) {
       best = std::move(own);
+    }
+  }
+  if (order.rest > 0) {
+    ThreadBlocks in_turns = spread_rest(groups, order.rest, thread_blocks, tokens, saves_slopes);
+    // Whether a section has such an order is decided by the list for any number of tokens.
+    const double most = (tokens.whole ? kRestIsWorthIt : kWorthIt) * time(best);
+    if (!in_turns.empty() && longest(in_turns) < most) {
+      best.blocks = std::move(in_turns);
+      busy = longest(best.blocks);
     }
   }
   return {make_units(in_token_order(best.blocks, groups.size()), groups), turns_of(best.blocks),
           busy, mean};
 }
 
-int32_t choose_ahead_blocks(const std::vector<GroupWork>& groups, size_t together,
-                            int thread_blocks, int32_t x_tiles) {
+int32_t choose_ahead_blocks(const std::vector<GroupWork>& groups, Order order, int thread_blocks,
+                            int32_t x_tiles) {
   // In products, as tile_times(): reading a tile column of x from memory at 2.8 TB/s, starting a
   // kernel, what a thread block that forms t takes for an x tile (fitted: 63 GB/s), and until the
   // product sees the first of t.
@@ -351,12 +402,12 @@ int32_t choose_ahead_blocks(const std::vector<GroupWork>& groups, size_t togethe
   // Where L2 is the limit, what t loads delays the product.
   const double slower = bound_by_loads(groups) ? 1 + kFactorAndX * x_tiles / bytes : 1;
   const double tile = kTile * x_tiles;
-  const double before = spread_groups(groups, together, thread_blocks, kAnyTokens).longest +
-                        kRead * x_tiles + kLaunch;
+  const double before =
+      spread_groups(groups, order, thread_blocks, kAnyTokens).longest + kRead * x_tiles + kLaunch;
   int32_t best = 0;
   double least = kWorthIt * before;
   for (int32_t ahead = kEven; ahead <= most; ahead += kEven) {
-    const Spread others = spread_groups(groups, together, thread_blocks - ahead, kAnyTokens);
+    const Spread others = spread_groups(groups, order, thread_blocks - ahead, kAnyTokens);
     // Beside a product in turns t took a quarter longer (product_sm90_plans_h200.json, "rules",
     // v1).
     if (others.turns > 1) continue;

@@ -86,10 +86,16 @@ void compare_groups(std::vector<GroupWork>& groups);
 // Whether most tiles of x serve both rows of a group.
 bool share_x(const std::vector<GroupWork>& groups);
 
-// The groups spread over thread blocks, `together` consecutive ones at a time; in how many turns;
-// how long the slowest of these is busy, with what turns cost, and how long they are busy in the
-// mean, in products with the last list's tokens. Lanes cut for whole token tiles must be clearly
-// better than those for any number.
+// Which groups run side by side: `together` consecutive ones at a time; or, if that is clearly
+// quicker, all but the last `rest` of them in one turn, and these by all thread blocks after it.
+struct Order {
+  size_t together;
+  size_t rest;
+};
+
+// The groups spread over thread blocks; in how many turns; how long the slowest of these is busy,
+// with what turns cost, and how long they are busy in the mean, in products with the last list's
+// tokens. Lanes cut for whole token tiles must be clearly better than those for any number.
 struct Spread {
   std::vector<GroupUnit> units;
   size_t turns;
@@ -97,13 +103,13 @@ struct Spread {
   double mean;
 };
 constexpr ListTokens kAnyTokens = kGroupTokenLists[kGroupLists - 1];
-Spread spread_groups(const std::vector<GroupWork>& groups, size_t together, int thread_blocks,
+Spread spread_groups(const std::vector<GroupWork>& groups, Order order, int thread_blocks,
                      ListTokens tokens, bool saves_slopes = false);
 
 // How many of the thread blocks had better form t = x · vᵀ, of x_tiles tiles, beside the product
 // than have it formed before; 0: none.
-int32_t choose_ahead_blocks(const std::vector<GroupWork>& groups, size_t together,
-                            int thread_blocks, int32_t x_tiles);
+int32_t choose_ahead_blocks(const std::vector<GroupWork>& groups, Order order, int thread_blocks,
+                            int32_t x_tiles);
 
 // Work list of the weight-gradient kernel.
 GradSection append_grad_chunks(PlanBuilder& builder, const LayoutView& layout);

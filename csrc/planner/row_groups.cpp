@@ -151,12 +151,12 @@ struct Grouping {
   Pairs pairs;
   std::vector<std::vector<GroupStep>> lists;  // without low rank
   std::vector<GroupWork> work;
-  size_t together;  // consecutive groups side by side
+  Order order;
   int32_t register_steps;
 };
 
 Spread spread(const Grouping& g, const LayoutView& layout) {
-  return spread_groups(g.work, g.together, layout.thread_blocks, kAnyTokens);
+  return spread_groups(g.work, g.order, layout.thread_blocks, kAnyTokens);
 }
 
 // Steps whose weights stay in registers. Of pairs, whose last ones then serve both rows: with low
@@ -187,7 +187,7 @@ int32_t choose_register_steps(const Grouping& g, const LayoutView& layout, int32
 
 Grouping make_groups(const std::vector<Row>& rows, const Pairs& pairs, const LayoutView& layout,
                      int32_t x_tiles, bool in_registers = true) {
-  Grouping g{pairs, {}, {}, 0, 0};
+  Grouping g{pairs, {}, {}, {}, 0};
   for (const auto& [a, b] : pairs) {
     g.lists.push_back(
         merge(&rows[static_cast<size_t>(a)], b < 0 ? nullptr : &rows[static_cast<size_t>(b)]));
@@ -200,13 +200,27 @@ Grouping make_groups(const std::vector<Row>& rows, const Pairs& pairs, const Lay
   const bool any =
       std::any_of(g.work.begin(), g.work.end(), [](const auto& w) { return w.holds(); });
   if (!any) g.register_steps = 0;
-  g.together = side_by_side(g.work, static_cast<size_t>(layout.thread_blocks), x_tiles);
+  g.order.together = side_by_side(g.work, static_cast<size_t>(layout.thread_blocks), x_tiles);
   // Beside a dense row, groups that share little of x do better half of them at a time than all of
-  // them in two turns.
-  if (!any_dense(g.work) || share_x(g.work) || spread(g, layout).turns != 2) return g;
-  Grouping halves = g;
-  halves.together = (g.work.size() + 1) / 2;
-  return halves.together < g.together && spread(halves, layout).turns == 2 ? halves : g;
+  // them in two turns; or most of them in one, where that leaves no thread block idle.
+  if (!any_dense(g.work) || share_x(g.work)) return g;
+  const size_t count = g.work.size();
+  if (spread(g, layout).turns == 2) {
+    Grouping halves = g;
+    halves.order.together = (count + 1) / 2;
+    if (halves.order.together < g.order.together && spread(halves, layout).turns == 2) g = halves;
+  }
+  double least = spread(g, layout).longest;
+  Order best = g.order;
+  for (g.order.rest = 1; 4 * g.order.rest <= count; ++g.order.rest) {
+    const double time = spread(g, layout).longest;
+    if (time < least) {
+      least = time;
+      best = g.order;
+    }
+  }
+  g.order = best;
+  return g;
 }
 
 double loads_of(const Grouping& g) {
@@ -278,14 +292,15 @@ Grouping rows_for_few_tokens(const std::vector<Row>& rows, const Grouping& all,
 GroupSection append_section(PlanBuilder& builder, const LayoutView& layout, bool transposed,
                             int32_t x_tiles, Grouping grouping, int32_t ahead_blocks,
                             int32_t most_tiles) {
-  auto& [pairs, lists, work, together, register_steps] = grouping;
+  auto& [pairs, lists, work, order, register_steps] = grouping;
   GroupSection section{};
   section.register_steps = register_steps;
   section.ahead_blocks = ahead_blocks;
   // Of rows alone L2 serves the ascending order as well.
-  for (size_t begin = 0; begin < lists.size() && x_tiles > kFewTiles; begin += together) {
+  const size_t part_size = order.rest > 0 ? lists.size() - order.rest : order.together;
+  for (size_t begin = 0; begin < lists.size() && x_tiles > kFewTiles; begin += part_size) {
     std::vector<std::vector<GroupStep>*> part;
-    for (size_t g = begin; g < std::min(lists.size(), begin + together); ++g) {
+    for (size_t g = begin; g < std::min(lists.size(), begin + part_size); ++g) {
       if (pairs[g].second >= 0) part.push_back(&lists[g]);
     }
     order_in_phase(std::move(part), x_tiles);
@@ -324,9 +339,9 @@ GroupSection append_section(PlanBuilder& builder, const LayoutView& layout, bool
   for (int list = 0; list < (transposed ? 1 : 2) * kGroupLists; ++list) {
     const ListTokens tokens = kGroupTokenLists[list % kGroupLists];
     if (tokens.tiles > most_tiles) continue;
-    const auto more = spread_groups(work, together, layout.thread_blocks - ahead_blocks, tokens,
-                                    list >= kGroupLists)
-                          .units;
+    const auto more =
+        spread_groups(work, order, layout.thread_blocks - ahead_blocks, tokens, list >= kGroupLists)
+            .units;
     section.num_units[list] = static_cast<int32_t>(more.size());
     units.insert(units.end(), more.begin(), more.end());
   }
@@ -349,7 +364,7 @@ GroupSections append_row_groups(PlanBuilder& builder, const LayoutView& layout, 
   Grouping all = choose_groups(rows, layout, x_tiles);
   int32_t ahead_blocks = 0;
   if (layout.rank > 0 && layout.rank <= kGroupTile) {
-    ahead_blocks = choose_ahead_blocks(all.work, all.together, layout.thread_blocks, x_tiles);
+    ahead_blocks = choose_ahead_blocks(all.work, all.order, layout.thread_blocks, x_tiles);
   }
   Grouping few = rows_for_few_tokens(rows, all, layout, x_tiles);
   int32_t ahead_of_few = 0, most_tiles = kFewTokenTiles;

@@ -172,8 +172,7 @@ inline void check_few_tokens() {
 }
 
 // Where a layer widens, rows with the same tiles stay together, and may take turns if there are
-// tokens enough to pay for them; t is not beside a product in turns. Beside a dense row half of the
-// groups run at a time, if that takes two turns too.
+// tokens enough to pay for them; t is not beside a product in turns.
 inline void check_turns() {
   const auto forward = [](int32_t rows, int32_t cols, int32_t rank, auto keep) {
     return Plan(make(rows, cols, 64, rank, 0, keep)).header.forward;
@@ -187,16 +186,36 @@ inline void check_turns() {
   expect(uneven.ahead_blocks == 0, "t before a product in turns");
   const auto third = [](int32_t i, int32_t j) { return butterfly(i / 3, j); };
   expect(forward(48, 16, 64, third).ahead_blocks > 0, "t beside the product of one turn");
+}
+
+// Beside a dense row most groups run in one turn, and a few that are left over after it, on the
+// thread blocks that do not serve that row; where this does not fill the machine half of them run
+// at a time, if that takes two turns too.
+inline void check_rest() {
   g_case = "dense row";
-  expect(turns_of(forward(64, 64, 0, global), 128, 132) == 1, "no turns for 32 pairs");
-  const Plan plan(make(128, 128, 64, 0, 0, global));
-  const GroupSection& halves = plan.header.forward;
-  const GroupUnit* units = plan.at<GroupUnit>(unit_list(halves, 128, false).offset);
-  int later = 0;  // units of the first turn that are of the second half
-  for (int i = 0; i < 132; ++i) later += units[i].group >= halves.num_groups / 2;
-  expect(turns_of(halves, 128, 132) == 2 && later < 10, "half of the groups at a time");
+  for (const int32_t rows : {64, 80, 128}) {
+    const Plan plan(make(rows, rows, 64, 0, 0, global));
+    const GroupSection& s = plan.header.forward;
+    expect(turns_of(s, 128, 132) == 2, "two turns");
+    const GroupUnit* units = plan.at<GroupUnit>(unit_list(s, 128, false).offset);
+    std::set<int32_t> first, second;
+    int idle = 0;
+    for (int i = 0; i < 132; ++i) {
+      const GroupUnit &now = units[i], &later = units[132 + i];
+      idle += now.begin == now.end;
+      first.insert(now.group);
+      if (later.begin == later.end) continue;
+      second.insert(later.group);
+      expect(now.weights != kGroupStreams, "not on the dense row's");
+    }
+    const auto rest = static_cast<int32_t>(second.size());
+    expect(idle < 4 && rest > 0 && 4 * rest <= s.num_groups, "a few groups are left over");
+    expect(*second.begin() == s.num_groups - rest && *first.rbegin() < *second.begin(), "the last");
+    expect(rows == 128 || turns_of(s, 16, 132) == 1, "one turn of few tokens");
+  }
+  expect(turns_of(Plan(make(96, 96, 64, 0, 0, global)).header.forward, 128, 132) == 1, "one turn");
   for (const int32_t rows : {140, 188, 192, 200}) {
-    const GroupSection s = forward(rows, rows, 0, global);
+    const GroupSection s = Plan(make(rows, rows, 64, 0, 0, global)).header.forward;
     for (const int32_t token_tiles : {8, 32, 64, 128}) {
       expect(turns_of(s, token_tiles, 132) <= 3, "one turn more than halves at most");
     }

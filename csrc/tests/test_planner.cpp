@@ -298,11 +298,12 @@ int main() {
   check("128 x 128 butterfly", make(128, 128, 64, 64, 0, butterfly));
   check("256 x 256 butterfly", make(256, 256, 32, 64, 0, butterfly));
   check("64 x 40 dense", make(64, 40, 64, 0, 0, [](int32_t, int32_t) { return true; }));
-  for (const int32_t thread_blocks : {1, 7, 78, 114, 124, 148}) {
-    LayoutView layout = make(24, 24, 64, 64, 0, butterfly);
-    layout.thread_blocks = thread_blocks;
-    check("for " + std::to_string(thread_blocks) + " thread blocks", layout);
-    ++cases;
+  for (const int32_t thread_blocks : {1, 7, 78, 114, 124, 132, 148}) {
+    for (LayoutView layout : {make(24, 24, 64, 64, 0, butterfly), make(64, 64, 64, 0, 0, global)}) {
+      layout.thread_blocks = thread_blocks;
+      check("for " + std::to_string(thread_blocks) + " thread blocks", layout);
+      ++cases;
+    }
   }
   check_dense_row();
   check_whole_tiles();
@@ -310,6 +311,7 @@ int main() {
   check_registers();
   check_few_tokens();
   check_turns();
+  check_rest();
   check_order();
   check_grad_choice();
   check_grad_border();
