@@ -185,6 +185,30 @@ int32_t choose_register_steps(const Grouping& g, const LayoutView& layout, int32
   return steps;
 }
 
+// All groups side by side, as far as L2 keeps what they stream. Beside a dense row, groups that
+// share little of x do better half of them at a time than all of them in two turns; or, where that
+// leaves fewer thread blocks idle, most of them in one turn and the rest after it.
+Order choose_order(Grouping g, const LayoutView& layout, int32_t x_tiles) {
+  const size_t count = g.work.size();
+  g.order = {side_by_side(g.work, static_cast<size_t>(layout.thread_blocks), x_tiles), 0};
+  if (!any_dense(g.work) || share_x(g.work)) return g.order;
+  if (spread(g, layout).turns == 2) {
+    const Order all = g.order;
+    g.order.together = (count + 1) / 2;
+    if (g.order.together >= all.together || spread(g, layout).turns != 2) g.order = all;
+  }
+  double least = spread(g, layout).longest;
+  Order best = g.order;
+  for (g.order.rest = 1; 4 * g.order.rest <= count; ++g.order.rest) {
+    const double time = spread(g, layout).longest;
+    if (time < least) {
+      least = time;
+      best = g.order;
+    }
+  }
+  return best;
+}
+
 Grouping make_groups(const std::vector<Row>& rows, const Pairs& pairs, const LayoutView& layout,
                      int32_t x_tiles, bool in_registers = true) {
   Grouping g{pairs, {}, {}, {}, 0};
@@ -200,26 +224,7 @@ Grouping make_groups(const std::vector<Row>& rows, const Pairs& pairs, const Lay
   const bool any =
       std::any_of(g.work.begin(), g.work.end(), [](const auto& w) { return w.holds(); });
   if (!any) g.register_steps = 0;
-  g.order.together = side_by_side(g.work, static_cast<size_t>(layout.thread_blocks), x_tiles);
-  // Beside a dense row, groups that share little of x do better half of them at a time than all of
-  // them in two turns; or most of them in one, where that leaves no thread block idle.
-  if (!any_dense(g.work) || share_x(g.work)) return g;
-  const size_t count = g.work.size();
-  if (spread(g, layout).turns == 2) {
-    Grouping halves = g;
-    halves.order.together = (count + 1) / 2;
-    if (halves.order.together < g.order.together && spread(halves, layout).turns == 2) g = halves;
-  }
-  double least = spread(g, layout).longest;
-  Order best = g.order;
-  for (g.order.rest = 1; 4 * g.order.rest <= count; ++g.order.rest) {
-    const double time = spread(g, layout).longest;
-    if (time < least) {
-      least = time;
-      best = g.order;
-    }
-  }
-  g.order = best;
+  g.order = choose_order(g, layout, x_tiles);
   return g;
 }
 
