@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "launch/early_start.h"
 #include "tests/plan_case.h"
 
 namespace pixelfly {
@@ -220,6 +221,24 @@ inline void check_rest() {
       expect(turns_of(s, token_tiles, 132) <= 3, "one turn more than halves at most");
     }
   }
+}
+
+// With many tokens a product of blocks alone lets the next kernel be placed early if its groups are
+// many and share little of x.
+inline void check_early_start() {
+  const auto early = [](const char* name, int32_t rows, int32_t cols, int32_t rank, auto keep,
+                        int64_t tokens) {
+    g_case = name;
+    const PlanHeader h = Plan(make(rows, cols, 64, rank, 0, keep)).header;
+    return product_starts_next_early(tokens, h, group_section(h, false, tokens / 128));
+  };
+  expect(early("square", 64, 64, 0, butterfly, 16384), "in 32 groups");
+  expect(early("wider square", 128, 128, 0, butterfly, 16384), "in 128 rows alone");
+  expect(!early("narrow square", 16, 16, 0, butterfly, 16384), "not in eight groups");
+  expect(!early("wide", 64, 16, 0, wide, 16384), "not where rows share x");
+  expect(early("few tokens", 16, 16, 0, butterfly, 4096), "with few tokens");
+  expect(early("low rank", 16, 16, 64, butterfly, 16384), "with low rank");
+  expect(early("dense row", 16, 16, 0, global, 16384), "beside a dense row");
 }
 
 // Tiles of x in ascending order where there are few, and in phase where there are many.

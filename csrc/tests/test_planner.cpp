@@ -312,6 +312,7 @@ int main() {
   check_few_tokens();
   check_turns();
   check_rest();
+  check_early_start();
   check_order();
   check_grad_choice();
   check_grad_border();
