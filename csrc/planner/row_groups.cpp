@@ -197,6 +197,10 @@ Order choose_order(Grouping g, const LayoutView& layout, int32_t x_tiles) {
     g.order.together = (count + 1) / 2;
     if (g.order.together >= all.together || spread(g, layout).turns != 2) g.order = all;
   }
+  // Measured where all other weights stay (product_sm90_rest_h200.json).
+  const bool stay = std::all_of(g.work.begin(), g.work.end(),
+                                [](const GroupWork& w) { return w.dense || w.resident; });
+  if (!stay) return g.order;
   double least = spread(g, layout).longest;
   Order best = g.order;
   for (g.order.rest = 1; 4 * g.order.rest <= count; ++g.order.rest) {
