@@ -1,4 +1,5 @@
-// What test_planner.cpp checks of how rows are grouped, and groups dealt to thread blocks.
+// What test_planner.cpp checks of how rows are grouped, and groups dealt to thread blocks; and of
+// when their product lets the next kernel start.
 #pragma once
 
 #include <algorithm>
@@ -215,6 +216,12 @@ inline void check_rest() {
     expect(rows == 128 || turns_of(s, 16, 132) == 1, "one turn of few tokens");
   }
   expect(turns_of(Plan(make(96, 96, 64, 0, 0, global)).header.forward, 128, 132) == 1, "one turn");
+  const Plan plan(make(128, 128, 64, 64, 0, global));
+  const GroupSection& halves = plan.header.forward;
+  const GroupUnit* units = plan.at<GroupUnit>(unit_list(halves, 128, false).offset);
+  int later = 0;  // units of the first turn that are of the second half
+  for (int i = 0; i < 132; ++i) later += units[i].group >= halves.num_groups / 2;
+  expect(turns_of(halves, 128, 132) == 2 && later < 10, "half of the groups at a time");
   for (const int32_t rows : {140, 188, 192, 200}) {
     const GroupSection s = Plan(make(rows, rows, 64, 0, 0, global)).header.forward;
     for (const int32_t token_tiles : {8, 32, 64, 128}) {
