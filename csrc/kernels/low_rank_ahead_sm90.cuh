@@ -22,6 +22,7 @@
 
 #include "device/convert.cuh"
 #include "device/dependent_launch.cuh"
+#include "device/elect.cuh"
 #include "device/flag.cuh"
 #include "device/ldmatrix.cuh"
 #include "device/mbarrier.cuh"
@@ -183,10 +184,12 @@ __global__ void __launch_bounds__(kAheadThreads, 1)
 
   if (threadIdx.x < 128) {
     ahead::multiply<T, kTransposed>(args, layout);
-  } else if (threadIdx.x == 128) {
-    ahead::load<kTransposed, kThirds>(maps, args, layout);
-  } else if (threadIdx.x == 160) {
-    ahead::store(maps, args, layout);
+  } else if (device::elect_one()) {
+    if (threadIdx.x < 160) {
+      ahead::load<kTransposed, kThirds>(maps, args, layout);
+    } else {
+      ahead::store(maps, args, layout);
+    }
   }
 #endif
 }

@@ -21,6 +21,7 @@
 #include "device/cluster.cuh"
 #include "device/convert.cuh"
 #include "device/dependent_launch.cuh"
+#include "device/elect.cuh"
 #include "device/ldmatrix.cuh"
 #include "device/mbarrier.cuh"
 #include "device/shared_memory.cuh"
@@ -79,7 +80,7 @@ __global__ void __launch_bounds__(kLowRankThreads)
   if (args.early_start) device::allow_dependent_launch();
 
   if (threadIdx.x >= 128) {
-    if (threadIdx.x != 128) return;
+    if (!device::elect_one()) return;
     device::wait_for_previous_kernel();
     Ring ring{args.stages};
     for (int i = 0; i < steps; ++i, ring.advance()) {

@@ -54,6 +54,7 @@
 
 #include "device/convert.cuh"
 #include "device/dependent_launch.cuh"
+#include "device/elect.cuh"
 #include "device/mbarrier.cuh"
 #include "device/register_budget.cuh"
 #include "device/shared_memory.cuh"
@@ -294,9 +295,10 @@ __global__ void __launch_bounds__(kGroupThreads, 1)
   const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);
   if (warpgroup == 2) {
     device::release_registers<40>();
-    if (threadIdx.x == 256) {
-      groups::produce<kTransposed, kQuads, kCooperative, kColumns, kThirds, kAlone>(maps, args,
-                                                                                    layout);
+    if (threadIdx.x < 288 && device::elect_one()) {
+      groups::Producer<kTransposed, kQuads, kCooperative, kColumns, kThirds, kAlone>{maps, args,
+                                                                                     layout}
+          .run();
     }
   } else {
     device::claim_registers<232>();

@@ -32,7 +32,8 @@ struct GroupArgs {
   int32_t token_tiles;   // of kGroupTokens
   int32_t column_tiles;  // of a sample, where tokens are columns
   int32_t out_features;
-  int32_t num_x_tiles;   // tiles of x; those of t follow
+  int32_t num_x_tiles;  // tiles of x; those of t follow
+  int32_t num_t_tiles;
   int32_t weight_shift;  // log2(b / 64)
   int32_t aux_bytes;     // of 128 tokens' residual or slope tile, at the end of its stage
   bool has_residual;

@@ -25,6 +25,7 @@
 
 #include "device/cluster.cuh"
 #include "device/dependent_launch.cuh"
+#include "device/elect.cuh"
 #include "device/mbarrier.cuh"
 #include "device/shared_memory.cuh"
 #include "device/tma.cuh"
@@ -157,7 +158,7 @@ __device__ void produce(const SplitMaps& maps, const SplitArgs& args, const Step
       const int weight_column = __shfl_sync(0xffffffffu, mine.column, i);
       const int weight_row = __shfl_sync(0xffffffffu, mine.row, i);
       device::mbarrier_wait(empty + 8 * ring.stage, ring.phase ^ 1);
-      if (lane == 0) {
+      if (device::elect_one()) {
         const uint32_t at = base + ring.stage * stage_bytes, bar = full + 8 * ring.stage;
         const bool is_t = x == kT;
         device::mbarrier_expect_tx(bar, stage_bytes);

@@ -12,8 +12,9 @@
 //   ones:  a constant K-major tile; dz times it is the sum over tokens, dbias
 //   full[s]: producer -> consumers     empty[s]: the 8 consumer warps -> producer
 //
-// Producer: one TMA box a lane, its coordinates in registers. dz may be three matrices. A dependent
-// launch: before the producer waits for the kernel before this one, only the plan is read.
+// Producer: a thread in each of four warps, with the coordinates of its three TMA boxes in
+// registers. dz may be three matrices. A dependent launch: before it waits for the kernel before
+// this one, only the plan is read.
 //
 // Partial sums go to the workspace in fragment order, fully coalesced; a second kernel adds the
 // spans in order, so results are deterministic, and rounds once. With one span the results are
@@ -24,6 +25,7 @@
 #include <cuda_runtime.h>
 
 #include "device/dependent_launch.cuh"
+#include "device/elect.cuh"
 #include "device/mbarrier.cuh"
 #include "device/register_budget.cuh"
 #include "device/shared_memory.cuh"
@@ -200,30 +202,37 @@ __device__ void consume(const GradChunk& chunk, const GradKernelArgs& args, int 
   ones.store(to);
 }
 
+// A thread in each warp of a warpgroup, as loads can be no faster than threads ask for them: each
+// loads every fourth tile.
 __device__ inline void produce(const GradMaps& maps, const GradChunk& chunk, const GradRing& ring,
                                int dz_tiles, int first_step, int steps) {
-  const int lane = threadIdx.x % 32;
-  const CUtensorMap* map = nullptr;
-  int col = 0;
-  if (lane < chunk.num_tiles) {
-    const int source = chunk.tile[lane] & 3;
-    TilePlace place{0, chunk.tile[lane] >> 2};
+  constexpr int kWarps = 4, kTiles = kGradTiles / kWarps;
+  const int warp = __shfl_sync(0xffffffffu, threadIdx.x % 128 / 32, 0);
+  if (!device::elect_one()) return;
+  const int count = (chunk.num_tiles - warp + kWarps - 1) / kWarps;
+  const CUtensorMap* map[kTiles];
+  int col[kTiles];
+#pragma unroll
+  for (int j = 0; j < kTiles; ++j) {
+    const int tile = j < count ? chunk.tile[j * kWarps + warp] : 0, source = tile & 3;
+    TilePlace place{0, tile >> 2};
     if (source == kGradDz) place = place_of_tile(place.tile, dz_tiles);
-    map = &maps.of[place.matrix > 0 ? kGradT + place.matrix : source];
-    col = place.tile * 64;
+    map[j] = &maps.of[place.matrix > 0 ? kGradT + place.matrix : source];
+    col[j] = place.tile * 64;
   }
   int stage = 0;
   uint32_t phase = 1;
   for (int i = 0; i < steps; ++i) {
     const uint32_t full = ring.bars + stage * 16;
+    const uint32_t first = ring.tiles + stage * ring.stage_bytes + warp * kGradTileBytes;
     device::mbarrier_wait(full + 8, phase);
-    if (lane == 0) device::mbarrier_expect_tx(full, ring.stage_bytes);
-    __syncwarp();
-    if (map != nullptr) {
-      device::tma_load_2d(ring.tiles + stage * ring.stage_bytes + lane * kGradTileBytes, map, full,
-                          col, (first_step + i) * kGradTokens);
+    if (warp == 0) device::mbarrier_expect_tx(full, ring.stage_bytes);
+#pragma unroll
+    for (int j = 0; j < kTiles; ++j) {
+      if (j >= count) break;
+      device::tma_load_2d(first + j * kWarps * kGradTileBytes, map[j], full, col[j],
+                          (first_step + i) * kGradTokens);
     }
-    __syncwarp();
     if (++stage == ring.stages) {
       stage = 0;
       phase ^= 1;
@@ -272,7 +281,7 @@ __global__ void __launch_bounds__(kGradThreads, 1)
   if (warpgroup == 2) {
     device::release_registers<24>();
     device::wait_for_previous_kernel();
-    if (threadIdx.x < 288) grad::produce(maps, chunk, ring, args.dz_tiles, first, steps);
+    grad::produce(maps, chunk, ring, args.dz_tiles, first, steps);
     return;
   }
   device::claim_registers<240>();

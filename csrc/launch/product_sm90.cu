@@ -199,6 +199,7 @@ Status launch_product_sm90(const ProductParams& p, const DeviceInfo& device, Str
   // The layout's, which may be rounded up where tokens are columns.
   const int32_t in_features = p.transposed ? h.out_features : h.in_features;
   args.num_x_tiles = (in_features + kGroupTile - 1) / kGroupTile;
+  args.num_t_tiles = (h.rank + kGroupTile - 1) / kGroupTile;
   args.third_tiles = p.x_others.given() ? args.num_x_tiles / 3 : 0;
   args.weight_shift = b == 128 ? 1 : 0;
   args.aux_bytes = kGroupTokens * kGroupTile * static_cast<int32_t>(size_of(aux_dtype));

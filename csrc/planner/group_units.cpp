@@ -32,7 +32,7 @@ bool bound_by_loads(const std::vector<GroupWork>& groups) {
 // Time of the loads. A dense group's take as long as memory is slow: as many tiles of x as there
 // are stages are under way at once.
 double time_of_loads(const GroupWork& g, double load) {
-  constexpr double kLatency = 10;
+  constexpr double kLatency = 8;
   if (!g.dense) return load * g.loads();
   const int32_t stages =
       std::min(g.stages, g.resident ? (kGroupRoom - g.in_shared()) / 2 : kGroupRoom / 4);

@@ -20,7 +20,7 @@ namespace pixelfly {
 constexpr int32_t kPlanMagic = 0x70666c79;  // "pfly"
 // Goes up with every change of the plan or of the operators' schemas: torch keeps compiled programs
 // on disk, and the header, which has this number, is all that tells those of another build.
-constexpr int32_t kPlanVersion = 18;
+constexpr int32_t kPlanVersion = 19;
 constexpr int kPlanHeaderSize = 117;
 
 // Multiprocessors that plans are made for unless the caller names another number: those of an H100

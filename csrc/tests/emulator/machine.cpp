@@ -22,6 +22,10 @@ struct MBarrier {
   int arrivals = 0, pending = 0;
   int64_t bytes = 0;
   uint32_t phase = 0;
+  // Bytes may land before they are announced, as long as an arrival that can is still to come.
+  void check_bytes() const {
+    if (pending == 0 && bytes < 0) fail("more bytes land on an mbarrier than it expects");
+  }
   void settle() {
     if (pending == 0 && bytes == 0) {
       phase ^= 1;
@@ -348,6 +352,7 @@ void barrier_arrive(uint32_t address, int count) {
   MBarrier& b = barrier(address);
   b.pending -= count;
   if (b.pending < 0) fail("an mbarrier gets more arrivals than it expects in a phase");
+  b.check_bytes();
   b.settle();
 }
 void barrier_expect(uint32_t address, uint32_t bytes) {
@@ -357,7 +362,7 @@ void barrier_expect(uint32_t address, uint32_t bytes) {
 void barrier_complete(uint32_t address, uint32_t bytes) {
   MBarrier& b = barrier(address);
   b.bytes -= bytes;
-  if (b.bytes < 0) fail("more bytes land on an mbarrier than it expects");
+  b.check_bytes();
   b.settle();
 }
 void barrier_wait(uint32_t address, uint32_t parity) {
