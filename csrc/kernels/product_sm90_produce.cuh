@@ -134,8 +134,8 @@ struct Producer {
       ring.advance();
     };
     const int num_x = unit.num_steps - args.num_t_tiles;
-    // Steps that are read together: the answers take time.
-    constexpr int kAhead = kQuads ? 1 : 4;
+    // Steps that are read together, as the answers take time; one where registers are short.
+    constexpr int kAhead = kQuads || kColumns || kThirds ? 1 : 4;
     for (int first = 0; first < num_x; first += kAhead) {
       int4 steps[kAhead];
 #pragma unroll
@@ -153,6 +153,7 @@ struct Producer {
   __device__ __forceinline__ void load_tokens(const Unit& unit, const Tokens& tokens) {
     const int* x_tile = &unit.steps->x;
     int ahead = __ldg(x_tile);
+#pragma unroll(kQuads&& kThirds ? 1 : 4)
     for (int s = args.num_t_tiles; s < unit.num_steps; ++s) {
       const int tile = ahead;
       x_tile += sizeof(int4) / sizeof(int);
