@@ -13,6 +13,7 @@ namespace pixelfly {
 
 namespace groups {
 
+// A weight tile: of a step of t, from the factor, else from the blocks.
 template <bool kTransposed, bool kQuads>
 __device__ void load_weight(const GroupMaps& maps, const GroupArgs& args, uint32_t at,
                             uint32_t full, int weight, int x_tile, int row, bool is_t) {
