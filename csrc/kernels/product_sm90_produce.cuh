@@ -150,11 +150,12 @@ struct Producer {
   }
 
   // The same where all weights are there: a loop of few instructions, as tiles can come no faster
-  // than this thread asks for them.
+  // than this thread asks for them. Which steps are t's is known by their place alone.
   __device__ __forceinline__ void load_tokens(const Unit& unit, const Tokens& tokens) {
+    constexpr int kUnroll = kQuads && kThirds ? 1 : 4;  // one where registers are short
     const int* x_tile = &unit.steps->x;
     int ahead = __ldg(x_tile);
-#pragma unroll(kQuads&& kThirds ? 1 : 4)
+#pragma unroll kUnroll
     for (int s = args.num_t_tiles; s < unit.num_steps; ++s) {
       const int tile = ahead;
       x_tile += sizeof(int4) / sizeof(int);
