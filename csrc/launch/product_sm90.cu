@@ -192,7 +192,8 @@ Status launch_product_sm90(const ProductParams& p, const DeviceInfo& device, Str
   args.bias = p.bias;
   args.column_tiles = (p.columns + kGroupTokens - 1) / kGroupTokens;
   args.token_tiles = token_tiles(p);
-  const GroupUnitList units = unit_list(args.section, args.token_tiles, p.slope_out != nullptr);
+  const GroupUnitList units =
+      group_units(h, p.transposed, args.token_tiles, p.slope_out != nullptr);
   args.units_offset = units.offset;
   args.num_units = units.count;
   args.out_features = p.out_features;

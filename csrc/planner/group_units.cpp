@@ -2,65 +2,19 @@
 #include <algorithm>
 #include <cmath>
 #include <functional>
+#include <iterator>
 #include <numeric>
 #include <queue>
 #include <utility>
 #include <vector>
 
+#include "planner/group_times.h"
 #include "planner/plan.h"
 
 namespace pixelfly {
 namespace {
 
 using Index = std::vector<int32_t>;
-
-// Time of each group's token tile, in products (.2 us of tensor cores). Loads run beside the
-// products: for 8 KB a thread block takes .47 alone (85 GB/s), and longer where all of them ask for
-// more than L2 gives. The constants are those that served the measured shapes best.
-constexpr double kLoad = 0.47, kLoadAtLimit = 0.58;
-
-// Whether all loads together, rather than the thread blocks, set the pace.
-bool bound_by_loads(const std::vector<GroupWork>& groups) {
-  double busy = 0, loads = 0;
-  for (const GroupWork& g : groups) {
-    busy += std::max<double>(g.weights, kLoad * g.loads());
-    loads += kLoadAtLimit * g.loads();
-  }
-  return loads > busy;
-}
-
-// Time of the loads. A dense group's take as long as memory is slow: as many tiles of x as there
-// are stages are under way at once.
-double time_of_loads(const GroupWork& g, double load) {
-  constexpr double kLatency = 8;
-  if (!g.dense) return load * g.loads();
-  const int32_t stages =
-      std::min(g.stages, g.resident ? (kGroupRoom - g.in_shared()) / 2 : kGroupRoom / 4);
-  return std::max(load * g.loads(), kLatency * g.x_tiles / stages);
-}
-
-double tile_time(const GroupWork& g, double load, bool saves_slopes) {
-  // Of an output tile. Two warpgroups take turns: an epilogue runs beside the other's products.
-  const double epilogue = saves_slopes ? 12 : 5.5;
-  constexpr double kTurn = 1.5;
-  const double work = std::max<double>(g.weights, time_of_loads(g, load)) + kTurn;
-  return std::max(work, (g.weights + epilogue * g.outputs) / 2);
-}
-
-std::vector<double> tile_times(const std::vector<GroupWork>& groups, bool saves_slopes) {
-  const double load = bound_by_loads(groups) ? kLoadAtLimit : kLoad;
-  // Where the others' weights leave more of shared memory to x, a dense row waits longer for its
-  // own (product_sm90_plans_h200.json, "registers_dense").
-  constexpr double kBesideRegisters = 1.25;
-  const bool registers = std::any_of(groups.begin(), groups.end(),
-                                     [](const GroupWork& g) { return !g.dense && g.holds(); });
-  std::vector<double> times;
-  for (const GroupWork& g : groups) {
-    const double time = tile_time(g, load, saves_slopes);
-    times.push_back(g.dense && registers ? kBesideRegisters * time : time);
-  }
-  return times;
-}
 
 // Token tiles of the longest of `lanes` lanes.
 double lane_tiles(ListTokens tokens, int32_t lanes) {
@@ -317,47 +271,6 @@ std::vector<GroupUnit> make_units(const ThreadBlocks& blocks,
 
 }  // namespace
 
-GroupWork work_of(const std::vector<GroupStep>& steps, int32_t outputs, int32_t rank_tiles) {
-  GroupWork work{};
-  work.weights = rank_tiles * outputs;
-  work.x_tiles = static_cast<int32_t>(steps.size()) + rank_tiles;
-  work.outputs = outputs;
-  for (const GroupStep& s : steps) work.weights += (s.weight[0] >= 0) + (s.weight[1] >= 0);
-  return work;
-}
-
-void compare_groups(std::vector<GroupWork>& groups) {
-  constexpr double kMany = 1.5;  // x tiles, times the mean
-  constexpr int32_t kAhead = 3;  // of a token tile: what the others load further ahead delays it
-  double x_tiles = 0;
-  for (const GroupWork& g : groups) x_tiles += g.x_tiles;
-  bool any_dense = false;
-  for (GroupWork& g : groups) {
-    g.dense = g.x_tiles * static_cast<double>(groups.size()) > kMany * x_tiles;
-    any_dense |= g.dense;
-  }
-  for (GroupWork& g : groups) {
-    g.stages =
-        any_dense && !g.dense ? std::min(g.x_tiles + kAhead, kMaxGroupStages) : kMaxGroupStages;
-    g.resident = g.in_shared() <= kGroupResidentTiles;
-    if (!g.dense || !g.resident) continue;
-    GroupWork streams = g;
-    streams.resident = false;
-    g.resident = time_of_loads(g, kLoad) <= time_of_loads(streams, kLoad);
-  }
-}
-
-bool share_x(const std::vector<GroupWork>& groups) {
-  constexpr double kMost = 1.6;  // products for a tile of x
-  double weights = 0, x_tiles = 0;
-  for (const GroupWork& g : groups) {
-    if (g.dense) continue;
-    weights += g.weights;
-    x_tiles += g.x_tiles;
-  }
-  return weights > kMost * x_tiles;
-}
-
 Spread spread_groups(const std::vector<GroupWork>& groups, Order order, int thread_blocks,
                      ListTokens tokens, bool saves_slopes) {
   constexpr double kWorthIt = .95, kRestIsWorthIt = .97;
@@ -385,6 +298,55 @@ Spread spread_groups(const std::vector<GroupWork>& groups, Order order, int thre
   }
   return {make_units(in_token_order(best.blocks, groups.size()), groups), turns_of(best.blocks),
           busy, mean};
+}
+
+OtherLanes vary_lanes(const std::vector<GroupWork>& groups, const Spread& any, int thread_blocks,
+                      bool saves_slopes) {
+  constexpr double kProductNs = 200;
+  constexpr int32_t kFewer = (kLaneLists - 1) / 2;
+  constexpr int32_t kFine = 28;  // one more or less of up to twice as many lanes
+  OtherLanes other{};
+  const auto is_dense = [](const GroupWork& g) { return g.dense; };
+  if (any.turns > 1 || std::count_if(groups.begin(), groups.end(), is_dense) != 1) return other;
+  const auto dense = std::find_if(groups.begin(), groups.end(), is_dense) - groups.begin();
+  const std::vector<double> times = tile_times(groups, saves_slopes);
+  other.lists.dense_ns = static_cast<int32_t>(kProductNs * times[static_cast<size_t>(dense)]);
+  int count = 0;
+  const auto add = [&](const Index& lanes) {
+    double most = 0;
+    LaneList& list = other.lists.list[count++];
+    for (size_t g = 0; g < groups.size(); ++g) {
+      if (groups[g].dense) {
+        list.dense_lanes = lanes[g];
+      } else if (times[g] / lanes[g] > most) {
+        most = times[g] / lanes[g];
+        list.other_lanes = lanes[g];
+        list.other_ns = static_cast<int32_t>(kProductNs * times[g]);
+      }
+    }
+  };
+  Index own(groups.size(), 0);
+  for (const GroupUnit& u : any.units) {
+    if (u.begin != u.end) own[static_cast<size_t>(u.group)] = u.lanes;
+  }
+  add(own);
+  std::vector<double> times_of_others = times;
+  times_of_others.erase(times_of_others.begin() + dense);
+  const int32_t usual = own[static_cast<size_t>(dense)], step = std::max(1, usual / kFine);
+  for (int32_t i = -kFewer; i < kLaneLists - kFewer; ++i) {
+    const int32_t lanes_of_dense = usual + i * step, left = thread_blocks - lanes_of_dense;
+    if (i == 0 || lanes_of_dense < 1 || left < static_cast<int32_t>(times_of_others.size())) {
+      continue;
+    }
+    Index lanes = cut_lanes(times_of_others, kAnyTokens, left);
+    lanes.insert(lanes.begin() + dense, lanes_of_dense);
+    ThreadBlocks blocks(static_cast<size_t>(thread_blocks));
+    deal_lanes(blocks, groups, times, kAnyTokens, lanes, 0, /*once=*/true);
+    const auto units = make_units(in_token_order(blocks, groups.size()), groups);
+    other.units.insert(other.units.end(), units.begin(), units.end());
+    add(lanes);
+  }
+  return other;
 }
 
 int32_t choose_ahead_blocks(const std::vector<GroupWork>& groups, Order order, int thread_blocks,

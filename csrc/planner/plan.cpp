@@ -122,6 +122,8 @@ std::vector<int32_t> build_plan(const LayoutView& layout) {
   header.forward_few = forward.few;
   header.transposed = transposed.many;
   header.transposed_few = transposed.few;
+  std::copy(std::begin(forward.lanes), std::end(forward.lanes), header.forward_lanes);
+  header.transposed_lanes = transposed.lanes[0];
   header.grad = append_grad_chunks(builder, layout);
   return builder.finish(header);
 }

@@ -56,7 +56,8 @@ std::vector<int32_t> build_plan(const LayoutView& layout);
 // layout's block columns.
 struct GroupSections {
   GroupSection many;
-  GroupSection few;  // no groups, or no list: `many`, which serves any number, does
+  GroupSection few;    // no groups, or no list: `many`, which serves any number, does
+  LaneLists lanes[2];  // of `many`: slopes not saved, saved
 };
 GroupSections append_row_groups(PlanBuilder& builder, const LayoutView& layout, bool transposed);
 
@@ -105,6 +106,16 @@ struct Spread {
 constexpr ListTokens kAnyTokens = kGroupTokenLists[kGroupLists - 1];
 Spread spread_groups(const std::vector<GroupWork>& groups, Order order, int thread_blocks,
                      ListTokens tokens, bool saves_slopes = false);
+
+// Lists beside `any`, the one for any number of tokens, that give a dense row other numbers of
+// lanes; their units lie one after the other. None where no row is dense, or several are, or in
+// turns.
+struct OtherLanes {
+  std::vector<GroupUnit> units;
+  LaneLists lists;
+};
+OtherLanes vary_lanes(const std::vector<GroupWork>& groups, const Spread& any, int thread_blocks,
+                      bool saves_slopes);
 
 // How many of the thread blocks had better form t = x · vᵀ, of x_tiles tiles, beside the product
 // than have it formed before; 0: none.

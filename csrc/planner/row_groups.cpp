@@ -249,16 +249,20 @@ Pairs all_alone(const std::vector<Row>& rows) {
 // quicker: they would load too much, or take turns (product_sm90_plans_h200.json, "registers").
 Grouping rows_in_registers(const std::vector<Row>& rows, const Grouping& all,
                            const LayoutView& layout, int32_t x_tiles) {
-  constexpr double kMostForStreamed = 0.85, kMostForOthers = 1.25;  // times the loads of the pairs
-  if (any_dense(all.work) || rows.size() > static_cast<size_t>(layout.thread_blocks)) return {};
-  Grouping some = make_groups(rows, all_alone(rows), layout, x_tiles);
-  if (some.register_steps == 0) return {};
+  // Times the loads of the pairs.
+  constexpr double kMostForStreamed = 0.85, kMostBesideDense = 0.9, kMostForOthers = 1.25;
+  if (rows.size() > static_cast<size_t>(layout.thread_blocks)) return {};
   const bool streamed =
       std::none_of(all.work.begin(), all.work.end(), [](const GroupWork& g) { return g.resident; });
+  const bool dense = any_dense(all.work);
+  if (dense && !streamed) return {};
+  Grouping some = make_groups(rows, all_alone(rows), layout, x_tiles);
+  if (some.register_steps == 0) return {};
   const int32_t most_in_shared = streamed ? kGroupRoom - 2 * kEnoughStages : 0;
-  const bool fit = std::all_of(some.work.begin(), some.work.end(),
-                               [&](const GroupWork& g) { return g.in_shared() <= most_in_shared; });
-  const double most_loads = streamed ? kMostForStreamed : kMostForOthers;
+  const bool fit = std::all_of(some.work.begin(), some.work.end(), [&](const GroupWork& g) {
+    return g.dense || g.in_shared() <= most_in_shared;
+  });
+  const double most_loads = dense ? kMostBesideDense : streamed ? kMostForStreamed : kMostForOthers;
   const bool quicker = fit && loads_of(some) <= most_loads * loads_of(all);
   return quicker && spread(some, layout).turns == 1 ? some : Grouping{};
 }
@@ -297,10 +301,10 @@ Grouping rows_for_few_tokens(const std::vector<Row>& rows, const Grouping& all,
 }
 
 // Orders the groups' steps, and deals the groups to the thread blocks that do not form t, with a
-// list for each number of token tiles up to `most_tiles`.
+// list for each number of token tiles up to `most_tiles`. `lanes`: of slopes not saved, saved.
 GroupSection append_section(PlanBuilder& builder, const LayoutView& layout, bool transposed,
                             int32_t x_tiles, Grouping grouping, int32_t ahead_blocks,
-                            int32_t most_tiles) {
+                            int32_t most_tiles, LaneLists* lanes) {
   auto& [pairs, lists, work, order, register_steps] = grouping;
   GroupSection section{};
   section.register_steps = register_steps;
@@ -345,19 +349,27 @@ GroupSection append_section(PlanBuilder& builder, const LayoutView& layout, bool
     }
   }
   std::vector<GroupUnit> units;
+  OtherLanes others[2];
+  const int thread_blocks = layout.thread_blocks - ahead_blocks;
   for (int list = 0; list < (transposed ? 1 : 2) * kGroupLists; ++list) {
     const ListTokens tokens = kGroupTokenLists[list % kGroupLists];
+    const int saves_slopes = list / kGroupLists;
     if (tokens.tiles > most_tiles) continue;
-    const auto more =
-        spread_groups(work, order, layout.thread_blocks - ahead_blocks, tokens, list >= kGroupLists)
-            .units;
-    section.num_units[list] = static_cast<int32_t>(more.size());
-    units.insert(units.end(), more.begin(), more.end());
+    const Spread more = spread_groups(work, order, thread_blocks, tokens, saves_slopes != 0);
+    section.num_units[list] = static_cast<int32_t>(more.units.size());
+    units.insert(units.end(), more.units.begin(), more.units.end());
+    if (tokens.tiles == kAnyTokenTiles) {
+      others[saves_slopes] = vary_lanes(work, more, thread_blocks, saves_slopes != 0);
+    }
   }
   section.num_groups = static_cast<int32_t>(groups.size());
   section.groups_offset = builder.append(groups);
   section.steps_offset = builder.append(steps);
   section.units_offset = builder.append(units);
+  for (int i = 0; i < 2 && lanes != nullptr; ++i) {
+    lanes[i] = others[i].lists;
+    lanes[i].units_offset = builder.append(others[i].units);
+  }
   return section;
 }
 
@@ -384,12 +396,13 @@ GroupSections append_row_groups(PlanBuilder& builder, const LayoutView& layout, 
     ahead_of_few = ahead_blocks;
     most_tiles = kFewTokenTiles - 1;
   }
-  const auto append = [&](Grouping& grouping, int32_t ahead, int32_t most) {
-    return append_section(builder, layout, transposed, x_tiles, std::move(grouping), ahead, most);
+  const auto append = [&](Grouping& grouping, int32_t ahead, int32_t most, LaneLists* lanes) {
+    return append_section(builder, layout, transposed, x_tiles, std::move(grouping), ahead, most,
+                          lanes);
   };
   GroupSections sections{};
-  sections.many = append(all, ahead_blocks, kAnyTokens.tiles);
-  if (!few.pairs.empty()) sections.few = append(few, ahead_of_few, most_tiles);
+  sections.many = append(all, ahead_blocks, kAnyTokenTiles, sections.lanes);
+  if (!few.pairs.empty()) sections.few = append(few, ahead_of_few, most_tiles, nullptr);
   sections.many.quads_offset = sections.few.quads_offset = quads_offset;
   return sections;
 }

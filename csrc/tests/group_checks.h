@@ -15,14 +15,28 @@
 
 namespace pixelfly {
 
+inline const GroupSection& section_of(const PlanHeader& h, bool transposed, bool few) {
+  return few ? (transposed ? h.transposed_few : h.forward_few)
+             : (transposed ? h.transposed : h.forward);
+}
+
 // All lists of a section; one of few tokens has those alone that serve them.
-inline std::vector<GroupUnitList> unit_lists(const GroupSection& s, bool transposed, bool few) {
+inline std::vector<GroupUnitList> unit_lists(const PlanHeader& h, bool transposed, bool few) {
+  const GroupSection& s = section_of(h, transposed, few);
   std::vector<GroupUnitList> lists;
   for (const bool saves : {false, true}) {
     if (saves && transposed) continue;
     for (const ListTokens& tokens : kGroupTokenLists) {
       const GroupUnitList list = unit_list(s, tokens.tiles, saves);
       if (!few || list.count > 0) lists.push_back(list);
+    }
+    if (few) continue;
+    const LaneLists& lanes = transposed ? h.transposed_lanes : h.forward_lanes[saves];
+    GroupUnitList list = unit_list(s, kAnyTokenTiles, saves);
+    list.offset = lanes.units_offset;
+    for (int i = 1; i < kLaneLists && lanes.list[i].dense_lanes > 0; ++i) {
+      lists.push_back(list);
+      list.offset += list.count * static_cast<int32_t>(sizeof(GroupUnit) / sizeof(int32_t));
     }
   }
   return lists;
@@ -36,7 +50,7 @@ inline void check_dense_row() {
   const GroupSection& s = plan.header.forward;
   expect(s.dense_groups == 1, "one dense group");
   const auto* groups = plan.at<RowGroup>(s.groups_offset);
-  for (const auto& [offset, count] : unit_lists(s, false, false)) {
+  for (const auto& [offset, count] : unit_lists(plan.header, false, false)) {
     std::map<int32_t, int32_t> lanes;
     const auto* units = plan.at<GroupUnit>(offset);
     for (int32_t i = 0; i < count; ++i) {
@@ -76,6 +90,41 @@ inline void check_whole_tiles() {
   expect(most_own == 32 && most_any != 32, "a lane for each tile of the dense row");
   const Plan even(make(16, 16, 64, 0, 0, butterfly));
   expect(lanes_of(even, 32) == lanes_of(even, 33), "groups alike");
+}
+
+// The lanes of a dense row follow the number of tokens, so that its last token tiles are not few.
+inline void check_lanes() {
+  g_case = "lanes of a dense row";
+  const auto narrow = [](int32_t i, int32_t j) { return i == 0 || j == 0 || butterfly(i, j / 4); };
+  const Plan plan(make(16, 64, 64, 0, 0, narrow));
+  const PlanHeader& h = plan.header;
+  expect(h.forward.register_steps == kAloneRegisterSteps, "rows alone");
+  std::set<int32_t> offsets;
+  for (int64_t token_tiles = 65; token_tiles < 400; ++token_tiles) {
+    const GroupUnitList list = group_units(h, false, token_tiles, false);
+    offsets.insert(list.offset);
+    std::map<int32_t, int32_t> lanes;
+    for (int32_t i = 0; i < list.count; ++i) {
+      const GroupUnit& u = plan.at<GroupUnit>(list.offset)[i];
+      if (u.begin != u.end) ++lanes[u.group];
+    }
+    const auto& chosen =
+        *std::find_if(std::begin(h.forward_lanes[0].list), std::end(h.forward_lanes[0].list),
+                      [&](const LaneList& l) { return l.dense_lanes == lanes[0]; });
+    const auto rounds = [&](int32_t n) { return (token_tiles + n - 1) / n; };
+    const auto time = [&](const LaneList& l) {
+      return std::max(rounds(l.dense_lanes) * h.forward_lanes[0].dense_ns,
+                      rounds(l.other_lanes) * l.other_ns);
+    };
+    for (const LaneList& l : h.forward_lanes[0].list) {
+      expect(l.dense_lanes == 0 || time(chosen) <= time(l), "the quickest");
+    }
+  }
+  expect(offsets.size() > 2, "several lists");
+  expect(group_units(h, false, 64, false).offset == unit_list(h.forward, 64, false).offset,
+         "whole tiles have a list of their own");
+  const Plan even(make(16, 16, 64, 0, 0, butterfly));
+  expect(even.header.forward_lanes[0].list[0].dense_lanes == 0, "no dense row");
 }
 
 inline int32_t turns_of(const GroupSection& s, int64_t token_tiles, int32_t thread_blocks) {

@@ -130,9 +130,7 @@ void add_weight(const Plan& plan, const GroupSection& s, bool transposed, int32_
 }
 
 void check_product(const LayoutView& layout, const Plan& plan, bool transposed, bool few) {
-  const PlanHeader& h = plan.header;
-  const GroupSection& s = few ? (transposed ? h.transposed_few : h.forward_few)
-                              : (transposed ? h.transposed : h.forward);
+  const GroupSection& s = section_of(plan.header, transposed, few);
   if (layout.block_size == 16) expect(s.num_groups == 0, "block size 16 has no row groups");
   if (layout.block_size == 16 || (few && s.num_groups == 0)) return;
   expect(s.num_groups > 0, "row groups");
@@ -198,7 +196,7 @@ void check_product(const LayoutView& layout, const Plan& plan, bool transposed, 
   expect(s.ahead_blocks == 0 || (layout.rank > 0 && layout.rank <= kGroupTile), "one tile of t");
   // Every token tile of every group in exactly one unit, however many there are.
   std::vector<char> stay(static_cast<size_t>(s.num_groups), 0);
-  for (const auto& [offset, count] : unit_lists(s, transposed, few)) {
+  for (const auto& [offset, count] : unit_lists(plan.header, transposed, few)) {
     const auto* units = plan.at<GroupUnit>(offset);
     expect(count > 0 && count % (layout.thread_blocks - s.ahead_blocks) == 0,
            "whole turns of the others");
@@ -309,6 +307,7 @@ int main() {
   check_whole_tiles();
   check_pairs();
   check_registers();
+  check_lanes();
   check_few_tokens();
   check_turns();
   check_rest();

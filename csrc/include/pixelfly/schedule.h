@@ -20,8 +20,8 @@ namespace pixelfly {
 constexpr int32_t kPlanMagic = 0x70666c79;  // "pfly"
 // Goes up with every change of the plan or of the operators' schemas: torch keeps compiled programs
 // on disk, and the header, which has this number, is all that tells those of another build.
-constexpr int32_t kPlanVersion = 19;
-constexpr int kPlanHeaderSize = 117;
+constexpr int32_t kPlanVersion = 20;
+constexpr int kPlanHeaderSize = 231;
 
 // Multiprocessors that plans are made for unless the caller names another number: those of an H100
 // (SXM) and H200.
@@ -99,6 +99,7 @@ struct ListTokens {
 };
 constexpr ListTokens kGroupTokenLists[] = {{16, true}, {32, true}, {64, true}, {128, false}};
 constexpr int kGroupLists = sizeof(kGroupTokenLists) / sizeof(ListTokens);
+constexpr int32_t kAnyTokenTiles = kGroupTokenLists[kGroupLists - 1].tiles;
 
 // Up to so many token tiles (4096 tokens) a section for few tokens serves, if it has a list for
 // them.
@@ -137,6 +138,41 @@ inline GroupUnitList unit_list(const GroupSection& section, int64_t token_tiles,
   int32_t before = 0;
   for (int i = 0; i < list; ++i) before += section.num_units[i];
   return {section.units_offset + before * kWords, section.num_units[list]};
+}
+
+// Beside a dense row: lists of units for any number of token tiles that give it more or fewer
+// lanes. A lane takes whole tiles, of which a dense row's last long: 128 tiles take 26 lanes as
+// long as 31.
+constexpr int kLaneLists = 12;
+
+struct LaneList {
+  int32_t dense_lanes;  // 0: no such list
+  int32_t other_lanes;  // of the other group that takes longest
+  int32_t other_ns;     // that this one takes for a token tile
+};
+
+struct LaneLists {
+  int32_t units_offset;  // of all lists but the first, which is the section's last one
+  int32_t dense_ns;      // that the dense row takes for a token tile
+  LaneList list[kLaneLists];
+};
+
+// The list that is expected to be the quickest for so many token tiles.
+inline GroupUnitList choose_lanes(GroupUnitList own, const LaneLists& lanes, int64_t token_tiles) {
+  constexpr int32_t kWords = sizeof(GroupUnit) / sizeof(int32_t);
+  int64_t least = 0;
+  int best = 0;
+  for (int i = 0; i < kLaneLists && lanes.list[i].dense_lanes > 0; ++i) {
+    const LaneList& l = lanes.list[i];
+    const int64_t dense = (token_tiles + l.dense_lanes - 1) / l.dense_lanes * lanes.dense_ns;
+    const int64_t others = (token_tiles + l.other_lanes - 1) / l.other_lanes * l.other_ns;
+    const int64_t time = dense > others ? dense : others;
+    if (i > 0 && time >= least) continue;
+    least = time;
+    best = i;
+  }
+  if (best == 0) return own;
+  return {lanes.units_offset + (best - 1) * own.count * kWords, own.count};
 }
 
 // Output tiles in the order in which product_split_sm90 takes them: those that read many more
@@ -240,6 +276,8 @@ struct PlanHeader {
   GroupSection forward;     // output rows = block rows, contraction over block columns
   GroupSection transposed;  // output rows = block columns, contraction over block rows (dx)
   GroupSection forward_few, transposed_few;  // for few tokens; no groups: as for many
+  LaneLists forward_lanes[2];                // of `forward`: slopes not saved, saved
+  LaneLists transposed_lanes;
   GradSection grad;
 };
 static_assert(sizeof(PlanHeader) == kPlanHeaderSize * sizeof(int32_t), "header layout");
@@ -253,6 +291,18 @@ inline const GroupSection& group_section(const PlanHeader& h, bool transposed,
                           : token_tiles == kFewTokenTiles && few.num_units[1] > 0;
   if (few.num_groups > 0 && listed) return few;
   return transposed ? h.transposed : h.forward;
+}
+
+// Its list of units for them.
+inline GroupUnitList group_units(const PlanHeader& h, bool transposed, int64_t token_tiles,
+                                 bool saves_slopes) {
+  const GroupSection& section = group_section(h, transposed, token_tiles);
+  const GroupUnitList list = unit_list(section, token_tiles, saves_slopes);
+  const LaneLists& lanes = transposed ? h.transposed_lanes : h.forward_lanes[saves_slopes];
+  const bool any = section.num_groups > 0 &&
+                   &section == (transposed ? &h.transposed : &h.forward) &&
+                   list.offset == unit_list(section, kAnyTokenTiles, saves_slopes).offset;
+  return any ? choose_lanes(list, lanes, token_tiles) : list;
 }
 
 }  // namespace pixelfly
