@@ -1,6 +1,7 @@
 // Which thread block serves which row group for which tokens.
 #include <algorithm>
 #include <cmath>
+#include <cstdlib>
 #include <functional>
 #include <iterator>
 #include <numeric>
@@ -335,9 +336,8 @@ OtherLanes vary_lanes(const std::vector<GroupWork>& groups, const Spread& any, i
   const int32_t usual = own[static_cast<size_t>(dense)], step = std::max(1, usual / kFine);
   for (int32_t i = -kFewer; i < kLaneLists - kFewer; ++i) {
     const int32_t lanes_of_dense = usual + i * step, left = thread_blocks - lanes_of_dense;
-    if (i == 0 || lanes_of_dense < 1 || left < static_cast<int32_t>(times_of_others.size())) {
-      continue;
-    }
+    const bool far = 4 * std::abs(i) * step > usual;
+    if (i == 0 || far || left < static_cast<int32_t>(times_of_others.size())) continue;
     Index lanes = cut_lanes(times_of_others, kAnyTokens, left);
     lanes.insert(lanes.begin() + dense, lanes_of_dense);
     ThreadBlocks blocks(static_cast<size_t>(thread_blocks));

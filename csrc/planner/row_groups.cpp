@@ -309,12 +309,13 @@ GroupSection append_section(PlanBuilder& builder, const LayoutView& layout, bool
   GroupSection section{};
   section.register_steps = register_steps;
   section.ahead_blocks = ahead_blocks;
-  // Of rows alone L2 serves the ascending order as well.
+  // Of rows alone L2 serves the ascending order as well, if none is dense.
+  const bool dense = any_dense(work);
   const size_t part_size = order.rest > 0 ? lists.size() - order.rest : order.together;
   for (size_t begin = 0; begin < lists.size() && x_tiles > kFewTiles; begin += part_size) {
     std::vector<std::vector<GroupStep>*> part;
     for (size_t g = begin; g < std::min(lists.size(), begin + part_size); ++g) {
-      if (pairs[g].second >= 0) part.push_back(&lists[g]);
+      if (pairs[g].second >= 0 || dense) part.push_back(&lists[g]);
     }
     order_in_phase(std::move(part), x_tiles);
   }
