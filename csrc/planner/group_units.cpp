@@ -270,6 +270,25 @@ std::vector<GroupUnit> make_units(const ThreadBlocks& blocks,
   return units;
 }
 
+constexpr double kProductNs = 200;
+
+// What choose_lanes() asks of a list that gives each group so many lanes, one of them dense.
+LaneList describe(const std::vector<GroupWork>& groups, const std::vector<double>& times,
+                  const Index& lanes) {
+  LaneList list{};
+  double most = 0;
+  for (size_t g = 0; g < groups.size(); ++g) {
+    if (groups[g].dense) {
+      list.dense_lanes = lanes[g];
+    } else if (times[g] / lanes[g] > most) {
+      most = times[g] / lanes[g];
+      list.other_lanes = lanes[g];
+      list.other_ns = static_cast<int32_t>(kProductNs * times[g]);
+    }
+  }
+  return list;
+}
+
 }  // namespace
 
 Spread spread_groups(const std::vector<GroupWork>& groups, Order order, int thread_blocks,
@@ -303,7 +322,6 @@ Spread spread_groups(const std::vector<GroupWork>& groups, Order order, int thre
 
 OtherLanes vary_lanes(const std::vector<GroupWork>& groups, const Spread& any, int thread_blocks,
                       bool saves_slopes) {
-  constexpr double kProductNs = 200;
   constexpr int32_t kFewer = (kLaneLists - 1) / 2;
   constexpr int32_t kFine = 28;  // one more or less of up to twice as many lanes
   OtherLanes other{};
@@ -312,25 +330,12 @@ OtherLanes vary_lanes(const std::vector<GroupWork>& groups, const Spread& any, i
   const auto dense = std::find_if(groups.begin(), groups.end(), is_dense) - groups.begin();
   const std::vector<double> times = tile_times(groups, saves_slopes);
   other.lists.dense_ns = static_cast<int32_t>(kProductNs * times[static_cast<size_t>(dense)]);
-  int count = 0;
-  const auto add = [&](const Index& lanes) {
-    double most = 0;
-    LaneList& list = other.lists.list[count++];
-    for (size_t g = 0; g < groups.size(); ++g) {
-      if (groups[g].dense) {
-        list.dense_lanes = lanes[g];
-      } else if (times[g] / lanes[g] > most) {
-        most = times[g] / lanes[g];
-        list.other_lanes = lanes[g];
-        list.other_ns = static_cast<int32_t>(kProductNs * times[g]);
-      }
-    }
-  };
   Index own(groups.size(), 0);
   for (const GroupUnit& u : any.units) {
     if (u.begin != u.end) own[static_cast<size_t>(u.group)] = u.lanes;
   }
-  add(own);
+  LaneList* list = other.lists.list;
+  *list++ = describe(groups, times, own);
   std::vector<double> times_of_others = times;
   times_of_others.erase(times_of_others.begin() + dense);
   const int32_t usual = own[static_cast<size_t>(dense)], step = std::max(1, usual / kFine);
@@ -344,7 +349,7 @@ OtherLanes vary_lanes(const std::vector<GroupWork>& groups, const Spread& any, i
     deal_lanes(blocks, groups, times, kAnyTokens, lanes, 0, /*once=*/true);
     const auto units = make_units(in_token_order(blocks, groups.size()), groups);
     other.units.insert(other.units.end(), units.begin(), units.end());
-    add(lanes);
+    *list++ = describe(groups, times, lanes);
   }
   return other;
 }
