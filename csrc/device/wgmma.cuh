@@ -49,6 +49,12 @@ __device__ constexpr int quads_step(int k, bool mn_major) {
   return (k / 2 * 2 * kQuadBytes + k % 2 * (mn_major ? 16 * 64 : 32)) >> 4;
 }
 
+// An MN-major operand of 64 k by 32, rows of 64 bytes in the 64-byte swizzle: a k16 step is 16
+// rows, 1024 bytes, on.
+__device__ __forceinline__ uint64_t descriptor_narrow(uint32_t address) {
+  return descriptor_quads(address, true);
+}
+
 // A K-major operand whose 8x8 parts are all the same 128 bytes, not swizzled.
 __device__ __forceinline__ uint64_t descriptor_repeated(uint32_t address) {
   return static_cast<uint64_t>(address & 0x3FFFF) >> 4;
@@ -125,6 +131,10 @@ PIXELFLY_WGMMA(8, "%0, %1, %2, %3", "%4", "%5", "%6", "%7", "%8", "+f"(d[0]), "+
                "+f"(d[2]), "+f"(d[3]))
 PIXELFLY_WGMMA(16, "%0, %1, %2, %3, %4, %5, %6, %7", "%8", "%9", "%10", "%11", "%12", "+f"(d[0]),
                "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]))
+PIXELFLY_WGMMA(32, "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15", "%16",
+               "%17", "%18", "%19", "%20", "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]),
+               "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]),
+               "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]))
 PIXELFLY_WGMMA(64, PIXELFLY_NAMES_64, "%32", "%33", "%34", "%35", "%36", PIXELFLY_SUMS_64)
 PIXELFLY_WGMMA(128, PIXELFLY_NAMES_128, "%64", "%65", "%66", "%67", "%68", PIXELFLY_SUMS_128)
 PIXELFLY_WGMMA(192, PIXELFLY_NAMES_192, "%96", "%97", "%98", "%99", "%100", PIXELFLY_SUMS_192)

@@ -4,6 +4,7 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "launch/product_all_rows_sm90.h"
 #include "launch/product_few_sm80.h"
 #include "launch/product_sm90.h"
 #include "launch/product_split_sm90.h"
@@ -20,7 +21,7 @@ Status cannot(const char* forced, const char* what) {
 }
 
 Status unknown() {
-  return Status::invalid("PIXELFLY_KERNEL must be auto, sm80, few, split or sm90");
+  return Status::invalid("PIXELFLY_KERNEL must be auto, sm80, few, split, all_rows or sm90");
 }
 
 // Times in ns of products alone, fitted to those of one H200 (few_tokens_h200.json): "split_us",
@@ -97,6 +98,7 @@ const char* name_of(Path path) {
     case Path::kHopper: return "sm90";
     case Path::kFew: return "few_sm80";
     case Path::kSplit: return "split_sm90";
+    case Path::kAllRows: return "all_rows_sm90";
     default: return "sm80";
   }
 }
@@ -107,6 +109,7 @@ Forced forced_path() {
   if (std::strcmp(value, "sm80") == 0) return Forced::kSm80;
   if (std::strcmp(value, "few") == 0) return Forced::kFew;
   if (std::strcmp(value, "split") == 0) return Forced::kSplit;
+  if (std::strcmp(value, "all_rows") == 0) return Forced::kAllRows;
   if (std::strcmp(value, "sm90") == 0) return Forced::kHopper;
   return Forced::kUnknown;
 }
@@ -125,6 +128,15 @@ Choice choose_product(const ProductParams& p, const DeviceInfo& device, Forced f
     case Forced::kSplit:
       return {Path::kSplit, product_split_sm90_supports(p, device) ? Status::success()
                                                                    : cannot("split", "product")};
+    case Forced::kAllRows:
+      if (product_all_rows_sm90_supports(p, device)) return {Path::kAllRows, Status::success()};
+      if (p.transposed || p.header->transposed_all.parts > 0) break;  // the other one may be served
+      return {Path::kAllRows,
+              Status::unsupported(
+                  "PIXELFLY_KERNEL=all_rows cannot serve this product: it needs a Hopper GPU, a "
+                  "16-bit dtype, 16-byte aligned rows, blocks of 64 or 128, at most 1152 outputs "
+                  "(768 and ranks up to 64 with low rank) and 8192 inputs, a block in every row or "
+                  "low rank, and no activation and no residual")};
     case Forced::kHopper:
       return {Path::kHopper, hopper ? Status::success() : cannot("sm90", "product")};
     case Forced::kUnknown: return {Path::kSm80, unknown()};
@@ -139,6 +151,9 @@ Choice choose_product(const ProductParams& p, const DeviceInfo& device, Forced f
     return {Path::kSplit, Status::success()};
   }
   if (few) return {Path::kFew, Status::success()};
+  if (product_all_rows_sm90_supports(p, device) && all_rows_are_quick(p, device)) {
+    return {Path::kAllRows, Status::success()};
+  }
   return {hopper ? Path::kHopper : Path::kSm80, Status::success()};
 }
 
@@ -171,6 +186,12 @@ bool split_is_quick(const ProductParams& p, bool few, const DeviceInfo& device) 
   return split_time(p, split_tile(p, device), device) < other - lost;
 }
 
+bool all_rows_are_quick(const ProductParams& p, const DeviceInfo& device) {
+  (void)p;
+  (void)device;
+  return false;
+}
+
 Choice choose_weight_grad(const WeightGradParams& p, const DeviceInfo& device, Forced forced) {
   const bool hopper = weight_grad_sm90_supports(p, device);
   switch (forced) {
@@ -199,6 +220,7 @@ bool takes_thirds(DType dtype, int64_t tokens, const PlanHeader& h, const Device
   p.in_features = h.out_features;
   p.out_features = h.in_features;
   p.header = &h;
+  p.x_others.data[0] = p.x_others.data[1] = &h;  // anything: only whether they are given counts
   WeightGradParams g{};
   g.dtype = dtype;
   g.tokens = tokens;

@@ -8,18 +8,19 @@
 namespace pixelfly {
 
 enum class Path {
-  kSm80,    // product_sm80, weight_grad_sm80: mma.sync, serves everything
-  kFew,     // product_few_sm80: few tokens
-  kSplit,   // product_split_sm90: few tokens, and wide contractions
-  kHopper,  // product_sm90, weight_grad_sm90: wgmma + TMA
+  kSm80,     // product_sm80, weight_grad_sm80: mma.sync, serves everything
+  kFew,      // product_few_sm80: few tokens
+  kSplit,    // product_split_sm90: few tokens, and wide contractions
+  kAllRows,  // product_all_rows_sm90: few outputs, many tokens
+  kHopper,   // product_sm90, weight_grad_sm90: wgmma + TMA
 };
 const char* name_of(Path path);
 inline bool takes_thirds(Path product) {
   return product == Path::kHopper || product == Path::kSplit;
 }
 
-// What PIXELFLY_KERNEL asks for: "auto" (or unset), "sm80", "few", "split" or "sm90".
-enum class Forced { kAuto, kSm80, kFew, kSplit, kHopper, kUnknown };
+// What PIXELFLY_KERNEL asks for: "auto" (or unset), "sm80", "few", "split", "all_rows" or "sm90".
+enum class Forced { kAuto, kSm80, kFew, kSplit, kAllRows, kHopper, kUnknown };
 Forced forced_path();
 
 struct Choice {
@@ -39,6 +40,9 @@ struct SplitTile {
 SplitTile split_tile(const ProductParams& p, const DeviceInfo& device);
 // Whether that is quicker than product_few_sm80, if `few`, else than product_sm90.
 bool split_is_quick(const ProductParams& p, bool few, const DeviceInfo& device);
+
+// Whether product_all_rows_sm90 is expected to be quicker than product_sm90, with what forms t.
+bool all_rows_are_quick(const ProductParams& p, const DeviceInfo& device);
 
 // What a path that takes no thirds says to them.
 Status refuse_thirds();

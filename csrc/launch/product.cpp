@@ -1,6 +1,7 @@
 // launch_product and launch_low_rank: choose a kernel and start it.
 #include "launch/heuristics.h"
 #include "launch/low_rank_sm90.h"
+#include "launch/product_all_rows_sm90.h"
 #include "launch/product_few_sm80.h"
 #include "launch/product_sm80.h"
 #include "launch/product_sm90.h"
@@ -25,8 +26,8 @@ Path choose_low_rank(const LowRankParams& p, const DeviceInfo& device) {
   return hopper ? Path::kHopper : Path::kSm80;
 }
 
-// Whether the product's launcher had better form t.
-bool forms_t(const ProductParams& p, const Choice& choice, const DeviceInfo& device) {
+// Whether the product's launcher had better form t beside the product.
+bool forms_t_beside(const ProductParams& p, const Choice& choice, const DeviceInfo& device) {
   return choice.path == Path::kHopper && product_sm90_forms_t(p, device) &&
          choose_low_rank(low_rank_of(p), device) == Path::kHopper;
 }
@@ -48,7 +49,7 @@ Status launch_low_rank(const LowRankParams& p, const DeviceInfo& device, Stream 
 
 size_t product_workspace(const ProductParams& p, const DeviceInfo& device) {
   const Choice choice = choose_product(p, device, forced_path());
-  return forms_t(p, choice, device) ? product_workspace_sm90(p) : 0;
+  return forms_t_beside(p, choice, device) ? product_workspace_sm90(p) : 0;
 }
 
 Status launch_product(const ProductParams& p, const DeviceInfo& device, Stream stream) {
@@ -59,7 +60,8 @@ Status launch_product(const ProductParams& p, const DeviceInfo& device, Stream s
 
   // The kernels read t: form it first if it was not given, unless they do.
   ProductParams given = p;
-  if (p.factor_in != nullptr && !forms_t(p, choice, device)) {
+  const bool forms_t = choice.path == Path::kAllRows || forms_t_beside(p, choice, device);
+  if (p.factor_in != nullptr && !forms_t) {
     Status status = launch_low_rank(low_rank_of(p), device, stream);
     if (!status.ok()) return status;
     given.factor_in = nullptr;
@@ -67,6 +69,7 @@ Status launch_product(const ProductParams& p, const DeviceInfo& device, Stream s
   switch (choice.path) {
     case Path::kHopper: return launch_product_sm90(given, device, stream);
     case Path::kFew: return launch_product_few_sm80(given, device, stream);
+    case Path::kAllRows: return launch_product_all_rows_sm90(given, device, stream);
     case Path::kSplit:
       return launch_product_split_sm90(given, split_tile(p, device), device, stream);
     default: return launch_product_sm80(given, device, stream);
@@ -95,7 +98,8 @@ std::string explain_product(const ProductParams& p, const DeviceInfo& device) {
 std::string explain_low_rank(const ProductParams& p, const DeviceInfo& device) {
   const Choice choice = choose_product(p, device, forced_path());
   if (!choice.status.ok()) return choice.status.message;
-  if (forms_t(p, choice, device)) return "low_rank_ahead_sm90, beside the product";
+  if (choice.path == Path::kAllRows) return "product_all_rows_sm90, in the product";
+  if (forms_t_beside(p, choice, device)) return "low_rank_ahead_sm90, beside the product";
   const Path path = choose_low_rank(low_rank_of(p), device);
   if (path != Path::kHopper) return std::string("product_") + name_of(path) + " without blocks";
   return "low_rank_sm90" + clusters(low_rank_cluster(low_rank_of(p), device));

@@ -124,6 +124,8 @@ std::vector<int32_t> build_plan(const LayoutView& layout) {
   header.transposed_few = transposed.few;
   std::copy(std::begin(forward.lanes), std::end(forward.lanes), header.forward_lanes);
   header.transposed_lanes = transposed.lanes[0];
+  header.forward_all = append_all_rows(builder, layout, /*transposed=*/false);
+  header.transposed_all = append_all_rows(builder, layout, /*transposed=*/true);
   header.grad = append_grad_chunks(builder, layout);
   return builder.finish(header);
 }

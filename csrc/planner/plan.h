@@ -61,6 +61,11 @@ struct GroupSections {
 };
 GroupSections append_row_groups(PlanBuilder& builder, const LayoutView& layout, bool transposed);
 
+// Outputs for the product of all rows at once; no schedule where it does not serve: blocks of 32,
+// more than 18 output tiles (12 with low rank, of up to 64 ranks) or 128 tiles of x, or a row
+// without products.
+AllRowsSection append_all_rows(PlanBuilder& builder, const LayoutView& layout, bool transposed);
+
 // Tiles of shared memory beside a staging tile for either warpgroup: for stages of x and weights.
 constexpr int32_t kGroupRoom = kGroupSharedTiles - 2;
 

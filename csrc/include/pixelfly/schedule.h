@@ -20,8 +20,8 @@ namespace pixelfly {
 constexpr int32_t kPlanMagic = 0x70666c79;  // "pfly"
 // Goes up with every change of the plan or of the operators' schemas: torch keeps compiled programs
 // on disk, and the header, which has this number, is all that tells those of another build.
-constexpr int32_t kPlanVersion = 20;
-constexpr int kPlanHeaderSize = 231;
+constexpr int32_t kPlanVersion = 21;
+constexpr int kPlanHeaderSize = 239;
 
 // Multiprocessors that plans are made for unless the caller names another number: those of an H100
 // (SXM) and H200.
@@ -183,6 +183,31 @@ struct LongRows {
   int32_t most_others;   // blocks that the longest of the others reads
 };
 
+// Schedule of the product of all output rows at once (kernels/product_all_rows_sm90.cuh): a token
+// tile's thread blocks, `parts` of them, each make up to six output tiles, three in each of two
+// warpgroups, and read tiles of x in one order. Weight tiles are numbered as in GroupStep.
+constexpr int kAllRowsOutputs = 3;    // of a warpgroup
+constexpr int kMostAllRowsParts = 3;  // with low rank two, which then are a cluster
+constexpr int kMostAllRowsColumns = 128;
+
+struct AllRowsColumn {
+  int32_t x_tile;
+  int32_t uses;  // bit i + 3 (2 part + warpgroup): that warpgroup's i-th output tile reads it
+};
+
+struct AllRowsPart {
+  int32_t rows[2][kAllRowsOutputs];  // -1: none
+  int32_t num_weights[2];
+  int32_t weights_offset[2];  // weight tiles in the order of use
+};
+
+struct AllRowsSection {
+  int32_t parts;           // 0: no schedule
+  int32_t num_columns;     // tiles of x that are read: with low rank all
+  int32_t columns_offset;  // AllRowsColumn[num_columns]
+  int32_t parts_offset;    // AllRowsPart[parts]
+};
+
 // Weight-gradient work of one thread block (kernels/weight_grad_sm90.cuh), in 64x64 tiles whatever
 // the block size (32, 64 or 128): products of the tiles of [dz | s] and [x | t] that it loads, up
 // to kGradOutputs in each of two warpgroups.
@@ -278,6 +303,7 @@ struct PlanHeader {
   GroupSection forward_few, transposed_few;  // for few tokens; no groups: as for many
   LaneLists forward_lanes[2];                // of `forward`: slopes not saved, saved
   LaneLists transposed_lanes;
+  AllRowsSection forward_all, transposed_all;
   GradSection grad;
 };
 static_assert(sizeof(PlanHeader) == kPlanHeaderSize * sizeof(int32_t), "header layout");

@@ -401,7 +401,10 @@ void cluster_sync() {
   wait_until(passed, "its cluster");
 }
 
-uint8_t* shared_bytes_of(unsigned block, uint32_t address, uint32_t bytes) {
+namespace {
+// As the cluster's block of that number, which must not have ended.
+template <typename F>
+auto in_block(unsigned block, F f) {
   Machine& m = machine();
   if (block >= m.cluster.size()) fail("a cluster has no such thread block");
   Block* other = m.cluster[block].get();
@@ -409,10 +412,20 @@ uint8_t* shared_bytes_of(unsigned block, uint32_t address, uint32_t bytes) {
                    [&](const auto& f) { return f->block == other && !f->done; })) {
     fail("shared memory of a thread block that has ended");
   }
-  Block* mine = std::exchange(m.block, other);
-  uint8_t* there = shared_bytes(address, bytes);
-  m.block = mine;
-  return there;
+  struct Back {
+    Block* mine = std::exchange(machine().block, nullptr);
+    ~Back() { machine().block = mine; }
+  } back;
+  m.block = other;
+  return f();
+}
+}  // namespace
+
+uint8_t* shared_bytes_of(unsigned block, uint32_t address, uint32_t bytes) {
+  return in_block(block, [&] { return shared_bytes(address, bytes); });
+}
+void barrier_arrive_of(unsigned block, uint32_t address) {
+  in_block(block, [&] { barrier_arrive(address, 1); });
 }
 
 const WarpValues& warp_exchange(const LaneValues& mine) {

@@ -102,6 +102,7 @@ void post(std::function<void()> work);
 // mbarriers, by shared address.
 void barrier_init(uint32_t address, int arrivals);
 void barrier_arrive(uint32_t address, int count);
+void barrier_arrive_of(unsigned block, uint32_t address);  // of the cluster's
 void barrier_expect(uint32_t address, uint32_t bytes);
 void barrier_complete(uint32_t address, uint32_t bytes);
 void barrier_wait(uint32_t address, uint32_t parity);

@@ -23,6 +23,11 @@ inline uint4 load_shared_vector(uint32_t address) {
   std::memcpy(&v, emulator::shared_bytes(address, 16), 16);
   return v;
 }
+inline uint32_t load_shared_word(uint32_t address) {
+  uint32_t x;
+  std::memcpy(&x, emulator::shared_bytes(address, 4), 4);
+  return x;
+}
 inline float load_shared_float(uint32_t address) {
   float x;
   std::memcpy(&x, emulator::shared_bytes(address, 4), 4);

@@ -35,6 +35,7 @@ constexpr int kQuadBytes = 2048;
 inline uint64_t descriptor_quads(uint32_t address, bool mn_major) {
   return make_descriptor(address, mn_major ? kQuadBytes : 16, 512, kSwizzle64);
 }
+inline uint64_t descriptor_narrow(uint32_t address) { return descriptor_quads(address, true); }
 constexpr int quads_step(int k, bool mn_major) {
   return (k / 2 * 2 * kQuadBytes + k % 2 * (mn_major ? 16 * 64 : 32)) >> 4;
 }

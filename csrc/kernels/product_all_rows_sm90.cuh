@@ -1,0 +1,447 @@
+// y = x · Bᵀ + t · uᵀ + bias with t = x · vᵀ formed on the way, and dx = dz · B + s · v likewise,
+// for layers of few outputs; Hopper (sm_90a).
+//
+// product_sm90 keeps a group's weights and reads x once for each group; t needs a kernel before it
+// that reads x too. Here two thread blocks (three beyond 768 outputs) keep the sums of all output
+// rows of 128 tokens, half of the rows each: x is read once by each of them, t comes from the same
+// tiles, and it is the weights that are read again for every token tile. That pays where a layer
+// narrows. A dense row is no trouble: it is one of six.
+//
+//   roles: warpgroups 0 and 1 consume, three output tiles of 64 features each, 192 accumulators a
+//          thread. In warpgroup 2 a thread loads x, and one for each consumer its weight tiles.
+//          Tokens are wgmma's N, as in product_sm90.
+//   rings: x [128 tokens][64], and with low rank beside it the thread block's 32 ranks of v;
+//          weight tiles [64][64] for each consumer. Each has barriers full (landed) and empty
+//          (their readers' warps are done).
+//   parts: who makes which rows (planner/all_rows.cpp). At its next token tile a thread block takes
+//          the next part, as parts with a dense row take longer.
+//
+// With low rank the two thread blocks are a cluster. A consumer forms t of 64 tokens and 32 ranks,
+// tokens as wgmma's M, and sends it, rounded, to both: as if it were one more tile of x.
+//   t_full: t of all ranks has come; t_free: its readers in both thread blocks are done.
+//
+// Outputs leave when all steps of a token tile are done; loads for the next one go on meanwhile.
+#pragma once
+
+#include <cuda.h>
+
+#include "device/cluster.cuh"
+#include "device/convert.cuh"
+#include "device/dependent_launch.cuh"
+#include "device/elect.cuh"
+#include "device/ldmatrix.cuh"
+#include "device/mbarrier.cuh"
+#include "device/register_budget.cuh"
+#include "device/shared_memory.cuh"
+#include "device/tma.cuh"
+#include "device/wgmma.cuh"
+#include "kernels/product_sm90_rows.cuh"
+#include "kernels/ring.cuh"
+#include "kernels/tile_sm90.cuh"
+#include "pixelfly/params.h"
+
+namespace pixelfly {
+
+struct AllRowsMaps {
+  CUtensorMap x;          // [T, in], box 128 x 64
+  CUtensorMap blocks;     // [nnz * b, b], box 64 x 64
+  CUtensorMap factor_in;  // v [r, K], box 32 x 64; transposed: u [N, r], box 64 x 32
+  CUtensorMap factor;     // u [N, r]; transposed: v [r, K]; box 64 x 64
+  CUtensorMap t;          // [T, r], box 64 x 64
+  CUtensorMap y;          // [T, out], box 64 x 64
+};
+
+struct AllRowsArgs {
+  AllRowsSection section;
+  const int32_t* plan;
+  const void* bias;
+  int32_t token_tiles;  // of kAllRowsTokens
+  int32_t out_features;
+  int32_t weight_shift;  // log2(b / 64)
+  bool early_start;      // the next kernel may be placed meanwhile
+};
+
+constexpr int kAllRowsTokens = 128;
+constexpr int kAllRowsThreads = 384;
+constexpr int kAllRowsRanks = 32;  // of t, formed by either thread block
+
+namespace all_rows {
+
+constexpr int kTileBytes = kGroupTile * kGroupTile * 2;
+constexpr int kXBytes = 2 * kTileBytes;
+constexpr int kFactorBytes = kAllRowsRanks * kGroupTile * 2;
+constexpr int kWeightStages = 6;
+
+// Shared memory, from an address that is a multiple of 1024.
+template <bool kLowRank>
+struct Layout {
+  static constexpr int kXStages = kLowRank ? 4 : 6;
+  static constexpr int kXStageBytes = kXBytes + (kLowRank ? kFactorBytes : 0);
+  static constexpr int kWeights = kXStages * kXStageBytes;
+  static constexpr int kStaging = kWeights + 2 * kWeightStages * kTileBytes;
+  static constexpr int kT = kStaging + 2 * 2 * kTileBytes;
+  static constexpr int kBarriers = kT + (kLowRank ? kXBytes : 0);
+  static constexpr int kUses = kBarriers + (2 * kXStages + 4 * kWeightStages + 2) * 8;
+  static constexpr int kBytes = kUses + kMostAllRowsColumns * 4;
+  static_assert(kBytes + 1008 <= 227 * 1024, "what Hopper has, and what aligns it");
+
+  uint32_t base;
+
+  __device__ uint32_t x(int stage) const { return base + stage * kXStageBytes; }
+  __device__ uint32_t factor(int stage) const { return x(stage) + kXBytes; }
+  __device__ uint32_t weight(int consumer, int stage) const {
+    return base + kWeights + (consumer * kWeightStages + stage) * kTileBytes;
+  }
+  __device__ uint32_t staging(int consumer) const {
+    return base + kStaging + consumer * 2 * kTileBytes;
+  }
+  __device__ uint32_t t() const { return base + kT; }
+  __device__ uint32_t x_full(int stage) const { return base + kBarriers + stage * 8; }
+  __device__ uint32_t x_empty(int stage) const { return x_full(kXStages + stage); }
+  __device__ uint32_t weight_full(int consumer, int stage) const {
+    return x_full(2 * kXStages + 2 * kWeightStages * consumer + stage);
+  }
+  __device__ uint32_t weight_empty(int consumer, int stage) const {
+    return weight_full(consumer, kWeightStages + stage);
+  }
+  __device__ uint32_t t_full() const { return x_full(2 * kXStages + 4 * kWeightStages); }
+  __device__ uint32_t t_free() const { return t_full() + 8; }
+  __device__ uint32_t uses(int column) const { return base + kUses + column * 4; }
+};
+
+// A thread block's way through the token tiles.
+struct Turn {
+  const AllRowsArgs& args;
+  int tile, part;
+
+  __device__ explicit Turn(const AllRowsArgs& a)
+      : args(a), tile(blockIdx.z / a.section.parts), part(blockIdx.z % a.section.parts) {}
+  __device__ bool more() const { return tile < args.token_tiles; }
+  __device__ void next() {
+    tile += gridDim.z / args.section.parts;
+    if (++part == args.section.parts) part = 0;
+  }
+  __device__ const AllRowsPart& rows() const {
+    return reinterpret_cast<const AllRowsPart*>(args.plan + args.section.parts_offset)[part];
+  }
+};
+
+// The thread that loads x, and with it a part of the factor of t.
+template <bool kTransposed, bool kLowRank>
+__device__ __forceinline__ void load_x(const AllRowsMaps& maps, const AllRowsArgs& args,
+                                       const Layout<kLowRank>& layout) {
+  const auto* columns =
+      reinterpret_cast<const AllRowsColumn*>(args.plan + args.section.columns_offset);
+  const int ranks = blockIdx.z % 2 * kAllRowsRanks;
+  Ring ring{Layout<kLowRank>::kXStages};
+  for (Turn turn(args); turn.more(); turn.next()) {
+    int next = __ldg(&columns[0].x_tile);
+#pragma unroll 1
+    for (int c = 0; c < args.section.num_columns; ++c) {
+      const int feature = next * kGroupTile;
+      if (c + 1 < args.section.num_columns) next = __ldg(&columns[c + 1].x_tile);
+      const uint32_t full = layout.x_full(ring.stage);
+      device::mbarrier_wait(layout.x_empty(ring.stage), ring.phase ^ 1);
+      device::mbarrier_expect_tx(full, kXBytes + (kLowRank ? kFactorBytes : 0));
+      device::tma_load_2d(layout.x(ring.stage), &maps.x, full, feature, turn.tile * kAllRowsTokens);
+      if (kLowRank) {
+        device::tma_load_2d(layout.factor(ring.stage), &maps.factor_in, full,
+                            kTransposed ? ranks : feature, kTransposed ? feature : ranks);
+      }
+      ring.advance();
+    }
+  }
+}
+
+// The thread that loads a consumer's weight tiles: of blocks, then of the factor.
+template <bool kTransposed, bool kLowRank>
+__device__ __forceinline__ void load_weights(const AllRowsMaps& maps, const AllRowsArgs& args,
+                                             const Layout<kLowRank>& layout, int consumer) {
+  Ring ring{kWeightStages};
+  const auto load = [&](const CUtensorMap* map, int col, int row) {
+    const uint32_t full = layout.weight_full(consumer, ring.stage);
+    device::mbarrier_wait(layout.weight_empty(consumer, ring.stage), ring.phase ^ 1);
+    device::mbarrier_expect_tx(full, kTileBytes);
+    device::tma_load_2d(layout.weight(consumer, ring.stage), map, full, col, row);
+    ring.advance();
+  };
+  for (Turn turn(args); turn.more(); turn.next()) {
+    const AllRowsPart& part = turn.rows();
+    const int count = __ldg(&part.num_weights[consumer]);
+    const int32_t* weights = args.plan + __ldg(&part.weights_offset[consumer]);
+    int next = count > 0 ? __ldg(weights) : 0;
+#pragma unroll 1
+    for (int i = 0; i < count; ++i) {
+      const int w = next;
+      if (i + 1 < count) next = __ldg(weights + i + 1);
+      load(&maps.blocks, (w & ((1 << args.weight_shift) - 1)) * kGroupTile,
+           (w >> args.weight_shift) * kGroupTile);
+    }
+#pragma unroll 1
+    for (int i = 0; kLowRank && i < kAllRowsOutputs; ++i) {
+      const int row = __ldg(&part.rows[consumer][i]);
+      if (row >= 0) {
+        load(&maps.factor, kTransposed ? row * kGroupTile : 0, kTransposed ? 0 : row * kGroupTile);
+      }
+    }
+  }
+}
+
+template <typename T, bool kTransposed, bool kLowRank>
+struct Consumer {
+  using Sums = float[kAllRowsOutputs][64];
+
+  const AllRowsMaps& maps;
+  const AllRowsArgs& args;
+  const Layout<kLowRank>& layout;
+  int consumer;
+
+  // Recomputed where they are used: no register keeps them across the products.
+  __device__ static bool leader() { return threadIdx.x % 128 == 0; }
+  __device__ static bool of_warp() { return threadIdx.x % 32 == 0; }
+  __device__ void synchronize() const { device::named_barrier_sync(1 + consumer, 128); }
+
+  __device__ void release_x(int stage) const {
+    if (stage >= 0 && of_warp()) device::mbarrier_arrive(layout.x_empty(stage));
+  }
+  __device__ void release_weight(int stage) const {
+    if (stage >= 0 && of_warp()) device::mbarrier_arrive(layout.weight_empty(consumer, stage));
+  }
+
+  // sums += the ring's next weight tile · a tile of 128 tokens, asynchronously; the first
+  // overwrites them.
+  __device__ __forceinline__ void multiply(float (&sums)[64], const Ring& ring, uint32_t tokens,
+                                           bool first) const {
+    device::mbarrier_wait(layout.weight_full(consumer, ring.stage), ring.phase);
+    const uint64_t a = weight_descriptor<kTransposed>(layout.weight(consumer, ring.stage));
+    const uint64_t b = device::descriptor_k_major(tokens);
+    device::wgmma_fence();
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      device::wgmma<T, kTransposed, false>(sums, a + k * (kTransposed ? 128 : 2), b + k * 2,
+                                           k > 0 || !first);
+    }
+    device::wgmma_commit();
+  }
+
+  // t += this consumer's 64 tokens of an x tile · the factor's tile beside it, asynchronously.
+  __device__ __forceinline__ void multiply_t(float (&t)[kAllRowsRanks / 2], int stage,
+                                             bool first) const {
+    const uint64_t a = device::descriptor_k_major(layout.x(stage) + consumer * kTileBytes);
+    const uint64_t b = kTransposed ? device::descriptor_narrow(layout.factor(stage))
+                                   : device::descriptor_k_major(layout.factor(stage));
+    device::wgmma_fence();
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      device::wgmma<T, false, kTransposed>(t, a + k * 2, b + k * (kTransposed ? 64 : 2),
+                                           k > 0 || !first);
+    }
+    device::wgmma_commit();
+  }
+
+  // Rounded, to the tiles of t of both thread blocks, which nobody reads any more.
+  __device__ __forceinline__ void send_t(const float (&t)[kAllRowsRanks / 2]) const {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
+    const int first = consumer * 64 + warp * 16 + lane / 4;
+#pragma unroll
+    for (int to = 0; to < 2; ++to) {
+#pragma unroll
+      for (int i = 0; i < kAllRowsRanks / 4; ++i) {
+        const int token = first + i % 2 * 8;
+        const int chunk = blockIdx.z % 2 * (kAllRowsRanks / 8) + i / 2;
+        device::store_shared_of(
+            to, layout.t() + token * 128 + ((chunk ^ (token & 7)) << 4) + lane % 4 * 4,
+            device::pack2<T>(t[2 * i], t[2 * i + 1]));
+      }
+    }
+    device::fence_proxy_async_cluster();
+    synchronize();
+    if (leader()) {
+      for (int to = 0; to < 2; ++to) device::mbarrier_arrive_of(to, layout.t_full());
+    }
+  }
+
+  // sums += t · factor, once t is complete; also stores it, 64 tokens from either thread block.
+  __device__ __forceinline__ void add_low_rank(Sums& sums, uint32_t fresh, uint32_t outputs,
+                                               const float (&t)[kAllRowsRanks / 2], int tile,
+                                               uint32_t phase, Ring& ring) const {
+    device::mbarrier_wait_cluster(layout.t_free(), phase ^ 1);
+    send_t(t);
+    device::mbarrier_wait_cluster(layout.t_full(), phase);
+    device::fence_proxy_async_cluster();
+    if (leader() && consumer == 0) {
+      const int half = blockIdx.z % 2;
+      device::tma_store_2d(&maps.t, layout.t() + half * kTileBytes, 0,
+                           tile * kAllRowsTokens + half * 64);
+      device::tma_store_commit();
+    }
+    int used = 0;
+#pragma unroll
+    for (int i = 0; i < kAllRowsOutputs; ++i) {
+      if (outputs >> i & 1) {
+        multiply(sums[i], ring, layout.t(), fresh >> i & 1);
+        device::wgmma_wait<0>();
+        ring.advance();
+        ++used;
+      }
+    }
+    for (; used > 0; --used) release_weight(ring.before(used));
+    if (leader() && consumer == 0) device::tma_store_wait_read<0>();
+    __syncwarp();
+    if (of_warp()) {
+      for (int to = 0; to < 2; ++to) device::mbarrier_arrive_of(to, layout.t_free());
+    }
+  }
+
+  // 128 tokens of an output tile: rounded, through staging, to global memory.
+  __device__ __forceinline__ void store(const float (&sums)[64], int row, int tile) const {
+    float bias[2] = {0, 0};
+    const int feature = row * kGroupTile + threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      if (args.bias != nullptr && feature + i * 8 < args.out_features) {
+        bias[i] = device::to_float(static_cast<const T*>(args.bias)[feature + i * 8]);
+      }
+    }
+    const uint32_t staging = layout.staging(consumer);
+    if (leader()) device::tma_store_wait_read<0>();
+    synchronize();
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      uint32_t words[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float* pair = sums + j * 8 + i * 2;
+        words[i] = device::pack2<T>(pair[0] + bias[i % 2], pair[1] + bias[i % 2]);
+      }
+      device::stmatrix_x4_trans(groups::fragment_address(staging + j / 4 * kTileBytes, j % 4),
+                                words);
+    }
+    device::fence_proxy_async();
+    synchronize();
+    if (leader()) {
+      for (int half = 0; half < 2; ++half) {
+        device::tma_store_2d(&maps.y, staging + half * kTileBytes, row * kGroupTile,
+                             tile * kAllRowsTokens + half * 64);
+      }
+      device::tma_store_commit();
+    }
+  }
+
+  __device__ void run() const {
+    Sums sums;
+    float t[kAllRowsRanks / 2];
+    Ring x{Layout<kLowRank>::kXStages}, weights{kWeightStages};
+    uint32_t phase = 0;
+    for (Turn turn(args); turn.more(); turn.next(), phase ^= 1) {
+      uint32_t fresh = (1 << kAllRowsOutputs) - 1;  // outputs without a product
+      int last_x = -1, last_weight = -1;            // stages that products may still read
+      for (int c = 0; c < args.section.num_columns; ++c) {
+        const uint32_t uses = device::load_shared_word(layout.uses(c)) >>
+                              kAllRowsOutputs * (2 * turn.part + consumer);
+        const uint32_t tokens = layout.x(x.stage);
+        device::mbarrier_wait(layout.x_full(x.stage), x.phase);
+        // Each case commits and waits by itself, as in product_sm90.
+        if constexpr (kLowRank) {
+          multiply_t(t, x.stage, c == 0);
+          device::wgmma_wait<1>();
+          release_weight(last_weight);
+          release_x(last_x);
+          last_weight = last_x = -1;
+        }
+#pragma unroll
+        for (int i = 0; i < kAllRowsOutputs; ++i) {
+          if (uses >> i & 1) {
+            multiply(sums[i], weights, tokens, fresh >> i & 1);
+            device::wgmma_wait<1>();
+            release_weight(last_weight);
+            release_x(last_x);
+            fresh &= ~(1u << i);
+            last_weight = weights.stage;
+            last_x = -1;
+            weights.advance();
+          }
+        }
+        if (!kLowRank && (uses & ((1 << kAllRowsOutputs) - 1)) == 0) {
+          device::wgmma_wait<0>();
+          release_weight(last_weight);
+          release_x(last_x);
+          last_weight = -1;
+        }
+        last_x = x.stage;
+        x.advance();
+      }
+      device::wgmma_wait<0>();
+      release_weight(last_weight);
+      release_x(last_x);
+      const int32_t* rows = turn.rows().rows[consumer];
+      if constexpr (kLowRank) {
+        uint32_t outputs = 0;
+        for (int i = 0; i < kAllRowsOutputs; ++i) outputs |= (__ldg(rows + i) >= 0) << i;
+        add_low_rank(sums, fresh, outputs, t, turn.tile, phase, weights);
+      }
+#pragma unroll
+      for (int i = 0; i < kAllRowsOutputs; ++i) {
+        const int row = __ldg(rows + i);
+        if (row >= 0) store(sums[i], row, turn.tile);
+      }
+    }
+    if (leader()) device::tma_store_wait<0>();
+  }
+};
+
+}  // namespace all_rows
+
+template <typename T, bool kTransposed, bool kLowRank>
+__global__ void __launch_bounds__(kAllRowsThreads, 1)
+    product_all_rows_sm90(const __grid_constant__ AllRowsMaps maps,
+                          const __grid_constant__ AllRowsArgs args) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  using Layout = all_rows::Layout<kLowRank>;
+  const Layout layout{
+      device::opaque((device::smem_address(device::dynamic_shared()) + 1023) & ~1023u)};
+  const auto* columns =
+      reinterpret_cast<const AllRowsColumn*>(args.plan + args.section.columns_offset);
+  for (int c = threadIdx.x; c < args.section.num_columns; c += kAllRowsThreads) {
+    device::store_shared(layout.uses(c), static_cast<uint32_t>(__ldg(&columns[c].uses)));
+  }
+  if (threadIdx.x == 0) {
+    for (int s = 0; s < Layout::kXStages; ++s) {
+      device::mbarrier_init(layout.x_full(s), 1);
+      device::mbarrier_init(layout.x_empty(s), 8);
+    }
+    for (int consumer = 0; consumer < 2; ++consumer) {
+      for (int s = 0; s < all_rows::kWeightStages; ++s) {
+        device::mbarrier_init(layout.weight_full(consumer, s), 1);
+        device::mbarrier_init(layout.weight_empty(consumer, s), 4);
+      }
+    }
+    device::mbarrier_init(layout.t_full(), 4);   // consumers of both thread blocks
+    device::mbarrier_init(layout.t_free(), 16);  // their warps
+    device::mbarrier_init_fence();
+  }
+  __syncthreads();
+  if (kLowRank) device::cluster_sync();
+  if (args.early_start) device::allow_dependent_launch();
+  device::wait_for_previous_kernel();
+
+  const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
+  if (warp >= 8) {
+    device::release_registers<24>();
+    if (warp == 8) {
+      if (device::elect_one()) all_rows::load_x<kTransposed, kLowRank>(maps, args, layout);
+    } else if (warp < 11) {
+      if (device::elect_one()) {
+        all_rows::load_weights<kTransposed, kLowRank>(maps, args, layout, warp - 9);
+      }
+    }
+  } else {
+    device::claim_registers<240>();
+    all_rows::Consumer<T, kTransposed, kLowRank>{maps, args, layout, warp / 4}.run();
+  }
+  // Nobody's shared memory is written to after its thread block has ended.
+  if (kLowRank) device::cluster_sync();
+#endif
+}
+
+}  // namespace pixelfly
