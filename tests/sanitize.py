@@ -158,14 +158,16 @@ def qkv_calls(dtypes: list[torch.dtype]) -> tuple[int, int]:
 
 def larger_calls(dtypes: list[torch.dtype]) -> tuple[int, int]:
     """Runs what layers as small as the others lack: plans with rows alone, weights in registers,
-    dense rows that clusters share, and t by 128 tokens a thread block; returns the calls and the
-    wrong outputs."""
+    dense rows that clusters share, t by 128 tokens a thread block, and all rows at once; returns
+    the calls and the wrong outputs."""
     calls = wrong = 0
     sizes = (
         ("sm90", 1024, 1024, 300, 16),
         ("sm90", 512, 2048, 600, 8),
         ("split", 1536, 1536, 200, 0),
         ("sm90", 256, 256, 12900, 72),
+        ("all_rows", 384, 768, 700, 64),
+        ("all_rows", 832, 256, 300, 0),
     )
     for dtype, (path, n, k, tokens, rank) in itertools.product(
         [d for d in dtypes if d != torch.float32], sizes
@@ -245,7 +247,9 @@ def rounding_calls(dtypes: list[torch.dtype]) -> tuple[int, int]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--paths", nargs="*", default=["sm80", "auto", "few", "split", "sm90"])
+    parser.add_argument(
+        "--paths", nargs="*", default=["sm80", "auto", "few", "split", "all_rows", "sm90"]
+    )
     parts = ["linear", "larger", "layer-norm", "token-mlp", "qkv", "attention", "loss", "rounding"]
     parser.add_argument("--parts", nargs="*", default=parts, choices=parts)
     parser.add_argument("--dtypes", nargs="*", default=["bfloat16", "float16", "float32"])

@@ -186,10 +186,35 @@ bool split_is_quick(const ProductParams& p, bool few, const DeviceInfo& device) 
   return split_time(p, split_tile(p, device), device) < other - lost;
 }
 
+// Times in ns, fitted to those of one H200 (product_all_rows_sm90_h200.json, "paths"): of layers of
+// 4096 to 50432 tokens that narrow to a half or less, within 11 % of all rows', 26 % of the other.
 bool all_rows_are_quick(const ProductParams& p, const DeviceInfo& device) {
-  (void)p;
-  (void)device;
-  return false;
+  const PlanHeader& h = *p.header;
+  const AllRowsSection& all = p.transposed ? h.transposed_all : h.forward_all;
+  const int64_t x_tiles = group_tiles(p.in_features);
+  if (x_tiles < 2 * group_tiles(p.out_features)) return false;
+  const int64_t tiles = ceil_div(p.tokens, 2 * kGroupTile);
+  const int64_t sets = std::min(device.num_sms, h.thread_blocks) / all.parts;
+  const bool low_rank = h.rank > 0;
+  // Turns of all thread blocks over the token tiles; the last one, of some, is quicker.
+  constexpr double kAllStart = 1640, kTile = 2870, kProduct = 205, kColumn = 34, kColumnOfT = 213;
+  constexpr double kLastTurn = .585;
+  const double tile = kTile + kProduct * all.num_products / all.parts +
+                      (kColumn + (low_rank ? kColumnOfT : 0)) * all.num_columns;
+  const int64_t rest = tiles % sets;
+  const double last =
+      rest > 0 ? kLastTurn + (1 - kLastTurn) * static_cast<double>(rest) / static_cast<double>(sets)
+               : 0;
+  const double turns = static_cast<double>(tiles / sets) + last;
+  // product_sm90 by what it loads, and the reading of x for t before it.
+  constexpr double kStart = 5450, kTokenTile = 51.6, kLoad = .826, kDense = 1.057;
+  constexpr double kStartOfT = 5270, kReadForT = 3.56;
+  const GroupSection& groups = group_section(h, p.transposed, tiles);
+  const auto token_tiles = static_cast<double>(tiles);
+  double other = kStart + token_tiles * (kTokenTile + kLoad * groups.loads) *
+                              (groups.dense_groups > 0 ? kDense : 1);
+  if (low_rank) other += kStartOfT + kReadForT * token_tiles * static_cast<double>(x_tiles);
+  return kAllStart + turns * tile < other;
 }
 
 Choice choose_weight_grad(const WeightGradParams& p, const DeviceInfo& device, Forced forced) {

@@ -102,6 +102,8 @@ AllRowsSection append_all_rows(PlanBuilder& builder, const LayoutView& layout, b
   if (any_empty && layout.rank == 0) return {};
 
   const auto dealt = Dealer(rows, parts, x_tiles).deal();
+  AllRowsSection section{};
+  section.parts = parts;
   std::vector<AllRowsPart> records(static_cast<size_t>(parts));
   std::vector<AllRowsColumn> columns(static_cast<size_t>(x_tiles));
   for (int32_t x = 0; x < x_tiles; ++x) columns[static_cast<size_t>(x)].x_tile = x;
@@ -121,6 +123,7 @@ AllRowsSection append_all_rows(PlanBuilder& builder, const LayoutView& layout, b
                      [](const auto& a, const auto& b) { return a.first < b.first; });
     std::vector<int32_t> weights;
     for (const auto& step : steps) weights.push_back(step.second);
+    section.num_products += static_cast<int32_t>(weights.size());
     part.num_weights[w % 2] = static_cast<int32_t>(weights.size());
     part.weights_offset[w % 2] = builder.append(weights);
   }
@@ -129,8 +132,6 @@ AllRowsSection append_all_rows(PlanBuilder& builder, const LayoutView& layout, b
                                  [](const AllRowsColumn& c) { return c.uses == 0; }),
                   columns.end());
   }
-  AllRowsSection section{};
-  section.parts = parts;
   section.num_columns = static_cast<int32_t>(columns.size());
   section.columns_offset = builder.append(columns);
   section.parts_offset = builder.append(records);

@@ -297,6 +297,7 @@ GroupSection append_section(PlanBuilder& builder, const LayoutView& layout, bool
       section.max_steps = static_cast<int32_t>(lists[g].size());
     }
     section.dense_groups += work[g].dense;
+    section.loads += work[g].loads();
     if (work[g].resident) {
       section.resident_weights = std::max(section.resident_weights, slot);
     }

@@ -226,12 +226,88 @@ void check_product(const LayoutView& layout, const Plan& plan, bool transposed, 
   expect(s.dense_groups >= 0 && s.dense_groups <= s.num_groups, "dense groups");
 }
 
+// Whether there is a schedule of all rows at once, and that it is the layout's.
+void check_all_rows(const LayoutView& layout, const Plan& plan, bool transposed) {
+  const AllRowsSection& s = transposed ? plan.header.transposed_all : plan.header.forward_all;
+  const int32_t out_tiles = tiles(transposed ? layout.in_features : layout.out_features);
+  const int32_t x_tiles = tiles(transposed ? layout.out_features : layout.in_features);
+  const Facts want = product_facts(layout, transposed);
+  std::set<int32_t> rows, reads;
+  for (const auto& [key, source] : want) {
+    rows.insert(key[0]);
+    reads.insert(key[2]);
+  }
+  const bool served = layout.block_size >= 64 && x_tiles <= 128 && layout.rank <= 64 &&
+                      out_tiles <= (layout.rank > 0 ? 12 : 18) &&
+                      (layout.rank > 0 || static_cast<int32_t>(rows.size()) == out_tiles);
+  expect((s.parts > 0) == served, "a schedule of all rows where it serves");
+  if (!served) return;
+  expect(s.parts == std::max(2, (out_tiles + 5) / 6), "six rows for a thread block");
+  expect(s.num_columns == (layout.rank > 0 ? x_tiles : static_cast<int32_t>(reads.size())),
+         "the tiles of x that are read");
+  Facts facts;
+  std::set<int32_t> made;
+  int32_t products = 0;
+  for (int32_t p = 0; p < s.parts; ++p) {
+    const AllRowsPart& part = plan.at<AllRowsPart>(s.parts_offset)[p];
+    for (int w = 0; w < 2; ++w) {
+      const auto* weights = plan.at<int32_t>(part.weights_offset[w]);
+      for (const int32_t row : part.rows[w]) {
+        if (row >= 0) expect(row < out_tiles && made.insert(row).second, "an output tile once");
+      }
+      int32_t next = 0, previous = -1;
+      for (int32_t c = 0; c < s.num_columns; ++c) {
+        const AllRowsColumn& column = plan.at<AllRowsColumn>(s.columns_offset)[c];
+        expect(column.x_tile > previous && column.x_tile < x_tiles, "x in ascending order");
+        previous = column.x_tile;
+        for (int i = 0; i < kAllRowsOutputs; ++i) {
+          if (!(column.uses >> (kAllRowsOutputs * (2 * p + w) + i) & 1)) continue;
+          expect(part.rows[w][i] >= 0, "no products for an absent row");
+          add_weight(plan, plan.header.forward, transposed, part.rows[w][i], column.x_tile,
+                     weights[next++], &facts);
+        }
+      }
+      expect(next == part.num_weights[w], "as many weight tiles as products");
+      products += next;
+    }
+  }
+  expect(products == s.num_products, "the number of products");
+  expect(static_cast<int32_t>(made.size()) == out_tiles, "every output tile");
+  for (const auto& [key, source] : want) {
+    const auto at = facts.find(key);
+    expect(at != facts.end() && at->second == source,
+           "a kept block is in the schedule of all rows");
+    if (at != facts.end()) facts.erase(at);
+  }
+  expect(facts.empty(), "nothing but kept blocks is in the schedule of all rows");
+}
+
+// Rows are dealt out evenly where they can be.
+void check_all_rows_balance() {
+  g_case = "768 outputs, all rows";
+  for (const bool dense : {false, true}) {
+    const Plan plan(make(12, 48, 64, 0, 0, [&](int32_t i, int32_t j) {
+      return butterfly(i, j / 4) || (dense && (i == 0 || j == 0));
+    }));
+    const AllRowsSection& s = plan.header.forward_all;
+    int32_t most = 0;
+    for (int32_t p = 0; p < s.parts; ++p) {
+      const AllRowsPart& part = plan.at<AllRowsPart>(s.parts_offset)[p];
+      most = std::max(most, part.num_weights[0] + part.num_weights[1]);
+      if (!dense) expect(part.num_weights[0] == 52 && part.num_weights[1] == 52, "52 of 208 each");
+    }
+    // 48 of the dense row, and the five shortest of the others.
+    if (dense) expect(most <= 135, "the part with the dense row");
+  }
+}
+
 void check(const std::string& name, const LayoutView& layout) {
   g_case = name;
   const Plan plan(layout);
   check_index(layout, plan);
   for (const bool transposed : {false, true}) check_long_rows(layout, plan, transposed);
   for (const bool transposed : {false, true}) {
+    check_all_rows(layout, plan, transposed);
     for (const bool few : {false, true}) check_product(layout, plan, transposed, few);
   }
   check_grad(layout, plan);
@@ -308,6 +384,7 @@ int main() {
   check_pairs();
   check_registers();
   check_lanes();
+  check_all_rows_balance();
   check_few_tokens();
   check_turns();
   check_rest();

@@ -81,7 +81,8 @@ def explain(
 
     Returns:
         An `Explanation`; `str()` of it is readable. On a GPU, the environment variable
-        `PIXELFLY_KERNEL` (auto, sm80, few, split, sm90) takes part in the choice, as in a call.
+        `PIXELFLY_KERNEL` (auto, sm80, few, split, all_rows, sm90) takes part in the choice, as in
+        a call.
 
     Raises:
         ValueError: x does not fit the layout, or the activation is unknown.

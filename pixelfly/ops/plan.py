@@ -26,7 +26,7 @@ from ..masks import BlockLayout
 from .device import check_device, thread_blocks
 from .tracing import traced_constant
 
-HEADER_SIZE = 239
+HEADER_SIZE = 245
 
 if not pytree.is_constant_class(BlockLayout):
     pytree.register_constant(BlockLayout)

@@ -14,6 +14,7 @@ H100 = (90, 132, 232448)  # arch, multiprocessors, shared bytes a thread block c
 A100 = (80, 108, 166912)
 B200 = (100, 148, 232448)
 FLOAT32, BFLOAT16, FLOAT16 = 0, 1, 2  # dtype.h
+ALL_ROWS = "product_all_rows_sm90"
 
 
 def choose(
@@ -142,6 +143,22 @@ def test_few_tokens_of_wide_contractions_are_split():
     assert "beside" in ahead["t"] and ahead["y"] == "product_sm90"
 
 
+def test_layers_that_narrow_take_all_rows_at_once():
+    def y(tokens, rank=0, **options):
+        sizes = {"n": 3072, "outputs": 768} | options
+        return choose(tokens=tokens, rank=rank, **sizes)["y"]
+
+    # 197 token tiles are three turns of 66 thread blocks less one; 157 take as long.
+    assert y(25216) == y(25216, 64) == y(25216, b=128) == ALL_ROWS
+    assert y(20000) == "product_sm90"
+    assert choose(tokens=25216, n=768, outputs=3072)["dx"] == ALL_ROWS
+    # Too few tokens, too little narrower, too wide, too many ranks.
+    assert y(2048) == y(25216, n=1408) == y(25216, n=4608, outputs=2304) == "product_sm90"
+    assert y(25216, 72) == y(16384, 64, n=4096, outputs=1024) == "product_sm90"
+    assert y(25216, b=32) == "product_sm90"
+    assert choose(A100, tokens=25216, n=3072, outputs=768)["y"] == "product_sm80"
+
+
 def test_weight_gradients_of_few_tokens_run_on_hopper():
     for tokens in (1, 256, 257):
         assert choose(tokens=tokens)["dblocks, du, dv, dbias"] == "weight_grad_sm90"
@@ -162,8 +179,14 @@ def test_forced_path(monkeypatch):
     assert "product_split_sm90" in split["y"] and "low_rank_sm90" in split["t"]
     assert split["dblocks, du, dv, dbias"] == "weight_grad_sm90"
     assert "cannot serve" in choose(b=32)["y"]
+    monkeypatch.setenv("PIXELFLY_KERNEL", "all_rows")
+    all_rows = choose(tokens=9, n=1536, outputs=768, rank=64)
+    assert all_rows["y"] == ALL_ROWS and all_rows["t"] == f"{ALL_ROWS}, in the product"
+    assert all_rows["dblocks, du, dv, dbias"] == "weight_grad_sm90"
+    assert choose(n=768, outputs=1536)["dx"] == ALL_ROWS
+    assert "cannot serve" in choose(rank=72)["y"]
     monkeypatch.setenv("PIXELFLY_KERNEL", "sm70")
-    assert choose()["y"] == "PIXELFLY_KERNEL must be auto, sm80, few, split or sm90"
+    assert choose()["y"] == "PIXELFLY_KERNEL must be auto, sm80, few, split, all_rows or sm90"
 
 
 def test_not_a_plan():

@@ -100,7 +100,7 @@ def test_ranks(device, rank):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("path", ["sm80", "sm90", "few", "split"])
+@pytest.mark.parametrize("path", ["sm80", "sm90", "few", "split", "all_rows"])
 @pytest.mark.parametrize("name", GRIDS)
 @pytest.mark.parametrize("b", BLOCK_SIZES)
 def test_every_kernel(path, name, b, monkeypatch):

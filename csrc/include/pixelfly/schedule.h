@@ -21,7 +21,7 @@ constexpr int32_t kPlanMagic = 0x70666c79;  // "pfly"
 // Goes up with every change of the plan or of the operators' schemas: torch keeps compiled programs
 // on disk, and the header, which has this number, is all that tells those of another build.
 constexpr int32_t kPlanVersion = 21;
-constexpr int kPlanHeaderSize = 239;
+constexpr int kPlanHeaderSize = 245;
 
 // Multiprocessors that plans are made for unless the caller names another number: those of an H100
 // (SXM) and H200.
@@ -114,6 +114,7 @@ struct GroupSection {
   int32_t units_offset;                // GroupUnit[], the lists one after the other
   int32_t num_units[2 * kGroupLists];  // of each: for products that save no slopes, then (forward
                                        // only) for those that do
+  int32_t loads;                       // of all groups for a token tile, in tiles of 8 KB
   int32_t max_weights;                 // weight tiles of the largest group
   int32_t max_steps;                   // of that group
   int32_t resident_weights;            // of the largest group whose weights stay
@@ -203,6 +204,7 @@ struct AllRowsPart {
 
 struct AllRowsSection {
   int32_t parts;           // 0: no schedule
+  int32_t num_products;    // of a weight tile with a tile of x, in all parts
   int32_t num_columns;     // tiles of x that are read: with low rank all
   int32_t columns_offset;  // AllRowsColumn[num_columns]
   int32_t parts_offset;    // AllRowsPart[parts]
