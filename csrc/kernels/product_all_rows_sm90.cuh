@@ -21,6 +21,9 @@
 //   t_full: t of all ranks has come; t_free: its readers in both thread blocks are done.
 //
 // Outputs leave when all steps of a token tile are done; loads for the next one go on meanwhile.
+//
+// Where less than half of the thread blocks would have a last token tile, these are cut in two, of
+// 64 tokens each. Then the first consumer alone forms t.
 #pragma once
 
 #include <cuda.h>
@@ -43,7 +46,7 @@
 namespace pixelfly {
 
 struct AllRowsMaps {
-  CUtensorMap x;          // [T, in], box 128 x 64
+  CUtensorMap x;          // [T, in], box 64 x 64
   CUtensorMap blocks;     // [nnz * b, b], box 64 x 64
   CUtensorMap factor_in;  // v [r, K], box 32 x 64; transposed: u [N, r], box 64 x 32
   CUtensorMap factor;     // u [N, r]; transposed: v [r, K]; box 64 x 64
@@ -55,7 +58,8 @@ struct AllRowsArgs {
   AllRowsSection section;
   const int32_t* plan;
   const void* bias;
-  int32_t token_tiles;  // of kAllRowsTokens
+  int32_t whole_tiles;  // of kAllRowsTokens tokens
+  int32_t half_tiles;   // of half as many: those that follow
   int32_t out_features;
   int32_t weight_shift;  // log2(b / 64)
   bool early_start;      // the next kernel may be placed meanwhile
@@ -67,6 +71,7 @@ constexpr int kAllRowsRanks = 32;  // of t, formed by either thread block
 
 namespace all_rows {
 
+constexpr int kHalfTokens = kAllRowsTokens / 2;
 constexpr int kTileBytes = kGroupTile * kGroupTile * 2;
 constexpr int kXBytes = 2 * kTileBytes;
 constexpr int kFactorBytes = kAllRowsRanks * kGroupTile * 2;
@@ -116,7 +121,12 @@ struct Turn {
 
   __device__ explicit Turn(const AllRowsArgs& a)
       : args(a), tile(blockIdx.z / a.section.parts), part(blockIdx.z % a.section.parts) {}
-  __device__ bool more() const { return tile < args.token_tiles; }
+  __device__ bool more() const { return tile < args.whole_tiles + args.half_tiles; }
+  __device__ bool whole() const { return tile < args.whole_tiles; }
+  __device__ int first_token() const {
+    return tile * kHalfTokens + min(tile, args.whole_tiles) * kHalfTokens;
+  }
+  __device__ int halves() const { return whole() ? 2 : 1; }
   __device__ void next() {
     tile += gridDim.z / args.section.parts;
     if (++part == args.section.parts) part = 0;
@@ -142,8 +152,11 @@ __device__ __forceinline__ void load_x(const AllRowsMaps& maps, const AllRowsArg
       if (c + 1 < args.section.num_columns) next = __ldg(&columns[c + 1].x_tile);
       const uint32_t full = layout.x_full(ring.stage);
       device::mbarrier_wait(layout.x_empty(ring.stage), ring.phase ^ 1);
-      device::mbarrier_expect_tx(full, kXBytes + (kLowRank ? kFactorBytes : 0));
-      device::tma_load_2d(layout.x(ring.stage), &maps.x, full, feature, turn.tile * kAllRowsTokens);
+      device::mbarrier_expect_tx(full, turn.halves() * kTileBytes + (kLowRank ? kFactorBytes : 0));
+      for (int half = 0; half < turn.halves(); ++half) {
+        device::tma_load_2d(layout.x(ring.stage) + half * kTileBytes, &maps.x, full, feature,
+                            turn.first_token() + half * kHalfTokens);
+      }
       if (kLowRank) {
         device::tma_load_2d(layout.factor(ring.stage), &maps.factor_in, full,
                             kTransposed ? ranks : feature, kTransposed ? feature : ranks);
@@ -189,7 +202,10 @@ __device__ __forceinline__ void load_weights(const AllRowsMaps& maps, const AllR
 
 template <typename T, bool kTransposed, bool kLowRank>
 struct Consumer {
-  using Sums = float[kAllRowsOutputs][64];
+  // Of an output tile: 64 features by one or two halves of a token tile.
+  template <int kHalves>
+  using Sums = float[kHalves * kHalfTokens / 2];
+  using SumsOfT = float[kAllRowsRanks / 2];  // 64 tokens
 
   const AllRowsMaps& maps;
   const AllRowsArgs& args;
@@ -208,9 +224,10 @@ struct Consumer {
     if (stage >= 0 && of_warp()) device::mbarrier_arrive(layout.weight_empty(consumer, stage));
   }
 
-  // sums += the ring's next weight tile · a tile of 128 tokens, asynchronously; the first
-  // overwrites them.
-  __device__ __forceinline__ void multiply(float (&sums)[64], const Ring& ring, uint32_t tokens,
+  // sums += the ring's next weight tile · a tile of tokens, asynchronously; the first overwrites
+  // them.
+  template <int kSums>
+  __device__ __forceinline__ void multiply(float (&sums)[kSums], const Ring& ring, uint32_t tokens,
                                            bool first) const {
     device::mbarrier_wait(layout.weight_full(consumer, ring.stage), ring.phase);
     const uint64_t a = weight_descriptor<kTransposed>(layout.weight(consumer, ring.stage));
@@ -225,8 +242,7 @@ struct Consumer {
   }
 
   // t += this consumer's 64 tokens of an x tile · the factor's tile beside it, asynchronously.
-  __device__ __forceinline__ void multiply_t(float (&t)[kAllRowsRanks / 2], int stage,
-                                             bool first) const {
+  __device__ __forceinline__ void multiply_t(SumsOfT& t, int stage, bool first) const {
     const uint64_t a = device::descriptor_k_major(layout.x(stage) + consumer * kTileBytes);
     const uint64_t b = kTransposed ? device::descriptor_narrow(layout.factor(stage))
                                    : device::descriptor_k_major(layout.factor(stage));
@@ -240,11 +256,12 @@ struct Consumer {
   }
 
   // Rounded, to the tiles of t of both thread blocks, which nobody reads any more.
-  __device__ __forceinline__ void send_t(const float (&t)[kAllRowsRanks / 2]) const {
+  template <int kHalves>
+  __device__ __forceinline__ void send_t(const SumsOfT& t) const {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
-    const int first = consumer * 64 + warp * 16 + lane / 4;
+    const int first = consumer * kHalfTokens + warp * 16 + lane / 4;
 #pragma unroll
-    for (int to = 0; to < 2; ++to) {
+    for (int to = 0; to < 2 && consumer < kHalves; ++to) {
 #pragma unroll
       for (int i = 0; i < kAllRowsRanks / 4; ++i) {
         const int token = first + i % 2 * 8;
@@ -261,31 +278,31 @@ struct Consumer {
     }
   }
 
-  // sums += t · factor, once t is complete; also stores it, 64 tokens from either thread block.
-  __device__ __forceinline__ void add_low_rank(Sums& sums, uint32_t fresh, uint32_t outputs,
-                                               const float (&t)[kAllRowsRanks / 2], int tile,
-                                               uint32_t phase, Ring& ring) const {
+  // sums += t · factor, once t is complete; also stores it, one half from either thread block.
+  template <int kHalves>
+  __device__ __forceinline__ void add_low_rank(Sums<kHalves> (&sums)[kAllRowsOutputs],
+                                               uint32_t fresh, const int32_t* rows,
+                                               const SumsOfT& t, const Turn& turn, uint32_t phase,
+                                               Ring& weights) const {
     device::mbarrier_wait_cluster(layout.t_free(), phase ^ 1);
-    send_t(t);
+    send_t<kHalves>(t);
     device::mbarrier_wait_cluster(layout.t_full(), phase);
     device::fence_proxy_async_cluster();
-    if (leader() && consumer == 0) {
-      const int half = blockIdx.z % 2;
+    const int half = blockIdx.z % 2;
+    if (leader() && consumer == 0 && half < kHalves) {
       device::tma_store_2d(&maps.t, layout.t() + half * kTileBytes, 0,
-                           tile * kAllRowsTokens + half * 64);
+                           turn.first_token() + half * kHalfTokens);
       device::tma_store_commit();
     }
-    int used = 0;
 #pragma unroll
     for (int i = 0; i < kAllRowsOutputs; ++i) {
-      if (outputs >> i & 1) {
-        multiply(sums[i], ring, layout.t(), fresh >> i & 1);
+      if (__ldg(rows + i) >= 0) {
+        multiply(sums[i], weights, layout.t(), fresh >> i & 1);
         device::wgmma_wait<0>();
-        ring.advance();
-        ++used;
+        release_weight(weights.stage);
+        weights.advance();
       }
     }
-    for (; used > 0; --used) release_weight(ring.before(used));
     if (leader() && consumer == 0) device::tma_store_wait_read<0>();
     __syncwarp();
     if (of_warp()) {
@@ -293,8 +310,9 @@ struct Consumer {
     }
   }
 
-  // 128 tokens of an output tile: rounded, through staging, to global memory.
-  __device__ __forceinline__ void store(const float (&sums)[64], int row, int tile) const {
+  // A token tile of an output tile: rounded, through staging, to global memory.
+  template <int kHalves>
+  __device__ __forceinline__ void store(const Sums<kHalves>& sums, int row, int token) const {
     float bias[2] = {0, 0};
     const int feature = row * kGroupTile + threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
 #pragma unroll
@@ -307,7 +325,7 @@ struct Consumer {
     if (leader()) device::tma_store_wait_read<0>();
     synchronize();
 #pragma unroll
-    for (int j = 0; j < 8; ++j) {
+    for (int j = 0; j < 4 * kHalves; ++j) {
       uint32_t words[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
@@ -320,72 +338,75 @@ struct Consumer {
     device::fence_proxy_async();
     synchronize();
     if (leader()) {
-      for (int half = 0; half < 2; ++half) {
+      for (int half = 0; half < kHalves; ++half) {
         device::tma_store_2d(&maps.y, staging + half * kTileBytes, row * kGroupTile,
-                             tile * kAllRowsTokens + half * 64);
+                             token + half * kHalfTokens);
       }
       device::tma_store_commit();
     }
   }
 
-  __device__ void run() const {
-    Sums sums;
-    float t[kAllRowsRanks / 2];
-    Ring x{Layout<kLowRank>::kXStages}, weights{kWeightStages};
-    uint32_t phase = 0;
-    for (Turn turn(args); turn.more(); turn.next(), phase ^= 1) {
-      uint32_t fresh = (1 << kAllRowsOutputs) - 1;  // outputs without a product
-      int last_x = -1, last_weight = -1;            // stages that products may still read
-      for (int c = 0; c < args.section.num_columns; ++c) {
-        const uint32_t uses = device::load_shared_word(layout.uses(c)) >>
-                              kAllRowsOutputs * (2 * turn.part + consumer);
-        const uint32_t tokens = layout.x(x.stage);
-        device::mbarrier_wait(layout.x_full(x.stage), x.phase);
-        // Each case commits and waits by itself, as in product_sm90.
-        if constexpr (kLowRank) {
-          multiply_t(t, x.stage, c == 0);
-          device::wgmma_wait<1>();
-          release_weight(last_weight);
-          release_x(last_x);
-          last_weight = last_x = -1;
-        }
-#pragma unroll
-        for (int i = 0; i < kAllRowsOutputs; ++i) {
-          if (uses >> i & 1) {
-            multiply(sums[i], weights, tokens, fresh >> i & 1);
-            device::wgmma_wait<1>();
-            release_weight(last_weight);
-            release_x(last_x);
-            fresh &= ~(1u << i);
-            last_weight = weights.stage;
-            last_x = -1;
-            weights.advance();
-          }
-        }
-        if (!kLowRank && (uses & ((1 << kAllRowsOutputs) - 1)) == 0) {
-          device::wgmma_wait<0>();
-          release_weight(last_weight);
-          release_x(last_x);
-          last_weight = -1;
-        }
-        last_x = x.stage;
-        x.advance();
-      }
-      device::wgmma_wait<0>();
-      release_weight(last_weight);
-      release_x(last_x);
-      const int32_t* rows = turn.rows().rows[consumer];
-      if constexpr (kLowRank) {
-        uint32_t outputs = 0;
-        for (int i = 0; i < kAllRowsOutputs; ++i) outputs |= (__ldg(rows + i) >= 0) << i;
-        add_low_rank(sums, fresh, outputs, t, turn.tile, phase, weights);
+  template <int kHalves>
+  __device__ __forceinline__ void make(const Turn& turn, uint32_t phase, Ring& x,
+                                       Ring& weights) const {
+    Sums<kHalves> sums[kAllRowsOutputs];
+    SumsOfT t;
+    const bool forms_t = kLowRank && consumer < kHalves;
+    uint32_t fresh = (1 << kAllRowsOutputs) - 1;  // outputs without a product
+    int last_x = -1, last_weight = -1;            // stages that products may still read
+    for (int c = 0; c < args.section.num_columns; ++c) {
+      const uint32_t uses =
+          device::load_shared_word(layout.uses(c)) >> kAllRowsOutputs * (2 * turn.part + consumer);
+      const uint32_t tokens = layout.x(x.stage);
+      device::mbarrier_wait(layout.x_full(x.stage), x.phase);
+      // Each case commits and waits by itself, as in product_sm90.
+      if (forms_t) {
+        multiply_t(t, x.stage, c == 0);
+        device::wgmma_wait<1>();
+        release_weight(last_weight);
+        release_x(last_x);
+        last_weight = last_x = -1;
       }
 #pragma unroll
       for (int i = 0; i < kAllRowsOutputs; ++i) {
-        const int row = __ldg(rows + i);
-        if (row >= 0) store(sums[i], row, turn.tile);
+        if (uses >> i & 1) {
+          multiply(sums[i], weights, tokens, fresh >> i & 1);
+          device::wgmma_wait<1>();
+          release_weight(last_weight);
+          release_x(last_x);
+          fresh &= ~(1u << i);
+          last_weight = weights.stage;
+          last_x = -1;
+          weights.advance();
+        }
       }
+      if (!forms_t && (uses & ((1 << kAllRowsOutputs) - 1)) == 0) {
+        device::wgmma_wait<0>();
+        release_weight(last_weight);
+        release_x(last_x);
+        last_weight = -1;
+      }
+      last_x = x.stage;
+      x.advance();
     }
+    device::wgmma_wait<0>();
+    release_weight(last_weight);
+    release_x(last_x);
+    const int32_t* rows = turn.rows().rows[consumer];
+    if constexpr (kLowRank) add_low_rank<kHalves>(sums, fresh, rows, t, turn, phase, weights);
+#pragma unroll
+    for (int i = 0; i < kAllRowsOutputs; ++i) {
+      const int row = __ldg(rows + i);
+      if (row >= 0) store<kHalves>(sums[i], row, turn.first_token());
+    }
+  }
+
+  __device__ void run() const {
+    Ring x{Layout<kLowRank>::kXStages}, weights{kWeightStages};
+    uint32_t phase = 0;
+    Turn turn(args);
+    for (; turn.whole(); turn.next(), phase ^= 1) make<2>(turn, phase, x, weights);
+    for (; turn.more(); turn.next(), phase ^= 1) make<1>(turn, phase, x, weights);
     if (leader()) device::tma_store_wait<0>();
   }
 };

@@ -186,6 +186,17 @@ bool split_is_quick(const ProductParams& p, bool few, const DeviceInfo& device) 
   return split_time(p, split_tile(p, device), device) < other - lost;
 }
 
+AllRowsTurns all_rows_turns(const ProductParams& p, const DeviceInfo& device) {
+  const AllRowsSection& section = p.transposed ? p.header->transposed_all : p.header->forward_all;
+  const int64_t thread_blocks = std::min(device.num_sms, p.header->thread_blocks);
+  const int64_t sets = std::max<int64_t>(1, thread_blocks / section.parts);
+  const int64_t tiles = ceil_div(p.tokens, 2 * kGroupTile), rest = tiles % sets;
+  const int64_t whole = 2 * rest <= sets ? tiles - rest : tiles;
+  const int64_t left = std::max<int64_t>(0, p.tokens - whole * 2 * kGroupTile);
+  return {static_cast<int32_t>(sets), static_cast<int32_t>(whole),
+          static_cast<int32_t>(ceil_div(left, kGroupTile))};
+}
+
 // Times in ns, fitted to those of one H200 (product_all_rows_sm90_h200.json, "paths"): of layers of
 // 4096 to 50432 tokens that narrow to a half or less, within 11 % of all rows', 26 % of the other.
 bool all_rows_are_quick(const ProductParams& p, const DeviceInfo& device) {
@@ -194,18 +205,18 @@ bool all_rows_are_quick(const ProductParams& p, const DeviceInfo& device) {
   const int64_t x_tiles = group_tiles(p.in_features);
   if (x_tiles < 2 * group_tiles(p.out_features)) return false;
   const int64_t tiles = ceil_div(p.tokens, 2 * kGroupTile);
-  const int64_t sets = std::min(device.num_sms, h.thread_blocks) / all.parts;
   const bool low_rank = h.rank > 0;
-  // Turns of all thread blocks over the token tiles; the last one, of some, is quicker.
+  // Turns of all thread blocks over the token tiles; the last one, of some or of half tiles, is
+  // quicker.
   constexpr double kAllStart = 1640, kTile = 2870, kProduct = 205, kColumn = 34, kColumnOfT = 213;
-  constexpr double kLastTurn = .585;
+  constexpr double kSomeTurn = .585, kHalfTurn = .65;
   const double tile = kTile + kProduct * all.num_products / all.parts +
                       (kColumn + (low_rank ? kColumnOfT : 0)) * all.num_columns;
-  const int64_t rest = tiles % sets;
-  const double last =
-      rest > 0 ? kLastTurn + (1 - kLastTurn) * static_cast<double>(rest) / static_cast<double>(sets)
-               : 0;
-  const double turns = static_cast<double>(tiles / sets) + last;
+  const AllRowsTurns cut = all_rows_turns(p, device);
+  const double rest = static_cast<double>(cut.whole_tiles % cut.sets) / cut.sets;
+  double turns = cut.whole_tiles / cut.sets;
+  if (rest > 0) turns += kSomeTurn + (1 - kSomeTurn) * rest;
+  if (cut.half_tiles > 0) turns += kHalfTurn;
   // product_sm90 by what it loads, and the reading of x for t before it.
   constexpr double kStart = 5450, kTokenTile = 51.6, kLoad = .826, kDense = 1.057;
   constexpr double kStartOfT = 5270, kReadForT = 3.56;

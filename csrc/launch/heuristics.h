@@ -41,6 +41,14 @@ SplitTile split_tile(const ProductParams& p, const DeviceInfo& device);
 // Whether that is quicker than product_few_sm80, if `few`, else than product_sm90.
 bool split_is_quick(const ProductParams& p, bool few, const DeviceInfo& device);
 
+// How product_all_rows_sm90 cuts the tokens: so many tiles of 128, and then so many of 64, dealt in
+// turn to sets of thread blocks.
+struct AllRowsTurns {
+  int32_t sets;
+  int32_t whole_tiles;
+  int32_t half_tiles;
+};
+AllRowsTurns all_rows_turns(const ProductParams& p, const DeviceInfo& device);
 // Whether product_all_rows_sm90 is expected to be quicker than product_sm90, with what forms t.
 bool all_rows_are_quick(const ProductParams& p, const DeviceInfo& device);
 

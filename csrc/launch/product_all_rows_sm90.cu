@@ -6,6 +6,7 @@
 #include "kernels/product_all_rows_sm90.cuh"
 #include "launch/alignment.h"
 #include "launch/early_start.h"
+#include "launch/heuristics.h"
 #include "launch/launch_kernel.h"
 #include "launch/product_all_rows_sm90.h"
 #include "launch/tensor_map.h"
@@ -23,7 +24,7 @@ Status encode(AllRowsMaps& maps, const ProductParams& p) {
   const auto map = [&](auto... what) { return encode_tile_map(what...); };
   const DType d = p.dtype;
   PIXELFLY_RETURN_IF_ERROR(
-      map(&maps.x, d, p.x, p.tokens, p.in_features, p.x_stride, kAllRowsTokens, kGroupTile));
+      map(&maps.x, d, p.x, p.tokens, p.in_features, p.x_stride, kGroupTile, kGroupTile));
   PIXELFLY_RETURN_IF_ERROR(
       map(&maps.y, d, p.y, p.tokens, p.out_features, p.y_stride, kGroupTile, kGroupTile));
   // What is not given is never used, but must be a valid parameter.
@@ -94,13 +95,14 @@ Status launch_product_all_rows_sm90(const ProductParams& p, const DeviceInfo& de
   args.section = section_of(p);
   args.plan = p.plan;
   args.bias = p.bias;
-  args.token_tiles = static_cast<int32_t>((p.tokens + kAllRowsTokens - 1) / kAllRowsTokens);
   args.out_features = p.out_features;
   args.weight_shift = h.block_size == 2 * kGroupTile ? 1 : 0;
   args.early_start = p.tokens <= kEarlyStartTokens || h.rank > 0;
   const int parts = args.section.parts;
-  const int sets = std::min(std::min(device.num_sms, h.thread_blocks) / parts, args.token_tiles);
-  const int thread_blocks = std::max(1, sets) * parts;
+  const AllRowsTurns turns = all_rows_turns(p, device);
+  args.whole_tiles = turns.whole_tiles;
+  args.half_tiles = turns.half_tiles;
+  const int thread_blocks = std::min(turns.sets, turns.whole_tiles + turns.half_tiles) * parts;
   return p.dtype == DType::kBFloat16
              ? launch<__nv_bfloat16>(maps, args, p.transposed, h.rank > 0, thread_blocks, stream)
              : launch<__half>(maps, args, p.transposed, h.rank > 0, thread_blocks, stream);

@@ -140,16 +140,16 @@ inline std::vector<Case> cases() {
     all.push_back(c);
     all.back().cluster = cluster;
   }
-  // All output rows at once, by one set of thread blocks or several, over one token tile or more;
-  // with low rank in clusters of two.
+  // All output rows at once, by one set of thread blocks or several, over one token tile or more,
+  // the last of them cut in two; with low rank in clusters of two.
   const Case all_rows[] = {
       {"all rows b64", 8, 9, 64, 8, 40, butterfly, 300, 0, kNone, false, false, 90, 5, "all_rows"},
       {"all rows in three parts b64", 16, 5, 64, 0, 8, global, 390, 0, kNone, false, false, 90, 3,
        "all_rows"},
       {"all rows b128", 4, 5, 128, 72, 8, global, 260, 0, kNone, false, false, 90, 2, "all_rows"},
-      {"all rows rank 64 b64", 11, 12, 64, 56, 0, global, 650, 64, kNone, false, false, 90, 5,
+      {"all rows rank 64 b64", 11, 12, 64, 56, 0, global, 850, 64, kNone, false, false, 90, 5,
        "all_rows"},
-      {"all rows rank 24 b64", 5, 7, 64, 0, 24, lines, 390, 24, kNone, false, false, 90, 3,
+      {"all rows rank 24 b64", 5, 7, 64, 0, 24, lines, 270, 24, kNone, false, false, 90, 4,
        "all_rows"},
       {"all rows rank 40 b128", 3, 2, 128, 40, 8, butterfly, 129, 40, kNone, false, false, 90, 2,
        "all_rows"},
