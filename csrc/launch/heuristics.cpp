@@ -209,7 +209,7 @@ bool all_rows_are_quick(const ProductParams& p, const DeviceInfo& device) {
   // Turns of all thread blocks over the token tiles; the last one, of some or of half tiles, is
   // quicker.
   constexpr double kAllStart = 1640, kTile = 2870, kProduct = 205, kColumn = 34, kColumnOfT = 213;
-  constexpr double kSomeTurn = .585, kHalfTurn = .65;
+  constexpr double kSomeTurn = .585, kHalfTurn = .67;
   const double tile = kTile + kProduct * all.num_products / all.parts +
                       (kColumn + (low_rank ? kColumnOfT : 0)) * all.num_columns;
   const AllRowsTurns cut = all_rows_turns(p, device);
