@@ -171,31 +171,29 @@ template <bool kTransposed, bool kLowRank>
 __device__ __forceinline__ void load_weights(const AllRowsMaps& maps, const AllRowsArgs& args,
                                              const Layout<kLowRank>& layout, int consumer) {
   Ring ring{kWeightStages};
-  const auto load = [&](const CUtensorMap* map, int col, int row) {
-    const uint32_t full = layout.weight_full(consumer, ring.stage);
-    device::mbarrier_wait(layout.weight_empty(consumer, ring.stage), ring.phase ^ 1);
-    device::mbarrier_expect_tx(full, kTileBytes);
-    device::tma_load_2d(layout.weight(consumer, ring.stage), map, full, col, row);
-    ring.advance();
-  };
   for (Turn turn(args); turn.more(); turn.next()) {
     const AllRowsPart& part = turn.rows();
-    const int count = __ldg(&part.num_weights[consumer]);
-    const int32_t* weights = args.plan + __ldg(&part.weights_offset[consumer]);
-    int next = count > 0 ? __ldg(weights) : 0;
+    const int32_t* steps = args.plan + __ldg(&part.steps_offset[consumer]);
+    const int count =
+        __ldg(&part.num_weights[consumer]) + (kLowRank ? __ldg(&part.num_rows[consumer]) : 0);
+    int next = __ldg(steps);
 #pragma unroll 1
     for (int i = 0; i < count; ++i) {
-      const int w = next;
-      if (i + 1 < count) next = __ldg(weights + i + 1);
-      load(&maps.blocks, (w & ((1 << args.weight_shift) - 1)) * kGroupTile,
-           (w >> args.weight_shift) * kGroupTile);
-    }
-#pragma unroll 1
-    for (int i = 0; kLowRank && i < kAllRowsOutputs; ++i) {
-      const int row = __ldg(&part.rows[consumer][i]);
-      if (row >= 0) {
-        load(&maps.factor, kTransposed ? row * kGroupTile : 0, kTransposed ? 0 : row * kGroupTile);
+      const int step = next;
+      next = __ldg(steps + i + 1);
+      const uint32_t full = layout.weight_full(consumer, ring.stage);
+      device::mbarrier_wait(layout.weight_empty(consumer, ring.stage), ring.phase ^ 1);
+      device::mbarrier_expect_tx(full, kTileBytes);
+      const CUtensorMap* map = &maps.blocks;
+      int col = (step & ((1 << args.weight_shift) - 1)) * kGroupTile;
+      int row = (step >> args.weight_shift) * kGroupTile;
+      if (kLowRank && step < 0) {
+        map = &maps.factor;
+        col = kTransposed ? ~step * kGroupTile : 0;
+        row = kTransposed ? 0 : ~step * kGroupTile;
       }
+      device::tma_load_2d(layout.weight(consumer, ring.stage), map, full, col, row);
+      ring.advance();
     }
   }
 }

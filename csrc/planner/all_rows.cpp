@@ -123,9 +123,12 @@ AllRowsSection append_all_rows(PlanBuilder& builder, const LayoutView& layout, b
                      [](const auto& a, const auto& b) { return a.first < b.first; });
     std::vector<int32_t> weights;
     for (const auto& step : steps) weights.push_back(step.second);
-    section.num_products += static_cast<int32_t>(weights.size());
+    part.num_rows[w % 2] = static_cast<int32_t>(dealt[w].size());
     part.num_weights[w % 2] = static_cast<int32_t>(weights.size());
-    part.weights_offset[w % 2] = builder.append(weights);
+    section.num_products += part.num_weights[w % 2];
+    for (const int32_t row : dealt[w]) weights.push_back(~row);
+    weights.push_back(0);  // whoever reads one ahead may read it
+    part.steps_offset[w % 2] = builder.append(weights);
   }
   if (layout.rank == 0) {
     columns.erase(std::remove_if(columns.begin(), columns.end(),

@@ -251,7 +251,7 @@ void check_all_rows(const LayoutView& layout, const Plan& plan, bool transposed)
   for (int32_t p = 0; p < s.parts; ++p) {
     const AllRowsPart& part = plan.at<AllRowsPart>(s.parts_offset)[p];
     for (int w = 0; w < 2; ++w) {
-      const auto* weights = plan.at<int32_t>(part.weights_offset[w]);
+      const auto* weights = plan.at<int32_t>(part.steps_offset[w]);
       for (const int32_t row : part.rows[w]) {
         if (row >= 0) expect(row < out_tiles && made.insert(row).second, "an output tile once");
       }
@@ -268,6 +268,11 @@ void check_all_rows(const LayoutView& layout, const Plan& plan, bool transposed)
         }
       }
       expect(next == part.num_weights[w], "as many weight tiles as products");
+      for (int i = 0; i < kAllRowsOutputs; ++i) {
+        const bool any = i < part.num_rows[w];
+        expect(any ? weights[next + i] == ~part.rows[w][i] : part.rows[w][i] == -1,
+               "then the rows");
+      }
       products += next;
     }
   }

@@ -197,9 +197,10 @@ struct AllRowsColumn {
 };
 
 struct AllRowsPart {
-  int32_t rows[2][kAllRowsOutputs];  // -1: none
+  int32_t rows[2][kAllRowsOutputs];  // of each warpgroup; -1: none
+  int32_t num_rows[2];
   int32_t num_weights[2];
-  int32_t weights_offset[2];  // weight tiles in the order of use
+  int32_t steps_offset[2];  // weight tiles in the order of use, then ~row for each row, then a word
 };
 
 struct AllRowsSection {
