@@ -256,7 +256,8 @@ bool takes_thirds(DType dtype, int64_t tokens, const PlanHeader& h, const Device
   p.in_features = h.out_features;
   p.out_features = h.in_features;
   p.header = &h;
-  p.x_others.data[0] = p.x_others.data[1] = &h;  // anything: only whether they are given counts
+  alignas(16) static const char kAnywhere[16] = {};  // only that they are given and aligned counts
+  p.x_others.data[0] = p.x_others.data[1] = kAnywhere;
   WeightGradParams g{};
   g.dtype = dtype;
   g.tokens = tokens;
