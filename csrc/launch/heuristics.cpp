@@ -256,15 +256,15 @@ bool takes_thirds(DType dtype, int64_t tokens, const PlanHeader& h, const Device
   p.in_features = h.out_features;
   p.out_features = h.in_features;
   p.header = &h;
-  alignas(16) static const char kAnywhere[16] = {};  // only that they are given and aligned counts
-  p.x_others.data[0] = p.x_others.data[1] = kAnywhere;
   WeightGradParams g{};
   g.dtype = dtype;
   g.tokens = tokens;
   g.header = &h;
   const Forced forced = forced_path();
   const Choice dx = choose_product(p, device, forced), dw = choose_weight_grad(g, device, forced);
-  const bool hopper = takes_thirds(dx.path) && dw.path == Path::kHopper;
+  // For thirds product_sm90 takes the place of all rows at once.
+  const bool product = takes_thirds(dx.path) || dx.path == Path::kAllRows;
+  const bool hopper = product && dw.path == Path::kHopper;
   return hopper && dx.status.ok() && dw.status.ok();
 }
 
