@@ -119,12 +119,15 @@ inline Matrix zeros(int64_t rows, int64_t cols) {
 // a [m, k] times b [n, k], transposed.
 template <typename F, typename G>
 Matrix product(int m, int n, int k, F a, G b) {
-  Matrix out = zeros(m, n);
+  Matrix out = zeros(m, n), right = zeros(k, n);
+  for (int j = 0; j < n; ++j) {
+    for (int l = 0; l < k; ++l) right[static_cast<size_t>(l)][static_cast<size_t>(j)] = b(j, l);
+  }
   for (int i = 0; i < m; ++i) {
-    for (int j = 0; j < n; ++j) {
-      double sum = 0;
-      for (int l = 0; l < k; ++l) sum += a(i, l) * b(j, l);
-      out[static_cast<size_t>(i)][static_cast<size_t>(j)] = sum;
+    double* sums = out[static_cast<size_t>(i)].data();
+    for (int l = 0; l < k; ++l) {
+      const double x = a(i, l), *y = right[static_cast<size_t>(l)].data();
+      for (int j = 0; j < n; ++j) sums[j] += x * y[j];
     }
   }
   return out;

@@ -261,15 +261,15 @@ struct Run {
     g.workspace = workspace.data();
     check(launch_weight_grad(g, device, nullptr));
 
+    const Matrix all = product(
+        n, k, tokens, [&](int i, int l) { return dz.at(l, i); },
+        [&](int j, int l) { return x.at(l, j); });
     Matrix blocks_want = zeros(int64_t{layout.nnz()} * b, b);
     for (int32_t q = 0; q < layout.nnz(); ++q) {
       for (int i = 0; i < b; ++i) {
         for (int j = 0; j < b; ++j) {
           const int row = layout.row_idx[q] * b + i, col = layout.col_idx[q] * b + j;
-          if (row >= n || col >= k) continue;
-          double sum = 0;
-          for (int l = 0; l < tokens; ++l) sum += dz.at(l, row) * x.at(l, col);
-          blocks_want[q * b + i][j] = sum;
+          if (row < n && col < k) blocks_want[q * b + i][j] = all[row][col];
         }
       }
     }

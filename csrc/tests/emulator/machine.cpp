@@ -1,14 +1,17 @@
+// longjmp() to another stack, which the checked one would take for an error.
+#undef _FORTIFY_SOURCE
+
 #include "machine.h"
 
 #include <ucontext.h>
 
 #include <algorithm>
+#include <csetjmp>
 #include <cstring>
 #include <deque>
 #include <map>
 #include <memory>
 #include <random>
-#include <set>
 #include <stdexcept>
 #include <utility>
 
@@ -49,7 +52,8 @@ struct Warp {
 struct Block {
   Index index;
   alignas(1024) uint8_t shared[kDynamicBase + kSharedLimit] = {};
-  std::map<uint32_t, int> unfenced;  // granule -> writers that have not fenced it
+  std::vector<uint16_t> unfenced;  // writes to each granule that were not fenced
+  int64_t all_unfenced = 0;
   std::map<uint32_t, MBarrier> barriers;
   std::map<int, NamedBarrier> named;
   std::vector<Warp> warps;
@@ -60,18 +64,21 @@ struct Fiber {
   int number = 0;  // in the block
   Index index;
   ucontext_t context{};
+  std::jmp_buf where;
+  bool started = false;  // and can go on where it left
   std::unique_ptr<uint8_t[]> stack;
   bool done = true;
   std::function<bool()> ready;  // empty: can run
   const char* waits_for = "";
   Queue products, copies, stores;
-  std::set<uint32_t> unfenced;  // 16-byte granules of shared memory
+  std::vector<uint32_t> unfenced;  // 16-byte granules of shared memory that it wrote to
 };
 
 struct Machine {
   std::vector<std::unique_ptr<Fiber>> fibers;
   Fiber* current = nullptr;
-  ucontext_t scheduler{};
+  std::jmp_buf scheduler;
+  uint64_t version = 0;  // of all shared memory
   const std::function<void()>* body = nullptr;
   std::string error;
 
@@ -91,27 +98,41 @@ struct Machine {
   bool chance(int one_in) { return random() % static_cast<uint64_t>(one_in) == 0; }
 };
 
-Machine& machine() {
-  static Machine m;
-  return m;
+Machine the_machine;
+Machine& machine() { return the_machine; }
+
+// Fibers change places by setjmp and longjmp: swapcontext() takes two system calls each time.
+void leave_fiber() {
+  Machine& m = machine();
+  if (_setjmp(m.current->where) == 0) _longjmp(m.scheduler, 1);
 }
 
 void fiber_main() {
-  Machine& m = machine();
-  (*m.body)();
-  Fiber& f = *m.current;
-  if (!f.products.empty()) m.error = "a thread ended without waiting for its products";
-  if (!f.stores.empty()) m.error = "a thread ended while its stores still read shared memory";
-  f.done = true;
-  swapcontext(&f.context, &m.scheduler);
+  while (true) {  // one thread after another
+    Machine& m = machine();
+    (*m.body)();
+    Fiber& f = *m.current;
+    if (!f.products.empty()) m.error = "a thread ended without waiting for its products";
+    if (!f.stores.empty()) m.error = "a thread ended while its stores still read shared memory";
+    f.done = true;
+    leave_fiber();
+  }
+}
+
+void enter_fiber(Fiber& f) {
+  if (_setjmp(machine().scheduler) != 0) return;
+  if (f.started) _longjmp(f.where, 1);
+  f.started = true;
+  getcontext(&f.context);
+  f.context.uc_stack.ss_sp = f.stack.get();
+  f.context.uc_stack.ss_size = kStackBytes;
+  f.context.uc_link = nullptr;
+  makecontext(&f.context, fiber_main, 0);
+  setcontext(&f.context);
 }
 
 void start(Fiber* f) {
-  getcontext(&f->context);
-  f->context.uc_stack.ss_sp = f->stack.get();
-  f->context.uc_stack.ss_size = kStackBytes;
-  f->context.uc_link = nullptr;
-  makecontext(&f->context, fiber_main, 0);
+  if (!f->done) f->started = false;  // left in the middle of a launch that failed
   f->done = false;
   f->ready = nullptr;
   f->products = Queue();
@@ -142,8 +163,10 @@ std::string deadlock() {
 }
 
 void clear(Block& block, size_t warps) {
+  ++machine().version;
   std::memset(block.shared, kPoison, sizeof(block.shared));
-  block.unfenced.clear();
+  block.unfenced.assign(sizeof(block.shared) / 16 + 1, 0);
+  block.all_unfenced = 0;
   block.barriers.clear();
   block.named.clear();
   block.warps.assign(warps, Warp());
@@ -165,7 +188,7 @@ void run_cluster() {
       if (f.done || (f.ready && !f.ready())) continue;
       f.ready = nullptr;
       m.current = &f;
-      swapcontext(&m.scheduler, &f.context);
+      enter_fiber(f);
       m.current = nullptr;
       progress = true;
       if (f.done) --m.alive;
@@ -219,7 +242,7 @@ void fail(const std::string& what) {
   Machine& m = machine();
   m.error = what;
   if (m.current == nullptr) throw std::runtime_error(what);
-  swapcontext(&m.current->context, &m.scheduler);
+  leave_fiber();
   std::abort();  // never resumed
 }
 
@@ -280,36 +303,47 @@ uint32_t shared_address(const void* p) {
   return 0x40000000u | static_cast<uint32_t>(reinterpret_cast<uintptr_t>(p) & 0x3fffffffu);
 }
 
-uint8_t* shared_bytes(uint32_t address, uint32_t bytes) {
-  if (address < kDynamicBase || address + bytes > kDynamicBase + machine().shared_bytes) {
+const uint8_t* shared_view(uint32_t address, uint32_t bytes) {
+  const Machine& m = machine();
+  if (address < kDynamicBase || address + bytes > kDynamicBase + m.shared_bytes) {
     fail("shared memory [" + std::to_string(address) + ", +" + std::to_string(bytes) +
-         ") lies outside the " + std::to_string(machine().shared_bytes) + " bytes at " +
+         ") lies outside the " + std::to_string(m.shared_bytes) + " bytes at " +
          std::to_string(kDynamicBase));
   }
-  return machine().block->shared + address;
+  return m.block->shared + address;
 }
+
+uint8_t* shared_bytes(uint32_t address, uint32_t bytes) {
+  ++machine().version;
+  return const_cast<uint8_t*>(shared_view(address, bytes));
+}
+
+const void* shared_memory() { return machine().block->shared; }
+uint64_t shared_version() { return machine().version; }
 
 void mark_written(uint32_t address, uint32_t bytes) {
   Machine& m = machine();
   for (uint32_t g = address / 16; g <= (address + bytes - 1) / 16; ++g) {
-    if (m.current->unfenced.insert(g).second) ++m.block->unfenced[g];
+    m.current->unfenced.push_back(g);
+    ++m.block->unfenced[g];
+    ++m.block->all_unfenced;
   }
 }
 
 void fence_async() {
   Machine& m = machine();
-  auto& unfenced = m.block->unfenced;
-  for (uint32_t g : m.current->unfenced) {
-    if (--unfenced[g] == 0) unfenced.erase(g);
-  }
+  for (uint32_t g : m.current->unfenced) --m.block->unfenced[g];
+  m.block->all_unfenced -= static_cast<int64_t>(m.current->unfenced.size());
   m.current->unfenced.clear();
 }
 
 void check_fenced(uint32_t address, uint32_t bytes, const char* reader) {
-  const auto& unfenced = machine().block->unfenced;
-  const auto at = unfenced.lower_bound(address / 16);
-  if (at != unfenced.end() && at->first <= (address + bytes - 1) / 16) {
-    fail(std::string(reader) + " reads shared memory that was written without a proxy fence");
+  const Block& block = *machine().block;
+  if (block.all_unfenced == 0) return;
+  for (uint32_t g = address / 16; g <= (address + bytes - 1) / 16; ++g) {
+    if (block.unfenced[g] > 0) {
+      fail(std::string(reader) + " reads shared memory that was written without a proxy fence");
+    }
   }
 }
 
@@ -318,7 +352,7 @@ void wait_until(const std::function<bool()>& ready, const char* what) {
   if (ready() && !m.chance(8)) return;
   m.current->ready = ready;
   m.current->waits_for = what;
-  swapcontext(&m.current->context, &m.scheduler);
+  leave_fiber();
 }
 
 Queue& products() { return machine().current->products; }

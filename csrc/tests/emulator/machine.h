@@ -56,9 +56,13 @@ void launch(const Index& grid, const Index& block, uint32_t shared_bytes,
 constexpr uint32_t kDynamicBase = 1040;  // not rounder than the hardware promises
 uint8_t* dynamic_shared();
 uint32_t shared_address(const void* p);
-uint8_t* shared_bytes(uint32_t address, uint32_t bytes);  // checked
-void mark_written(uint32_t address, uint32_t bytes);      // a generic write by this thread
-void fence_async();                                       // this thread's writes are fenced now
+uint8_t* shared_bytes(uint32_t address, uint32_t bytes);       // checked; to be written to at once
+const uint8_t* shared_view(uint32_t address, uint32_t bytes);  // checked; to be read
+// What was read of this thread block's shared memory holds as long as both stay the same.
+const void* shared_memory();
+uint64_t shared_version();
+void mark_written(uint32_t address, uint32_t bytes);  // a generic write by this thread
+void fence_async();                                   // this thread's writes are fenced now
 void check_fenced(uint32_t address, uint32_t bytes, const char* reader);
 
 // Switches to other fibers until `ready()`; `what` names it in a deadlock report.

@@ -8,9 +8,9 @@
 namespace pixelfly::device {
 
 inline void cp_async_16(uint32_t shared, const void* global, bool valid) {
-  uint8_t* to = emulator::shared_bytes(shared, 16);
-  std::memset(to, 0xff, 16);
+  std::memset(emulator::shared_bytes(shared, 16), 0xff, 16);
   emulator::copies().issue([=] {
+    uint8_t* to = emulator::shared_bytes(shared, 16);
     if (valid) {
       std::memcpy(to, global, 16);
     } else {

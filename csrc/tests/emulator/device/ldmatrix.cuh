@@ -7,10 +7,10 @@
 
 namespace pixelfly::device {
 
-// 16-bit element `col` of the matrix row at `address`.
-inline uint16_t* matrix_element(uint32_t address, int col) {
+// Of a matrix row.
+inline uint32_t aligned(uint32_t address) {
   if (address % 16 != 0) emulator::fail("a matrix row is not aligned to 16 bytes");
-  return reinterpret_cast<uint16_t*>(emulator::shared_bytes(address, 16)) + col;
+  return address;
 }
 
 template <bool kTrans>
@@ -21,7 +21,9 @@ void load_matrices(uint32_t (&r)[4], uint32_t address) {
     uint32_t pair = 0;
     for (int e = 0; e < 2; ++e) {
       const int row = kTrans ? minor + e : major, col = kTrans ? major : minor + e;
-      pair |= uint32_t{*matrix_element(rows[static_cast<size_t>(m * 8 + row)][0], col)} << 16 * e;
+      const uint32_t at = aligned(rows[static_cast<size_t>(m * 8 + row)][0]);
+      pair |= uint32_t{reinterpret_cast<const uint16_t*>(emulator::shared_view(at, 16))[col]}
+              << 16 * e;
     }
     r[m] = pair;
   }
@@ -37,8 +39,9 @@ void store_matrices(uint32_t address, const uint32_t (&r)[4]) {
   for (int m = 0; m < 4; ++m) {
     for (int e = 0; e < 2; ++e) {
       const int row = kTrans ? minor + e : major, col = kTrans ? major : minor + e;
-      const uint32_t at = rows[static_cast<size_t>(m * 8 + row)][0];
-      *matrix_element(at, col) = static_cast<uint16_t>(r[m] >> 16 * e);
+      const uint32_t at = aligned(rows[static_cast<size_t>(m * 8 + row)][0]);
+      reinterpret_cast<uint16_t*>(emulator::shared_bytes(at, 16))[col] =
+          static_cast<uint16_t>(r[m] >> 16 * e);
       emulator::mark_written(at + static_cast<uint32_t>(col) * 2, 2);
     }
   }

@@ -20,17 +20,17 @@ inline void store_shared(uint32_t address, uint32_t value) { store_shared_value(
 inline void store_shared(uint32_t address, uint4 value) { store_shared_value(address, value); }
 inline uint4 load_shared_vector(uint32_t address) {
   uint4 v;
-  std::memcpy(&v, emulator::shared_bytes(address, 16), 16);
+  std::memcpy(&v, emulator::shared_view(address, 16), 16);
   return v;
 }
 inline uint32_t load_shared_word(uint32_t address) {
   uint32_t x;
-  std::memcpy(&x, emulator::shared_bytes(address, 4), 4);
+  std::memcpy(&x, emulator::shared_view(address, 4), 4);
   return x;
 }
 inline float load_shared_float(uint32_t address) {
   float x;
-  std::memcpy(&x, emulator::shared_bytes(address, 4), 4);
+  std::memcpy(&x, emulator::shared_view(address, 4), 4);
   return x;
 }
 

@@ -55,7 +55,7 @@ inline void tma_store_3d(const CUtensorMap* map, uint32_t shared, int col, int r
   emulator::check_fenced(shared, box_bytes(box), "a TMA store");
   emulator::bulk_stores().issue([=] {
     for_box(box, shared, col, row, plane, [](uint32_t from, uint8_t* to, size_t inside) {
-      if (inside > 0) std::memcpy(to, emulator::shared_bytes(from, 16), inside);
+      if (inside > 0) std::memcpy(to, emulator::shared_view(from, 16), inside);
     });
   });
 }

@@ -5,6 +5,7 @@
 #include <cuda_runtime.h>
 
 #include <array>
+#include <vector>
 
 #include "device/convert.cuh"
 
@@ -46,22 +47,84 @@ float operand(uint64_t descriptor, int mn, int k) {
   const auto start = static_cast<uint32_t>(descriptor & 0x3FFF) << 4;
   const auto leading = static_cast<uint32_t>(descriptor >> 16 & 0x3FFF) << 4;
   const auto stride = static_cast<uint32_t>(descriptor >> 32 & 0x3FFF) << 4;
+  uint32_t at;
   if (descriptor >> 62 == 0) {  // parts of 8 rows of 16 bytes, not swizzled
-    const uint32_t at = start + static_cast<uint32_t>(mn / 8) * stride +
-                        static_cast<uint32_t>(k / 8) * leading +
-                        static_cast<uint32_t>(mn % 8 * 16 + k % 8 * 2);
-    emulator::check_fenced(at, 2, "wgmma");
-    return to_float(*reinterpret_cast<const T*>(emulator::shared_bytes(at, 2)));
+    at = start + static_cast<uint32_t>(mn / 8) * stride + static_cast<uint32_t>(k / 8) * leading +
+         static_cast<uint32_t>(mn % 8 * 16 + k % 8 * 2);
+  } else {
+    const int span = descriptor >> 62 == 1 ? 128 : 64;  // bytes of a swizzled row
+    const int wide = kMnMajor ? mn : k, deep = kMnMajor ? k : mn;
+    const int per_row = span / 2;
+    at = start + static_cast<uint32_t>(deep / 8) * stride +
+         static_cast<uint32_t>(deep % 8 * span + wide % per_row * 2);
+    if (wide >= per_row) at += static_cast<uint32_t>(wide / per_row) * leading;
+    at = emulator::swizzle(at, span);
   }
-  const int span = descriptor >> 62 == 1 ? 128 : 64;  // bytes of a swizzled row
-  const int wide = kMnMajor ? mn : k, deep = kMnMajor ? k : mn;
-  const int per_row = span / 2;
-  uint32_t at = start + static_cast<uint32_t>(deep / 8) * stride +
-                static_cast<uint32_t>(deep % 8 * span + wide % per_row * 2);
-  if (wide >= per_row) at += static_cast<uint32_t>(wide / per_row) * leading;
-  at = emulator::swizzle(at, span);
   emulator::check_fenced(at, 2, "wgmma");
-  return to_float(*reinterpret_cast<const T*>(emulator::shared_bytes(at, 2)));
+  return to_float(*reinterpret_cast<const T*>(emulator::shared_view(at, 2)));
+}
+
+// What 128 threads would read and multiply each for itself is kept as long as the shared memory
+// that it came from holds.
+struct Kept {
+  const void* memory = nullptr;
+  uint64_t version = 0, a = 0, b = 0;
+  std::vector<float> values;
+};
+constexpr size_t kKept = 256;
+inline size_t place_of(uint64_t a, uint64_t b) {
+  return (a * 0x9E3779B97F4A7C15u ^ b * 0xC2B2AE3D27D4EB4Fu) >> 56;
+}
+
+// The values of that key, which `make` writes unless they are there.
+template <typename F>
+const std::vector<float>& keep(Kept (&kept)[kKept], uint64_t a, uint64_t b, F make) {
+  Kept& one = kept[place_of(a, b)];
+  const void* memory = emulator::shared_memory();
+  const uint64_t version = emulator::shared_version();
+  if (one.memory != memory || one.version != version || one.a != a || one.b != b) {
+    make(one.values);
+    one.memory = memory;
+    one.version = version;
+    one.a = a;
+    one.b = b;
+  }
+  return one.values;
+}
+
+// [16][kExtent].
+template <typename T, bool kMnMajor, int kExtent>
+void read_operand(uint64_t descriptor, std::vector<float>& values) {
+  values.resize(16 * kExtent);
+  float* value = values.data();
+  for (int k = 0; k < 16; ++k) {
+    for (int mn = 0; mn < kExtent; ++mn) *value++ = operand<T, kMnMajor>(descriptor, mn, k);
+  }
+}
+template <typename T, bool kMnMajor, int kExtent>
+const std::vector<float>& whole_operand(uint64_t descriptor) {
+  static Kept kept[kKept];
+  return keep(kept, descriptor, 0, [&](std::vector<float>& values) {
+    read_operand<T, kMnMajor, kExtent>(descriptor, values);
+  });
+}
+
+// a · b, [64][kN].
+template <typename T, bool kTransA, bool kTransB, int kN>
+const std::vector<float>& whole_product(uint64_t a, uint64_t b) {
+  static Kept kept[kKept];
+  return keep(kept, a, b, [&](std::vector<float>& values) {
+    std::vector<float> left, right;
+    read_operand<T, kTransA, 64>(a, left);
+    read_operand<T, kTransB, kN>(b, right);
+    values.assign(64 * kN, 0);
+    for (size_t m = 0; m < 64; ++m) {
+      for (size_t k = 0; k < 16; ++k) {
+        const float x = left[k * 64 + m];
+        for (size_t n = 0; n < kN; ++n) values[m * kN + n] += x * right[k * kN + n];
+      }
+    }
+  });
 }
 
 // The instructions are .sync.aligned: no lane runs ahead of its warp.
@@ -76,39 +139,27 @@ void wgmma_wait() {
   emulator::warp_exchange({});
 }
 
-// Issues d (+)= left · b; `left(row, k)` is read when the product completes.
-template <typename T, bool kTransB, int kRegisters, typename Left>
-void issue_product(float (&d)[kRegisters], Left left, uint64_t b, int accumulate) {
-  float* out = d;
+// This thread's part of the sums: calls f(register, row, column).
+template <int kRegisters, typename F>
+void for_sums(F f) {
   const int thread = emulator::thread_number() % 128;
-  emulator::products().issue([=] {
-    const int row = thread / 32 * 16 + thread % 32 / 4;
-    float rows[2][16];
-    for (int h = 0; h < 2; ++h) {
-      for (int k = 0; k < 16; ++k) rows[h][k] = left(row + h * 8, k);
-    }
-    for (int j = 0; j < kRegisters / 4; ++j) {
-      for (int e = 0; e < 2; ++e) {
-        const int col = j * 8 + thread % 4 * 2 + e;
-        float sums[2] = {};
-        for (int k = 0; k < 16; ++k) {
-          const float right = operand<T, kTransB>(b, col, k);
-          sums[0] += rows[0][k] * right;
-          sums[1] += rows[1][k] * right;
-        }
-        for (int h = 0; h < 2; ++h) {
-          float& value = out[j * 4 + h * 2 + e];
-          value = accumulate ? value + sums[h] : sums[h];
-        }
-      }
-    }
-  });
+  const int row = thread / 32 * 16 + thread % 32 / 4;
+  for (int j = 0; j < kRegisters / 4; ++j) {
+    for (int e = 0; e < 4; ++e) f(j * 4 + e, row + e / 2 * 8, j * 8 + thread % 4 * 2 + e % 2);
+  }
 }
 
 template <typename T, bool kTransA, bool kTransB, int kRegisters>
 void wgmma(float (&d)[kRegisters], uint64_t a, uint64_t b, int accumulate) {
-  issue_product<T, kTransB>(
-      d, [=](int row, int k) { return operand<T, kTransA>(a, row, k); }, b, accumulate);
+  float* out = d;
+  emulator::products().issue([=] {
+    constexpr int kN = 2 * kRegisters;
+    const std::vector<float>& sums = whole_product<T, kTransA, kTransB, kN>(a, b);
+    for_sums<kRegisters>([&](int i, int row, int col) {
+      const float sum = sums[static_cast<size_t>(row * kN + col)];
+      out[i] = accumulate ? out[i] + sum : sum;
+    });
+  });
 }
 
 // d (+)= a · b with a in registers.
@@ -125,10 +176,17 @@ void wgmma_registers(float (&d)[kRegisters], const uint32_t (&a)[4], uint64_t b,
       row[lane % 4 * 2 + r / 2 * 8 + 1] = pair.y;
     }
   }
-  issue_product<T, kTransB>(
-      d,
-      [=](int row, int k) { return part[static_cast<size_t>(row % 16)][static_cast<size_t>(k)]; },
-      b, accumulate);
+  float* out = d;
+  emulator::products().issue([=] {
+    constexpr int kN = 2 * kRegisters;
+    const std::vector<float>& right = whole_operand<T, kTransB, kN>(b);
+    for_sums<kRegisters>([&](int i, int row, int col) {
+      const auto& left = part[static_cast<size_t>(row % 16)];
+      float sum = 0;
+      for (size_t k = 0; k < 16; ++k) sum += left[k] * right[k * kN + static_cast<size_t>(col)];
+      out[i] = accumulate ? out[i] + sum : sum;
+    });
+  });
 }
 
 }  // namespace pixelfly::device
