@@ -17,7 +17,7 @@
 //          the next part, as parts with a dense row take longer.
 //
 // With low rank the two thread blocks are a cluster. A consumer forms t of 64 tokens and 32 ranks,
-// tokens as wgmma's M, and sends it, rounded, to both: as if it were one more tile of x.
+// tokens as wgmma's M, and sends it, rounded, to both, where it is one more tile of x.
 //   t_full: t of all ranks has come; t_free: its readers in both thread blocks are done.
 //
 // Outputs leave when all steps of a token tile are done; loads for the next one go on meanwhile.
