@@ -8,7 +8,14 @@ import torch
 from pixelfly.masks import BlockLayout, flat_block_butterfly, global_
 from pixelfly.ops import explain
 
-from .helpers import check_call, make_call, make_layout, named_grids
+from .helpers import (
+    check_call,
+    check_in_a_graph,
+    check_repeats,
+    make_call,
+    make_layout,
+    named_grids,
+)
 
 pytestmark = pytest.mark.gpu
 ALL_ROWS = "product_all_rows_sm90"
@@ -103,29 +110,13 @@ def test_repeats_are_equal_whatever_else_runs():
     call = make_call(layout, tokens=16384, rank=64, device="cuda", dtype=torch.bfloat16)
     kernels = dict(explain(call.inputs["x"], layout, rank=64).kernels)
     assert kernels["y"] == ALL_ROWS
-    first = call.run()
-    other, side = torch.randn(4096, 4096, device="cuda"), torch.cuda.Stream()
-    for i in range(30):
-        if i % 2:
-            with torch.cuda.stream(side):
-                other = (other @ other).clamp_(-1, 1)
-        torch.full((1 << 22,), float("nan"), device="cuda")  # what the next outputs lie on
-        again = call.run()
-        assert all(torch.equal(first[name], again[name]) for name in ("y", "dx", "du", "dv"))
-    torch.cuda.synchronize()
+    check_repeats(call)
 
 
 def test_in_a_graph():
     layout = narrowing(3072, 768, 64, dense=False)
     call = make_call(layout, tokens=8448, rank=64, device="cuda", dtype=torch.bfloat16, grad=False)
-    want = call.run()["y"]
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        y = call.run()["y"]
-    for _ in range(5):
-        y.fill_(float("nan"))
-        graph.replay()
-        assert torch.equal(y, want)
+    check_in_a_graph(call)
 
 
 def test_refusals(forced):
